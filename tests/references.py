@@ -1,0 +1,75 @@
+"""The methods in slow, obvious Python and float64: one image, one token at a time.
+
+Written from the papers' steps, with none of the library's code. Only tests import it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def tome(metric: np.ndarray, merges: int, before: int = 0) -> list[int]:
+    """Groups after one bipartite matching, numbered by their first tokens (ToMe, section 3)."""
+    length = np.linalg.norm(metric, axis=-1, keepdims=True)
+    unit = metric / np.where(length == 0, 1, length)
+    a = [n for n in range(len(metric)) if (n + before) % 2 == 0]
+    b = [n for n in range(len(metric)) if (n + before) % 2 == 1]
+    proposals = []
+    for i in a:
+        partner = max(b, key=lambda j: (unit[i] @ unit[j], -j)) if b else None
+        proposals.append((-(unit[i] @ unit[partner]) if b else 0.0, i, partner))
+    joins = {i: j for _, i, j in sorted(proposals)[:merges]}
+    return renumber([joins.get(n, n) for n in range(len(metric))])
+
+
+def renumber(labels: list[int]) -> list[int]:
+    """The same groups, numbered in the order of their first members."""
+    number: dict[int, int] = {}
+    return [number.setdefault(label, len(number)) for label in labels]
+
+
+def merge(x: np.ndarray, size: np.ndarray, labels: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Size-weighted means of the groups, and their sizes."""
+    groups = max(labels) + 1
+    total = np.zeros(groups)
+    summed = np.zeros((groups, x.shape[1]))
+    for token, label in enumerate(labels):
+        total[label] += size[token]
+        summed[label] += size[token] * x[token]
+    return summed / total[:, None], total
+
+
+def vit_logits(model: nn.Module, image: Tensor, counts: list[int], method: str) -> np.ndarray:
+    """What a plain timm ViT (class token, no LayerScale) answers for one image when tokens are
+    reduced between attention and MLP, with proportional attention: the model in float64, layer
+    by layer, its attention written out."""
+    model = model.double()
+    with torch.no_grad():
+        x = model._pos_embed(model.patch_embed(image[None].double()))[0]
+        sizes = np.ones(len(x) - 1)
+        for block, keep in zip(model.blocks, counts, strict=True):
+            y = block.norm1(x)
+            heads = block.attn.num_heads
+            q, k, v = block.attn.qkv(y).view(len(y), 3, heads, -1).permute(1, 2, 0, 3)
+            logits = q @ k.transpose(1, 2) * (k.shape[2] ** -0.5)
+            logits += torch.tensor(np.log(np.concatenate([[1.0], sizes])))
+            attention = logits.softmax(-1)
+            x = x + block.attn.proj((attention @ v).transpose(0, 1).reshape(len(y), -1))
+            metric = k.mean(0)[1:].numpy()
+            tokens = x[1:].numpy()
+            if method == "topk":
+                score = attention[:, 0, 1:].mean(0).numpy()
+                kept = sorted(sorted(range(len(tokens)), key=lambda n: (-score[n], n))[:keep])
+                tokens, sizes = tokens[kept], sizes[kept]
+            else:
+                size = sizes
+                while len(tokens) > keep:
+                    merges = min(len(tokens) - keep, len(tokens) // 2)
+                    labels = tome(metric, merges, before=1)
+                    tokens, sizes = merge(tokens, size, labels)
+                    metric, size = merge(metric, size, labels)
+            x = torch.cat([x[:1], torch.tensor(tokens)])
+            x = x + block.mlp(block.norm2(x))
+        return model.head(model.norm(x)[0]).numpy()

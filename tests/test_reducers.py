@@ -1,0 +1,172 @@
+"""What every method promises. A new method is tested here without a new line of test."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import re
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from tokred import reducers
+from tokred.maps import TokenMap
+from tokred.reducers import Tokens
+
+every_method = pytest.mark.parametrize("method", reducers.names())
+
+
+def some_tokens(batch: int = 2, num: int = 16, dtype: torch.dtype = torch.float32) -> Tokens:
+    return Tokens(
+        x=torch.randn(batch, num, 12, dtype=dtype),
+        size=torch.randint(1, 4, (batch, num)).float(),
+        key=torch.randn(batch, 3, num, 4, dtype=dtype),
+        class_attention=torch.rand(batch, num).softmax(-1),
+        grid=(4, num // 4) if num % 4 == 0 else None,
+        before=1,
+    )
+
+
+def one(tokens: Tokens, b: int) -> Tokens:
+    """One sample of a batch."""
+    signals = {
+        name: getattr(tokens, name)[b : b + 1] for name in ("x", "size", "key", "class_attention")
+    }
+    return dataclasses.replace(tokens, **signals)
+
+
+@every_method
+@pytest.mark.parametrize(("num", "keep"), [(16, 15), (16, 8), (16, 3), (16, 1), (15, 7), (2, 1)])
+def test_keeps_exactly_as_many_as_asked(method: str, num: int, keep: int) -> None:
+    tokens = some_tokens(num=num)
+    small = reducers.make(method)(tokens, keep)
+    assert isinstance(small, TokenMap)
+    assert small.num_coarse == keep
+    down = small.down(tokens.x, tokens.size)
+    assert down.shape == (2, keep, 12)
+    assert small.up(down, tokens.x).shape == tokens.x.shape
+    assert [sorted(set(row) - {-1}) for row in small.labels().tolist()] == [list(range(keep))] * 2
+
+
+@every_method
+def test_tokens_keep_the_order_of_their_first_members(method: str) -> None:
+    small = reducers.make(method)(some_tokens(), 7)
+    for labels in small.labels().tolist():
+        first = [labels.index(group) for group in range(7)]
+        assert first == sorted(first)
+
+
+@every_method
+def test_conserves_size_or_drops_it_openly(method: str) -> None:
+    tokens = some_tokens()
+    small = reducers.make(method)(tokens, 6)
+    went = small.labels() >= 0
+    torch.testing.assert_close(small.total(tokens.size).sum(1), (tokens.size * went).sum(1))
+    assert went.all() == small.merges
+
+
+@every_method
+def test_leaves_equal_tokens_alone(method: str) -> None:
+    tokens = some_tokens()
+    same = torch.full_like(tokens.x, 3.5)
+    small = reducers.make(method)(tokens, 5)
+    torch.testing.assert_close(small.down(same, tokens.size), same[:, :5])
+    torch.testing.assert_close(small.up(same[:, :5], same), same)
+
+
+@every_method
+def test_treats_samples_apart(method: str) -> None:
+    tokens = some_tokens(batch=3)
+    reduce = reducers.make(method)
+    together = reduce(tokens, 7)
+    for b in range(3):
+        assert torch.equal(reduce(one(tokens, b), 7).labels()[0], together.labels()[b])
+
+
+@every_method
+def test_is_deterministic_and_leaves_the_random_stream_alone(method: str) -> None:
+    tokens = some_tokens()
+    before = torch.get_rng_state()
+    first, second = (reducers.make(method)(tokens, 7).labels() for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_keeps_the_dtype(method: str, dtype: torch.dtype) -> None:
+    tokens = some_tokens(dtype=dtype)
+    small = reducers.make(method)(tokens, 7)
+    assert small.down(tokens.x, tokens.size).dtype == dtype
+    assert small.total(tokens.size).dtype == torch.float32
+
+
+@every_method
+def test_exact_duplicates_and_zeros_are_no_trouble(method: str) -> None:
+    tokens = some_tokens()
+    assert tokens.key is not None and tokens.class_attention is not None
+    key = tokens.key[:, :, :1].expand_as(tokens.key).clone()
+    key[:, :, 8:] = 0
+    flat = dataclasses.replace(
+        tokens, key=key, class_attention=torch.full_like(tokens.class_attention, 1 / 16)
+    )
+    for keep in (15, 9, 4, 1):
+        small = reducers.make(method)(flat, keep)
+        assert small.num_coarse == keep
+        assert small.down(flat.x, flat.size).isfinite().all()
+
+
+@every_method
+def test_is_a_value(method: str) -> None:
+    made = reducers.make(method)
+    assert made == reducers.make(method)
+    assert pickle.loads(pickle.dumps(made)) == made
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.needs = frozenset()  # type: ignore[misc]
+
+
+@every_method
+def test_says_what_it_is_in_one_line(method: str) -> None:
+    summary = (type(reducers.make(method)).__doc__ or "").split("\n")[0]
+    assert summary.endswith(".") and len(summary) < 100
+
+
+@every_method
+@pytest.mark.parametrize("backend", ["aot_eager"])
+def test_compiles_in_one_graph_and_once(method: str, backend: str) -> None:
+    torch._dynamo.reset()
+    reduce = reducers.make(method)
+
+    def run(x, size, key, attention):  # type: ignore[no-untyped-def]
+        tokens = Tokens(x=x, size=size, key=key, class_attention=attention, before=1)
+        return reduce(tokens, 5).down(x, size)
+
+    compiled = torch.compile(run, fullgraph=True, backend=backend)
+    counter = CompileCounterWithBackend(backend)
+    counted = torch.compile(run, fullgraph=True, backend=counter)
+    for _ in range(2):
+        t = some_tokens()
+        arguments = (t.x, t.size, t.key, t.class_attention)
+        torch.testing.assert_close(compiled(*arguments), run(*arguments))
+        counted(*arguments)
+    assert counter.frame_count == 1
+
+
+def test_an_unknown_method_names_the_known_ones() -> None:
+    known = ", ".join(reducers.names())
+    message = f"unknown method 'tomme' (did you mean 'tome'?); known methods: {known}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        reducers.make("tomme")
+
+
+@pytest.mark.parametrize("method", [None, 3, reducers.tome.ToMe, len])
+def test_what_is_no_method_is_refused(method: object) -> None:
+    with pytest.raises(TypeError, match="method must be a name or a reducer"):
+        reducers.make(method)  # type: ignore[arg-type]
+
+
+def test_a_name_is_given_once() -> None:
+    with pytest.raises(ValueError, match="'tome' is registered already"):
+        reducers.register("tome")(lambda: reducers.make("atc"))
+    assert reducers.register("tome")(reducers.tome.ToMe) is reducers.tome.ToMe

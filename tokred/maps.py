@@ -1,0 +1,172 @@
+"""Maps between many tokens and few: what every reduction method returns.
+
+A map has two directions, named for what happens to the number of tokens:
+
+    down   [batch, fine, dim]   -> [batch, coarse, dim]
+    up     [batch, coarse, dim] -> [batch, fine, dim]
+
+Maps know nothing of models, layers or methods. Prefix tokens (class, distillation, register
+tokens) are kept out of them; see `tokred.run`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@runtime_checkable
+class TokenMap(Protocol):
+    """The two directions, and what became of every token.
+
+    Attributes:
+        merges: whether coarse tokens stand for several fine ones. If so, `total` adds sizes up
+            and `up` needs no stale tokens; if not, sizes stay and `up` needs them.
+        num_coarse: how many tokens there are after `down`, the same in every sample.
+    """
+
+    merges: ClassVar[bool]
+
+    @property
+    def num_coarse(self) -> int: ...
+
+    def down(
+        self, x: Float[Tensor, "batch fine dim"], size: Float[Tensor, "batch fine"]
+    ) -> Float[Tensor, "batch coarse dim"]:
+        """Few tokens from many. `size` is how many original tokens each fine one stands for."""
+        ...
+
+    def up(
+        self, y: Float[Tensor, "batch coarse dim"], stale: Float[Tensor, "batch fine dim"] | None
+    ) -> Float[Tensor, "batch fine dim"]:
+        """Many tokens from few. `stale` is what the fine tokens were before `down`."""
+        ...
+
+    def total(self, size: Float[Tensor, "batch fine"]) -> Float[Tensor, "batch coarse"]:
+        """How many original tokens each coarse token stands for."""
+        ...
+
+    def labels(self) -> Int[Tensor, "batch fine"]:
+        """The coarse token that each fine token went into; -1 for a token that was dropped."""
+        ...
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Merging: every fine token joins exactly one coarse token.
+
+    Attributes:
+        index: `index[b, n]` is the coarse token that fine token `n` of sample `b` joins. Every
+            coarse token has at least one member.
+    """
+
+    merges: ClassVar[bool] = True
+
+    index: Int[Tensor, "batch fine"]
+    num_coarse: int
+
+    def down(
+        self, x: Float[Tensor, "batch fine dim"], size: Float[Tensor, "batch fine"]
+    ) -> Float[Tensor, "batch coarse dim"]:
+        """The mean of the members, each counted as often as the tokens it stands for.
+
+        Sums are float32 even where x is float16 or bfloat16: a large cluster would otherwise
+        lose its smaller members to rounding.
+        """
+        share = (size / self.total(size).gather(1, self.index))[..., None]
+        weighted = x * share.to(torch.promote_types(x.dtype, torch.float32))
+        out = weighted.new_zeros(x.shape[0] * self.num_coarse, x.shape[2])
+        rows = _rows(self.index, self.num_coarse)
+        # Whole rows at once: about twice as fast as an expanded scatter_add.
+        out = out.index_add(0, rows, weighted.flatten(0, 1))
+        return out.view(x.shape[0], self.num_coarse, x.shape[2]).to(x.dtype)
+
+    def up(
+        self,
+        y: Float[Tensor, "batch coarse dim"],
+        stale: Float[Tensor, "batch fine dim"] | None = None,
+    ) -> Float[Tensor, "batch fine dim"]:
+        """Every member gets a copy of its coarse token."""
+        return take(y, self.index)
+
+    def total(self, size: Float[Tensor, "batch fine"]) -> Float[Tensor, "batch coarse"]:
+        out = size.new_zeros(size.shape[0], self.num_coarse)
+        return out.scatter_add(1, self.index, size)
+
+    def labels(self) -> Int[Tensor, "batch fine"]:
+        return self.index
+
+    def then(self, other: Clusters) -> Clusters:
+        """This map followed by `other`, as one map."""
+        return Clusters(other.index.gather(1, self.index), other.num_coarse)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Pruning: some fine tokens go on, the others stay behind.
+
+    Attributes:
+        index: `index[b, m]` is the fine token that coarse token `m` of sample `b` is; rising.
+    """
+
+    merges: ClassVar[bool] = False
+
+    index: Int[Tensor, "batch coarse"]
+    num_fine: int
+
+    @property
+    def num_coarse(self) -> int:
+        return self.index.shape[1]
+
+    def down(
+        self, x: Float[Tensor, "batch fine dim"], size: Float[Tensor, "batch fine"]
+    ) -> Float[Tensor, "batch coarse dim"]:
+        return take(x, self.index)
+
+    def up(
+        self, y: Float[Tensor, "batch coarse dim"], stale: Float[Tensor, "batch fine dim"] | None
+    ) -> Float[Tensor, "batch fine dim"]:
+        """Kept tokens are renewed; the others stay what they were when they were dropped."""
+        if stale is None:
+            raise ValueError("stale is needed: the tokens that were dropped are not in y")
+        rows = _rows(self.index, self.num_fine)
+        return stale.flatten(0, 1).index_copy(0, rows, y.flatten(0, 1)).view_as(stale)
+
+    def total(self, size: Float[Tensor, "batch fine"]) -> Float[Tensor, "batch coarse"]:
+        return size.gather(1, self.index)
+
+    def labels(self) -> Int[Tensor, "batch fine"]:
+        none = self.index.new_full((self.index.shape[0], self.num_fine), -1)
+        number = torch.arange(self.num_coarse, device=self.index.device)
+        return none.scatter(1, self.index, number.expand_as(self.index))
+
+
+def in_order_of_first_member(labels: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
+    """The same partition, its groups numbered from 0 in the order of their first tokens.
+
+    Args:
+        labels: any labels in [0, tokens), with gaps or without.
+    """
+    position = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
+    first = torch.full_like(labels, labels.shape[1])
+    first = first.scatter_reduce(1, labels, position, "amin").gather(1, labels)
+    number = (first == position).cumsum(1) - 1
+    return number.gather(1, first)
+
+
+def take(
+    x: Float[Tensor, "batch tokens dim"], index: Int[Tensor, "batch chosen"]
+) -> Float[Tensor, "batch chosen dim"]:
+    """The tokens at `index`, sample by sample; copies whole rows, which `gather` does not."""
+    rows = _rows(index, x.shape[1])
+    return x.flatten(0, 1).index_select(0, rows).view(x.shape[0], index.shape[1], x.shape[2])
+
+
+def _rows(index: Int[Tensor, "batch tokens"], num: int) -> Int[Tensor, " rows"]:
+    """Where the tokens at `index` stand when samples of `num` tokens are put end to end."""
+    offset = torch.arange(index.shape[0], device=index.device)[:, None] * num
+    return (index + offset).flatten()

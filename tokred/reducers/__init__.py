@@ -1,0 +1,118 @@
+"""Reduction methods, one file each. A new file here is a new method; nothing else changes."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import ClassVar, Protocol, TypeVar, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
+
+from tokred.maps import TokenMap
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a method may look at, at one place in the network.
+
+    Only the tokens that may be reduced are here: `before` says how many prefix tokens stand in
+    front of them. A signal is None unless the method lists it in `needs`.
+
+    Attributes:
+        x: the tokens themselves, in the model's dtype.
+        size: how many original tokens each one stands for, float32.
+        key: the keys as attention compares them (after any key normalisation), without gradient.
+        class_attention: how much attention each token gets from the class token, after softmax,
+            mean over heads, float32; higher = more important. In a model without a class token,
+            the mean attention it gets from all tokens.
+        grid: (height, width) if the tokens are still the full grid, else None.
+        layer: the layer we are in, from 0.
+        before: the prefix tokens in front.
+    """
+
+    x: Float[Tensor, "batch tokens dim"]
+    size: Float[Tensor, "batch tokens"]
+    key: Float[Tensor, "batch heads tokens head_dim"] | None = None
+    class_attention: Float[Tensor, "batch tokens"] | None = None
+    grid: tuple[int, int] | None = None
+    layer: int = 0
+    before: int = 0
+
+
+@runtime_checkable
+class Reducer(Protocol):
+    """A method with its options filled in: a frozen dataclass that can be called.
+
+    Attributes:
+        needs: the signals of `Tokens` that it wants: "key", "class_attention".
+        bibtex: the paper to cite; empty if there is none.
+    """
+
+    needs: ClassVar[frozenset[str]]
+    bibtex: ClassVar[str]
+
+    def __call__(self, tokens: Tokens, keep: int) -> TokenMap:
+        """Chooses how the tokens become exactly `keep` tokens, 1 <= keep < tokens."""
+        ...
+
+
+_METHODS: dict[str, Callable[[], Reducer]] = {}
+R = TypeVar("R", bound=Callable[[], Reducer])
+
+
+def register(name: str) -> Callable[[R], R]:
+    """Gives a method the short name that `tokred.apply` and the command line accept.
+
+    Raises:
+        ValueError: another method has that name.
+    """
+
+    def add(method: R) -> R:
+        there = _METHODS.get(name)
+        # The same class once more is a notebook cell that was run again.
+        if there is not None and _where(there) != _where(method):
+            raise ValueError(f"method {name!r} is registered already, by {_where(there)}")
+        _METHODS[name] = method
+        return method
+
+    return add
+
+
+def names() -> list[str]:
+    """The short names of all methods, sorted."""
+    return sorted(_METHODS)
+
+
+def make(method: str | Reducer) -> Reducer:
+    """A short name becomes the method with its default options; a reducer stays itself.
+
+    Raises:
+        ValueError: no method has that name.
+        TypeError: neither a name nor a reducer.
+    """
+    if isinstance(method, str):
+        if method not in _METHODS:
+            close = difflib.get_close_matches(method, names(), n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise ValueError(
+                f"unknown method {method!r}{hint}; known methods: {', '.join(names())}"
+            )
+        return _METHODS[method]()
+    if isinstance(method, type) or not callable(method) or not hasattr(method, "needs"):
+        raise TypeError(
+            f"method must be a name or a reducer such as tokred.ToMe(), not {method!r}; "
+            f"known names: {', '.join(names())}"
+        )
+    return method
+
+
+def _where(method: object) -> str:
+    return f"{method.__module__}.{getattr(method, '__qualname__', method)}"
+
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

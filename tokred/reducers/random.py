@@ -1,0 +1,51 @@
+"""Random merging: the baseline that every method must beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from tokred.maps import Clusters, in_order_of_first_member
+from tokred.reducers import Tokens, register
+
+
+@register("random")
+@dataclass(frozen=True)
+class Random:
+    """Merges tokens that are drawn by lot, whatever is in them.
+
+    The draw depends on the seed, the layer and the number of tokens alone: every image of a
+    batch, and every pass, gets the same one. The global random stream does not move.
+    """
+
+    seed: int = 0
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    bibtex: ClassVar[str] = ""
+
+    def __call__(self, tokens: Tokens, keep: int) -> Clusters:
+        batch, num, _ = tokens.x.shape
+        labels: Tensor = partition(num, keep, self.seed + 1009 * tokens.layer)
+        return Clusters(labels.to(tokens.x.device).repeat(batch, 1), keep)
+
+
+# An opaque operator: a generator cannot be part of a compiled graph.
+@torch.library.custom_op("tokred::random_partition", mutates_args=())
+def partition(tokens: int, num_clusters: int, seed: int) -> Tensor:
+    """Draws `num_clusters` tokens; every other token joins one of them. Labels [tokens], int64."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(tokens, generator=generator)
+    labels: Int[Tensor, " tokens"] = torch.empty(tokens, dtype=torch.int64)
+    labels[order[:num_clusters]] = torch.arange(num_clusters)
+    others = (tokens - num_clusters,)
+    labels[order[num_clusters:]] = torch.randint(num_clusters, others, generator=generator)
+    return in_order_of_first_member(labels[None])[0]
+
+
+@partition.register_fake
+def _(tokens: int, num_clusters: int, seed: int) -> Tensor:
+    return torch.empty(tokens, dtype=torch.int64)

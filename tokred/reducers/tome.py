@@ -1,0 +1,121 @@
+"""Token merging by bipartite soft matching.
+
+Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023, https://arxiv.org/abs/2210.09461,
+section 3. Every second token proposes its most similar neighbour among the others; the most
+similar proposals merge. Differs from the published code in that all prefix tokens are left alone
+(there: the first one or two), and in that more than half of the tokens can go, in rounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tokred.maps import Clusters, in_order_of_first_member
+from tokred.reducers import Tokens, register
+
+
+@register("tome")
+@dataclass(frozen=True)
+class ToMe:
+    """Merges the most similar pairs of tokens, between two halves of the sequence.
+
+    Tokens are compared by the cosine of their keys, averaged over heads (table 1a). One matching
+    removes half of the tokens at most; if more must go, the merged tokens are matched again.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"key"})
+    bibtex: ClassVar[str] = """@inproceedings{bolya2023tome,
+  title     = {Token Merging: Your {ViT} But Faster},
+  author    = {Bolya, Daniel and Fu, Cheng-Yang and Dai, Xiaoliang and Zhang, Peizhao and
+               Feichtenhofer, Christoph and Hoffman, Judy},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2023}
+}"""
+
+    def __call__(self, tokens: Tokens, keep: int) -> Clusters:
+        assert tokens.key is not None
+        metric, size = mean_over_heads(tokens.key), tokens.size
+        clusters = once = _halve_at_most(metric, keep, tokens.before)
+        while clusters.num_coarse > keep:
+            metric, size = once.down(metric, size), once.total(size)
+            once = _halve_at_most(metric, keep, tokens.before)
+            clusters = clusters.then(once)
+        return clusters
+
+
+def match(
+    metric: Float[Tensor, "batch tokens dim"], merges: int, before: int = 0
+) -> Int[Tensor, "batch tokens"]:
+    """Merges the `merges` strongest proposals; returns the group of every token.
+
+    Groups are numbered in the order of their first tokens. Equal similarities are decided for
+    the lower index.
+
+    Args:
+        metric: what tokens are compared by; need not be normalised. A row of zeros is as far
+            from every token as an orthogonal one.
+        merges: how many tokens to remove, in [0, tokens // 2].
+        before: how many prefix tokens stand in front; sets A and B alternate from the first of
+            those on.
+
+    Raises:
+        ValueError: `merges` is out of range.
+    """
+    num = metric.shape[1]
+    if not 0 <= merges <= num // 2:
+        raise ValueError(
+            f"ToMe removes between 0 and {num // 2} of {num} tokens at a time, not "
+            f"{merges}: at most half of them can find a partner"
+        )
+    position = torch.arange(num, device=metric.device)
+    if merges == 0:
+        return position.repeat(metric.shape[0], 1)
+
+    # Step 1: even positions of the sequence are set A, odd ones set B.
+    even, odd = before % 2, 1 - before % 2
+    unit = F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
+    a, b = unit[:, even::2], unit[:, odd::2]
+
+    # Steps 2 and 3: every token of A draws an edge to its most similar token of B; the `merges`
+    # strongest edges are kept. `max` takes the first of equals, and so does a stable sort.
+    similarity, partner = _best(a, b)
+    strongest = similarity.argsort(dim=-1, descending=True, stable=True)[:, :merges]
+
+    # Steps 4 and 5: what is joined by an edge becomes one group, named by its token of B.
+    label = position.repeat(metric.shape[0], 1)
+    joined = odd + 2 * partner.gather(1, strongest)
+    return in_order_of_first_member(label.scatter(1, even + 2 * strongest, joined))
+
+
+def _halve_at_most(metric: Float[Tensor, "batch tokens dim"], keep: int, before: int) -> Clusters:
+    num = metric.shape[1]
+    merges = min(num - keep, num // 2)
+    return Clusters(match(metric, merges, before), num - merges)
+
+
+def mean_over_heads(
+    key: Float[Tensor, "batch heads tokens head_dim"],
+) -> Float[Tensor, "batch tokens head_dim"]:
+    """What ToMe and ATC compare tokens by, at least float32 (float16 sums can overflow)."""
+    return key.mean(1, dtype=torch.promote_types(key.dtype, torch.float32))
+
+
+def _best(
+    a: Float[Tensor, "batch a dim"], b: Float[Tensor, "batch b dim"], elements: int = 2**26
+) -> tuple[Float[Tensor, "batch a"], Int[Tensor, "batch a"]]:
+    """For every row of a, its highest inner product with a row of b, and which row that is.
+
+    The products are only ever reduced by their maximum, so they are never all kept at once:
+    `elements` bounds how many are.
+    """
+    rows = max(1, elements // (a.shape[0] * b.shape[1]))
+    parts = [(part @ b.transpose(1, 2)).max(-1) for part in a.split(rows, dim=1)]
+    if len(parts) == 1:
+        return parts[0].values, parts[0].indices
+    return torch.cat([p.values for p in parts], 1), torch.cat([p.indices for p in parts], 1)

@@ -1,0 +1,195 @@
+"""How many tokens stay after each layer.
+
+A schedule is called with the number of patch tokens and of layers, and returns one number per
+layer: the tokens that leave it. A fall is a reduction at that layer; a rise back to an earlier
+number undoes the reductions since. Prefix tokens are not counted. Layers count from 0.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from numbers import Real
+from typing import Protocol, runtime_checkable
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """Anything that turns (tokens, layers) into one number of tokens per layer."""
+
+    def __call__(self, tokens: int, layers: int) -> Sequence[int]:
+        """The number of tokens that leave each of `layers` layers, of `tokens` that enter."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Keeps a share of the tokens at a few layers: stage s leaves floor(tokens * keep_rate^(s+1)).
+
+    The protocol of Haurum et al., "Which Tokens to Use? Investigating Token Reduction in Vision
+    Transformers", ICCVW 2023, https://arxiv.org/abs/2308.04657, section 4.
+
+    >>> Stages(0.5)(tokens=196, layers=12)
+    [196, 196, 196, 98, 98, 98, 49, 49, 49, 24, 24, 24]
+
+    Args:
+        keep_rate: the share of tokens kept at each stage, in (0, 1].
+        layers: where the stages are; a quarter, a half and three quarters of the way if not given.
+    """
+
+    keep_rate: float
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_keep_rate(self.keep_rate)
+        if self.layers is not None and not _rising(self.layers):
+            raise ValueError(f"layers must be rising integers from 0 on, not {self.layers!r}")
+
+    def __call__(self, tokens: int, layers: int) -> list[int]:
+        at = self.layers or tuple(layers * quarter // 4 for quarter in (1, 2, 3))
+        if at[-1] >= layers:
+            raise ValueError(f"layers must be in [0, {layers - 1}] for {layers} layers, not {at}")
+        passed = [sum(stage <= layer for stage in at) for layer in range(layers)]
+        # The decimal number that was meant: as a float, 100 * 0.7**2 is a little below 49.
+        rate = Fraction(str(self.keep_rate))
+        return [max(1, math.floor(tokens * rate**stages)) for stages in passed]
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Removes the same number of tokens in every layer, at most half of what is left.
+
+    Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023, section 3, where the limit of
+    one half comes from; Haurum et al., "Agglomerative Token Clustering", ECCV 2024, equation 4.
+
+    >>> Constant(13)(tokens=196, layers=4)
+    [183, 170, 157, 144]
+    """
+
+    merges: int
+
+    def __post_init__(self) -> None:
+        _check_merges(self.merges)
+
+    def __call__(self, tokens: int, layers: int) -> list[int]:
+        return _removing([self.merges] * layers, tokens)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Removes ever fewer tokens (or ever more), in a straight line over the layers.
+
+    Layer l of L removes floor(low + l * (high - low) / (L - 1)) tokens, at most half of what is
+    left, with low = floor(merges * (1 - inflection)) and high = 2 * merges - low. The default is
+    equation 5 of Haurum et al., "Agglomerative Token Clustering", ECCV 2024: floor(2t - 2tl/(L-1)).
+
+    >>> [196] + Linear(16)(tokens=196, layers=12)
+    [196, 164, 135, 109, 86, 66, 49, 35, 24, 16, 11, 9, 9]
+
+    Args:
+        merges: tokens removed per layer, on average before rounding down.
+        inflection: -1 falls from 2 * merges to nothing, 0 is constant, 1 rises from nothing.
+    """
+
+    merges: int
+    inflection: float = -1.0
+
+    def __post_init__(self) -> None:
+        _check_merges(self.merges)
+        if not -1 <= self.inflection <= 1:
+            raise ValueError(f"inflection must be in [-1, 1], not {self.inflection!r}")
+
+    def __call__(self, tokens: int, layers: int) -> list[int]:
+        low = math.floor(self.merges * (1 - Fraction(str(self.inflection))))
+        rise = 2 * (self.merges - low)
+        steps = max(layers - 1, 1)
+        return _removing(
+            [low + math.floor(Fraction(i * rise, steps)) for i in range(layers)], tokens
+        )
+
+
+@dataclass(frozen=True)
+class Exactly:
+    """The number of tokens after each layer, given outright.
+
+    >>> Exactly((196, 98, 98, 49))(tokens=196, layers=4)
+    [196, 98, 98, 49]
+    """
+
+    counts: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "counts", tuple(self.counts))
+
+    def __call__(self, tokens: int, layers: int) -> list[int]:
+        return list(self.counts)
+
+
+def plan(schedule: Schedule, tokens: int, layers: int) -> tuple[int, ...]:
+    """What the schedule asks for, checked: one whole number per layer, none above `tokens`, and
+    every rise back to a number that was there before.
+
+    Raises:
+        ValueError: the schedule asks for something else.
+    """
+    counts = tuple(int(count) for count in schedule(tokens, layers))
+    if len(counts) != layers:
+        raise ValueError(
+            f"{schedule} gives {len(counts)} numbers, but the model has {layers} layers"
+        )
+    before = [tokens]
+    for layer, count in enumerate(counts):
+        if not 1 <= count <= tokens:
+            raise ValueError(
+                f"{schedule} asks for {count} tokens after layer {layer}; "
+                f"possible are 1 to {tokens}"
+            )
+        if count > before[-1] and count not in before:
+            raise ValueError(
+                f"{schedule} rises to {count} tokens after layer {layer}; it can only rise back "
+                f"to an earlier number, one of {sorted(set(before), reverse=True)}"
+            )
+        while before[-1] < count:
+            before.pop()
+        before.append(count)
+    return counts
+
+
+def check_keep_rate(keep_rate: object) -> None:
+    """Raises unless it is a number in (0, 1]."""
+    if isinstance(keep_rate, bool) or not isinstance(keep_rate, Real):
+        raise TypeError(
+            f"keep_rate must be a number in (0, 1] or a schedule, not {keep_rate!r} "
+            f"({type(keep_rate).__name__})"
+        )
+    if not 0 < float(keep_rate) <= 1:
+        raise ValueError(
+            f"keep_rate must be in (0, 1], the share of tokens kept, not {keep_rate!r}"
+        )
+
+
+def _removing(removed: Sequence[int], tokens: int) -> list[int]:
+    left = []
+    for merges in removed:
+        tokens -= min(merges, tokens // 2)
+        left.append(tokens)
+    return left
+
+
+def _check_merges(merges: object) -> None:
+    if isinstance(merges, bool) or not isinstance(merges, int):
+        raise TypeError(f"merges must be a whole number of tokens per layer, not {merges!r}")
+    if merges < 0:
+        raise ValueError(f"merges must be at least 0 tokens per layer, not {merges}")
+
+
+def _rising(layers: Sequence[int]) -> bool:
+    return (
+        len(layers) > 0
+        and all(isinstance(layer, int) for layer in layers)
+        and layers[0] >= 0
+        and all(a < b for a, b in itertools.pairwise(layers))
+    )
