@@ -1,0 +1,126 @@
+"""timm's VisionTransformer: ViT, DeiT, AugReg, MAE, CLIP, SigLIP, DINOv2 (with registers).
+
+Tokens are reduced between attention and MLP, as in ToMe (figure 1) and ATC (section 3).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from timm.layers import GlobalResponseNormMlp
+from timm.layers.mlp import ConvMlp
+from timm.models._features import feature_take_indices
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from torch import Tensor, nn
+
+from tokred.host import Host
+from tokred.run import Layout, Reduction, Step, needed_for_pooling
+
+
+def forward(
+    block: Block,
+    step: Step,
+    x: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """`timm.models.vision_transformer.Block.forward` (timm 1.0.16 to 1.0.31), with the seam.
+
+    Everything that a block may have (LayerScale, DropPath, QK-norm, fused attention) is called
+    through its own submodules.
+    """
+    if is_causal:
+        raise ValueError("is_causal=True is not supported: merged tokens have no place in an order")
+    mask = step.bias(x, attn_mask)
+    x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x), attn_mask=mask)))
+    x = step.reduce(x)
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+def layout(model: VisionTransformer, image_size: tuple[int, int] | None) -> Layout:
+    grid = model.patch_embed.grid_size
+    if image_size is not None:
+        grid = model.patch_embed.dynamic_feat_size(image_size)
+    return Layout(
+        prefix=model.num_prefix_tokens,
+        layers=len(model.blocks),
+        grid=(int(grid[0]), int(grid[1])),
+        class_token=model.has_class_token,
+    )
+
+
+def forward_intermediates(
+    reduction: Reduction,
+    original: Callable[..., Any],
+    model: VisionTransformer,
+    x: Tensor,
+    indices: int | list[int] | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Full grids at the layers that are asked for. Also serves `get_intermediate_layers` and
+    `features_only` models, which call it."""
+    layers, _ = feature_take_indices(reduction.layout.layers, indices)
+    reduction.set_tapped(frozenset(layers))
+    try:
+        return original(model, x, indices, *args, **kwargs)
+    finally:
+        reduction.set_tapped(frozenset())
+
+
+def pool(
+    reduction: Reduction,
+    original: Callable[..., Tensor],
+    model: VisionTransformer,
+    x: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """What the head pools: merged tokens as often as the tokens they stand for (the full grid of
+    copies gives just that), dropped tokens not at all."""
+    state = reduction.carried(x)
+    reduction.forget()
+    takes_class_token = model.attn_pool is None and model.global_pool == "token"
+    if state is not None and needed_for_pooling(state) and not takes_class_token:
+        if state.prunes and getattr(model.attn_pool, "pos_embed", None) is not None:
+            raise ValueError(
+                "this model's attention pooling has position embeddings, which would shift when "
+                "tokens are dropped: use a method that merges, such as 'tome'"
+            )
+        x = reduction.compress(x, state) if state.prunes else reduction.expand(x, state)
+    return original(model, x, *args, **kwargs)
+
+
+def refuse(model: VisionTransformer, signals: frozenset[str]) -> str | None:
+    for layer, block in enumerate(model.blocks):
+        attention = type(block.attn)
+        if "attn_mask" not in inspect.signature(attention.forward).parameters or not hasattr(
+            block.attn, "k_norm"
+        ):
+            return f"block {layer} has {attention.__qualname__}, which takes no attn_mask"
+        if "query" in signals and attention.forward is not Attention.forward:
+            return f"the attention that {attention.__qualname__} pays is not known (block {layer})"
+        if isinstance(block.mlp, GlobalResponseNormMlp | ConvMlp):
+            return f"the MLP of block {layer} mixes tokens ({type(block.mlp).__qualname__})"
+    return None
+
+
+def _passes(model: VisionTransformer) -> list[nn.Module]:
+    return [model.norm]
+
+
+HOST = Host(
+    model=VisionTransformer,
+    block=Block,
+    blocks=lambda model: list(model.blocks),
+    layout=layout,
+    forward=forward,
+    taps={"key": lambda block: block.attn.k_norm, "query": lambda block: block.attn.q_norm},
+    scale=lambda block: float(block.attn.scale),
+    passes=_passes,
+    methods={"forward_intermediates": forward_intermediates, "pool": pool},
+    refuse=refuse,
+    summary="ViT, DeiT (I, III, distilled), AugReg, MAE, CLIP, SigLIP, DINOv2 (with registers)",
+)

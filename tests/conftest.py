@@ -1,0 +1,89 @@
+"""Small host models with random weights, and the bundled checkpoint. Nothing is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from tokred import zoo
+
+# The real classes, narrowed: wide layers test nothing more and cost minutes.
+SMALL: dict[str, object] = {"embed_dim": 192, "num_heads": 3}
+
+# The name in timm, its options, and the image size that makes a 4x4 or 5x5 grid.
+HOSTS: dict[str, tuple[str, dict[str, object], int]] = {
+    "vit": ("vit_tiny_patch16_224", {}, 64),
+    "deit": ("deit_tiny_patch16_224", {}, 64),
+    "distilled": ("deit_tiny_distilled_patch16_224", {}, 64),
+    "deit3, LayerScale": ("deit3_small_patch16_224", SMALL, 64),
+    "augreg": ("vit_small_patch32_224", SMALL, 128),
+    "mae, average pooling": ("vit_tiny_patch16_224", {"global_pool": "avg"}, 64),
+    "no class token": ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}, 64),
+    "clip, norm before": ("vit_base_patch32_clip_224", SMALL, 128),
+    "siglip, attention pooling": ("vit_base_patch16_siglip_224", SMALL, 64),
+    "dinov2, LayerScale": ("vit_small_patch14_dinov2", SMALL, 70),
+    "dinov2, registers": ("vit_small_patch14_reg4_dinov2", SMALL, 70),
+    "QK-norm": ("vit_tiny_patch16_224", {"qk_norm": True}, 64),
+    "registers, average pooling": ("vit_wee_patch16_reg1_gap_256", {**SMALL, "num_heads": 3}, 64),
+    "hybrid": ("vit_tiny_r_s16_p8_224", {}, 128),
+    "rectangular": ("vit_tiny_patch16_224", {"img_size": (64, 96)}, 64),
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+
+
+def small(name: str) -> nn.Module:
+    """A host of 4 blocks with 10 classes, in evaluation mode, LayerScale made visible."""
+    timm_name, options, size = HOSTS[name]
+    options = {"img_size": size, **options}
+    model: nn.Module = timm.create_model(timm_name, depth=4, num_classes=10, **options)
+    make_visible(model)
+    return model.eval()
+
+
+def make_visible(model: nn.Module) -> None:
+    """Draws LayerScale and the final latent away from the tiny values that they start with, so
+    that a patch which drops or doubles them cannot hide."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("gamma"):
+            nn.init.uniform_(parameter, 0.1, 0.5)
+        if name.endswith(("cls_token", "reg_token", "dist_token", "latent")):
+            nn.init.normal_(parameter, std=0.5)
+
+
+def images_for(model: nn.Module, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 3, *model.patch_embed.img_size)
+
+
+@pytest.fixture(params=HOSTS, ids=lambda name: name.replace(", ", "-").replace(" ", "-"))
+def vit(request: pytest.FixtureRequest) -> nn.Module:
+    return small(request.param)
+
+
+@pytest.fixture
+def images(request: pytest.FixtureRequest) -> torch.Tensor:
+    """Images for `vit` where the test has one, for the plain ViT otherwise."""
+    if "vit" in request.fixturenames:
+        return images_for(request.getfixturevalue("vit"))
+    return torch.randn(2, 3, 64, 64)
+
+
+@pytest.fixture
+def plain() -> nn.Module:
+    return small("vit")
+
+
+@pytest.fixture(scope="session")
+def digits() -> Callable[[], tuple[nn.Module, torch.Tensor, torch.Tensor]]:
+    """The bundled checkpoint (a fresh copy at every call), its images and their labels."""
+    held_out = zoo.held_out()
+    images = zoo.normalise(held_out.images)
+    return lambda: (zoo.load(), images, held_out.labels)

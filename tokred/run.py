@@ -1,0 +1,424 @@
+"""One forward pass with fewer tokens: the seam between the engine and a patched block.
+
+What a tensor of tokens stands for (how many original tokens each one is, and by which maps they
+became few) is a value, `State`, that rides on the activation itself. So passes may interleave:
+several threads, recomputation under gradient checkpointing, two forward passes before a backward.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from tokred.maps import Clusters, TokenMap
+from tokred.reducers import Reducer, Tokens
+from tokred.schedule import Schedule, plan
+
+_ATTRIBUTE = "_tokred_state"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model lays out its sequence: prefix tokens in front, then a grid of patch tokens.
+
+    Attributes:
+        prefix: how many prefix tokens there are (class, distillation, register tokens).
+        layers: how many blocks there are.
+        grid: (height, width) of the patch tokens, for the model's own image size.
+        class_token: whether the first token is a class token.
+    """
+
+    prefix: int
+    layers: int
+    grid: tuple[int, int]
+    class_token: bool
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """One reduction that has happened: its map, and what is needed to undo it."""
+
+    map: TokenMap
+    size: Float[Tensor, "batch fine"] | None
+    log_size: Float[Tensor, "batch 1 1 fine_and_prefix"] | None
+    stale: Float[Tensor, "batch fine dim"] | None
+
+
+@dataclass(frozen=True)
+class State:
+    """What the tokens of one activation stand for.
+
+    Attributes:
+        counts: the plan of the pass: patch tokens after each layer.
+        full: patch tokens of the full grid.
+        trail: the reductions so far, the last one at the end.
+        size: how many original tokens each patch token stands for; None if each one for itself.
+        log_size: its logarithm, with zeros for the prefix tokens, ready to be added to attention.
+        expanded: whether the activation is on the full grid again, copies for merged tokens.
+    """
+
+    counts: tuple[int, ...]
+    full: int
+    trail: tuple[Reduced, ...] = ()
+    size: Float[Tensor, "batch tokens"] | None = None
+    log_size: Float[Tensor, "batch 1 1 tokens_and_prefix"] | None = None
+    expanded: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Patch tokens of the activation."""
+        return self.trail[-1].map.num_coarse if self.trail and not self.expanded else self.full
+
+    @property
+    def prunes(self) -> bool:
+        """Whether tokens were dropped, rather than merged."""
+        return any(not reduced.map.merges for reduced in self.trail)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What `tokred.inspect` wants to know of one reduction."""
+
+    layer: int
+    before: int
+    map: TokenMap
+
+
+@dataclass(eq=False)
+class Reduction:
+    """A method that has been put into a model: what stays the same between forward passes.
+
+    Attributes:
+        reducer: the method.
+        schedule: how many tokens stay after each layer.
+        layout: how the model lays out its tokens.
+        proportional_attention: whether a token that stands for s tokens counts s times as a key.
+        full_grid: whether features that leave the model are on the full grid again.
+    """
+
+    reducer: Reducer
+    schedule: Schedule
+    layout: Layout
+    proportional_attention: bool = True
+    full_grid: bool = True
+    # Runtime state, one per thread. Code that is being compiled cannot see a thread's own
+    # attributes, and has a plain dictionary instead.
+    _local: Any = field(default_factory=threading.local, repr=False)
+    _traced: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __str__(self) -> str:
+        tokens = self.layout.grid[0] * self.layout.grid[1]
+        counts = plan(self.schedule, tokens, self.layout.layers)
+        return f"{self.reducer}, patch tokens per layer: {tokens} -> {', '.join(map(str, counts))}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        runtime = {"_local", "_traced"}
+        return {name: value for name, value in vars(self).items() if name not in runtime}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._local, self._traced = threading.local(), {}
+
+    def start(self, x: Float[Tensor, "batch tokens dim"]) -> State:
+        """The state of tokens that nothing has been done to."""
+        tokens = x.shape[1] - self.layout.prefix
+        return State(plan(self.schedule, tokens, self.layout.layers), tokens)
+
+    def enter(self, layer: int, scale: float, x: Float[Tensor, "batch tokens dim"]) -> Step:
+        """Called when a patched block begins. The first block starts a pass, whoever called it."""
+        state = self.start(x) if layer == 0 else self.carried(x) or self.start(x)
+        step = Step(self, layer, scale, state)
+        self._put("signals", step.signals)
+        return step
+
+    def carry(self, x: Tensor, state: State) -> None:
+        """Lets `state` ride on `x`."""
+        if torch.compiler.is_compiling():
+            self._traced["state"] = state
+        else:
+            setattr(x, _ATTRIBUTE, state)
+            self._local.state = state
+
+    def carried(self, x: Tensor) -> State | None:
+        """The state that rides on `x`. If `x` has lost it (it was moved, detached, or computed
+        with), the last state of this thread, provided that it fits.
+
+        Raises:
+            RuntimeError: tokens were added or taken away between two blocks.
+        """
+        if torch.compiler.is_compiling():
+            traced: State | None = self._traced.get("state")
+            return traced
+        state: State | None = getattr(x, _ATTRIBUTE, None)
+        if state is None:
+            state = getattr(self._local, "state", None)
+        if state is not None and x.shape[1] != state.tokens + self.layout.prefix:
+            raise RuntimeError(
+                f"a patched block got {x.shape[1]} tokens, but the one before it has put out "
+                f"{state.tokens + self.layout.prefix}. Tokens cannot be added or taken away "
+                "between blocks while a reduction is applied; tokred.remove(model) takes it out. "
+                "(A pass that was broken off is forgotten when the first block runs again.)"
+            )
+        return state
+
+    def pass_on(self, x: Tensor, y: Tensor) -> None:
+        """Lets the state of `x` ride on `y` too, the same tokens after a norm."""
+        if not torch.compiler.is_compiling():
+            state = getattr(x, _ATTRIBUTE, None)
+            if state is not None:
+                setattr(y, _ATTRIBUTE, state)
+
+    def forget(self) -> None:
+        """Drops the last state of this thread: the pass is over."""
+        if torch.compiler.is_compiling():
+            self._traced.clear()
+        else:
+            self._local.state = None
+
+    def see(self, signal: str, value: Tensor) -> None:
+        """Called when a tapped submodule of the running block has put something out."""
+        signals = self._get("signals")
+        if signals is not None:
+            signals[signal] = value
+
+    def set_tapped(self, layers: frozenset[int]) -> None:
+        """Says at which layers the host hands out tokens during this call, and so wants the full
+        grid."""
+        self._put("tapped", layers)
+
+    def tapped(self) -> frozenset[int]:
+        layers: frozenset[int] | None = self._get("tapped")
+        return layers or frozenset()
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Record]]:
+        """Collects what every reduction of this thread does, until the end of the block."""
+        records: list[Record] = []
+        self._local.records = records
+        try:
+            yield records
+        finally:
+            self._local.records = None
+
+    def record(self, record: Record) -> None:
+        if not torch.compiler.is_compiling():
+            records = getattr(self._local, "records", None)
+            if records is not None:
+                records.append(record)
+
+    def expand(
+        self, x: Float[Tensor, "batch tokens dim"], state: State
+    ) -> Float[Tensor, "batch full dim"]:
+        """The full grid from reduced tokens: copies for merged ones, the last value for dropped
+        ones."""
+        if state.expanded or not state.trail:
+            return x
+        prefix = self.layout.prefix
+        return torch.cat([x[:, :prefix], _up(x[:, prefix:], state.trail)], 1)
+
+    def compress(
+        self, x: Float[Tensor, "batch full dim"], state: State
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """Reduced tokens from the full grid that `expand` has made. Merged tokens are copies of
+        each other there, so that their mean is what they were."""
+        if not state.expanded or not state.trail:
+            return x
+        prefix = self.layout.prefix
+        tokens = x[:, prefix:]
+        for reduced in state.trail:
+            size = reduced.size
+            if size is None:
+                size = torch.ones(tokens.shape[:2], dtype=torch.float32, device=x.device)
+            tokens = reduced.map.down(tokens, size)
+        return torch.cat([x[:, :prefix], tokens], 1)
+
+    def _put(self, name: str, value: Any) -> None:
+        if torch.compiler.is_compiling():
+            self._traced[name] = value
+        else:
+            setattr(self._local, name, value)
+
+    def _get(self, name: str) -> Any:
+        if torch.compiler.is_compiling():
+            return self._traced.get(name)
+        return getattr(self._local, name, None)
+
+
+@dataclass
+class Step:
+    """One run of one patched block: all that a patch may call."""
+
+    reduction: Reduction
+    layer: int
+    scale: float
+    state: State
+    signals: dict[str, Tensor] = field(default_factory=dict)
+
+    def open(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
+        """Before the block: few tokens again, if they were expanded for somebody to see."""
+        x = self.reduction.compress(x, self.state)
+        self.state = replace(self.state, expanded=False)
+        return x
+
+    def bias(self, x: Tensor, mask: Tensor | None = None) -> Tensor | None:
+        """Proportional attention: a token that stands for s tokens counts s times as a key
+        (ToMe, equation 1: log s is added to its logits). Just `mask` as long as no token stands
+        for more than itself.
+
+        Raises:
+            ValueError: there is a mask, and this pass reduces tokens.
+        """
+        if mask is not None and min(self.state.counts) < self.state.full:
+            raise ValueError(
+                "attn_mask cannot be combined with token reduction here: it names positions "
+                "that are merged or dropped. Call the model without it, or tokred.remove(model)"
+            )
+        if self.state.log_size is None or not self.reduction.proportional_attention:
+            return mask
+        # In the dtype of x: with float64 queries and a float32 mask, torch's fused attention on
+        # the CPU is silently wrong.
+        return self.state.log_size.to(x.dtype)
+
+    def reduce(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch kept dim"]:
+        """As many tokens as the schedule asks for at this layer."""
+        prefix, keep = self.reduction.layout.prefix, self.state.counts[self.layer]
+        num = x.shape[1] - prefix
+        if keep == num:
+            return x
+        if keep > num:
+            return self._rise(x, keep)
+        tokens = x[:, prefix:]
+        size = self.state.size
+        if size is None:
+            size = torch.ones(tokens.shape[:2], dtype=torch.float32, device=x.device)
+        view = self._tokens(tokens, size)
+        # Autocast would compare tokens in half precision.
+        with torch.autocast(x.device.type, enabled=False):
+            token_map = self.reduction.reducer(view, keep)
+            if token_map.num_coarse != keep:
+                raise ValueError(
+                    f"{self.reduction.reducer} returned {token_map.num_coarse} tokens of {num} "
+                    f"at layer {self.layer}, but was asked for {keep}"
+                )
+            fewer = token_map.down(tokens, size)
+        self.reduction.record(Record(self.layer, num, token_map))
+        self._went_down(token_map, tokens, size)
+        return torch.cat([x[:, :prefix], fewer], 1)
+
+    def restore(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch full dim"]:
+        """The full grid again, for good: later layers run on all tokens."""
+        return self._rise(x, self.state.full)
+
+    def close(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch out dim"]:
+        """After the block: the full grid, if somebody is going to see it."""
+        reduction, state = self.reduction, self.state
+        last = self.layer == reduction.layout.layers - 1
+        if self.layer in reduction.tapped() or (last and reduction.full_grid):
+            x = reduction.expand(x, state)
+            state = replace(state, expanded=True)
+        reduction.carry(x, state)
+        if last and (not torch.compiler.is_compiling() or not needed_for_pooling(state)):
+            reduction.forget()
+        return x
+
+    def _tokens(
+        self, x: Float[Tensor, "batch tokens dim"], size: Float[Tensor, "batch tokens"]
+    ) -> Tokens:
+        needs, layout = self.reduction.reducer.needs, self.reduction.layout
+        key = self.signals.get("key")
+        attention = None
+        if "class_attention" in needs:
+            rows = self.signals["query"][:, :, :1] if layout.class_token else self.signals["query"]
+            bias = self.state.log_size if self.reduction.proportional_attention else None
+            attention = mean_attention(
+                rows.detach(), self.signals["key"].detach(), self.scale, bias
+            )
+            attention = attention[:, layout.prefix :]
+        return Tokens(
+            x=x,
+            size=size,
+            key=key.detach()[:, :, layout.prefix :] if key is not None and "key" in needs else None,
+            class_attention=attention,
+            grid=layout.grid if x.shape[1] == layout.grid[0] * layout.grid[1] else None,
+            layer=self.layer,
+            before=layout.prefix,
+        )
+
+    def _went_down(
+        self,
+        token_map: TokenMap,
+        tokens: Float[Tensor, "batch fine dim"],
+        size: Float[Tensor, "batch fine"],
+    ) -> None:
+        state = self.state
+        stale = None if token_map.merges else tokens
+        reduced = Reduced(token_map, state.size, state.log_size, stale)
+        new, log_size = None, None
+        if token_map.merges or state.size is not None:
+            new = token_map.total(size)
+            log_size = F.pad(new.log(), (self.reduction.layout.prefix, 0))[:, None, None, :]
+        self.state = replace(state, trail=(*state.trail, reduced), size=new, log_size=log_size)
+
+    def _rise(self, x: Float[Tensor, "batch tokens dim"], to: int) -> Float[Tensor, "batch to dim"]:
+        trail, num = self.state.trail, x.shape[1] - self.reduction.layout.prefix
+        undone: list[Reduced] = []
+        size, log_size = self.state.size, self.state.log_size
+        while num < to:
+            *rest, reduced = trail
+            trail = tuple(rest)
+            undone.insert(0, reduced)
+            size, log_size = reduced.size, reduced.log_size
+            num = trail[-1].map.num_coarse if trail else self.state.full
+        prefix = self.reduction.layout.prefix
+        x = torch.cat([x[:, :prefix], _up(x[:, prefix:], tuple(undone))], 1)
+        self.state = replace(self.state, trail=trail, size=size, log_size=log_size)
+        return x
+
+
+def needed_for_pooling(state: State) -> bool:
+    """Whether a pooled head must know what the tokens stand for: some were dropped, or they are
+    still few."""
+    return bool(state.trail) and (state.prunes or not state.expanded)
+
+
+def mean_attention(
+    query: Float[Tensor, "batch heads rows head_dim"],
+    key: Float[Tensor, "batch heads tokens head_dim"],
+    scale: float,
+    bias: Float[Tensor, "batch 1 1 tokens"] | None = None,
+) -> Float[Tensor, "batch tokens"]:
+    """The attention that each key gets from the given queries: softmax(scale * q k^T + bias), mean
+    over queries and heads, float32. Head by head if the queries are many, so that the whole map
+    of all heads never exists."""
+    query, key = query.float(), key.float()
+    if query.shape[2] == 1:
+        logits = (query @ key.transpose(2, 3)) * scale
+        return (logits if bias is None else logits + bias).softmax(-1).mean((1, 2))
+    total = query.new_zeros(key.shape[0], key.shape[2])
+    for head in range(query.shape[1]):
+        logits = (query[:, head] @ key[:, head].transpose(1, 2)) * scale
+        total = total + (logits if bias is None else logits + bias[:, 0]).softmax(-1).mean(1)
+    return total / query.shape[1]
+
+
+def _up(
+    y: Float[Tensor, "batch coarse dim"], trail: tuple[Reduced, ...]
+) -> Float[Tensor, "batch fine dim"]:
+    """Undoes the reductions of a trail. Runs of merges are undone by one copy."""
+    clusters: Clusters | None = None
+    for reduced in reversed(trail):
+        if isinstance(reduced.map, Clusters):
+            clusters = reduced.map.then(clusters) if clusters else reduced.map
+            continue
+        if clusters:
+            y, clusters = clusters.up(y), None
+        y = reduced.map.up(y, reduced.stale)
+    return clusters.up(y) if clusters else y
