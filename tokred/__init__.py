@@ -1,0 +1,47 @@
+"""Fewer tokens in pretrained vision transformers, in one line.
+
+tokred.apply(model, "atc", keep_rate=0.5)
+tokred.remove(model)
+"""
+
+from tokred.citing import cite
+from tokred.cost import Bench, Flops, bench, flops
+from tokred.drawing import visualise
+from tokred.host import UnsupportedModelError, hosts
+from tokred.patching import applied, apply, remove
+from tokred.reducers import names as methods
+from tokred.reducers.atc import ATC
+from tokred.reducers.random import Random
+from tokred.reducers.tome import ToMe
+from tokred.reducers.topk import TopK
+from tokred.run import Reduction
+from tokred.schedule import Constant, Exactly, Linear, Stages
+from tokred.tracing import Trace, inspect
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ATC",
+    "Bench",
+    "Constant",
+    "Exactly",
+    "Flops",
+    "Linear",
+    "Random",
+    "Reduction",
+    "Stages",
+    "ToMe",
+    "TopK",
+    "Trace",
+    "UnsupportedModelError",
+    "applied",
+    "apply",
+    "bench",
+    "cite",
+    "flops",
+    "hosts",
+    "inspect",
+    "methods",
+    "remove",
+    "visualise",
+]

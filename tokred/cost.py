@@ -1,0 +1,349 @@
+"""What a model costs, counted and measured, beside the dense model and the free limit.
+
+The free limit is the same model with its tokens cut off to the same numbers at the same layers,
+which needs no decision and no merging: no method can be faster on that machine, model and batch.
+Efficiency is a method's speed-up as a share of the free limit's.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tokred.host import Host, find_host
+from tokred.maps import Kept
+from tokred.patching import apply, hang, reduction_of, remove, unwrap
+from tokred.reducers import Reducer, Tokens
+from tokred.run import Reduction
+from tokred.schedule import Schedule, plan
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Multiply-adds per image: of matrix products, convolutions and attention, those of the
+    method included; nothing else is counted (no norms, softmax, sorting or clustering).
+
+    Attributes:
+        dense: without the reduction.
+        reduced: with it.
+    """
+
+    dense: float
+    reduced: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times fewer."""
+        return self.dense / self.reduced
+
+    def as_dict(self) -> dict[str, float]:
+        return {**dataclasses.asdict(self), "ratio": self.ratio}
+
+    def __str__(self) -> str:
+        dense, reduced = self.dense / 1e9, self.reduced / 1e9
+        return f"{self.ratio:.2f}x fewer multiply-adds: {reduced:.3f} of {dense:.3f} G per image"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side of a benchmark.
+
+    Attributes:
+        seconds: of every measured run of the batch, in the order they were run.
+        peak_memory: bytes allocated at most during a run; None on the CPU.
+    """
+
+    seconds: tuple[float, ...]
+    peak_memory: int | None
+
+    @property
+    def median(self) -> float:
+        """Seconds per batch."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles, as a share of the median."""
+        if len(self.seconds) < 2:
+            return float("nan")
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return (high - low) / 2 / self.median
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measured speed: the dense model, the reduced one, and the free limit, interleaved.
+
+    Attributes:
+        model: class of the model.
+        method: the method and its options.
+        counts: patch tokens after each layer; `tokens` enter the first.
+        device, dtype, threads, compiled, versions: what it was measured on.
+        dense, reduced, limit: the three arms.
+    """
+
+    model: str
+    method: str
+    tokens: int
+    counts: tuple[int, ...]
+    batch: int
+    image_size: tuple[int, int]
+    device: str
+    dtype: str
+    threads: int
+    compiled: bool
+    versions: dict[str, str]
+    dense: Arm
+    reduced: Arm
+    limit: Arm
+
+    @property
+    def speed_up(self) -> float:
+        return self.dense.median / self.reduced.median
+
+    @property
+    def free_limit(self) -> float:
+        """The speed-up of cutting tokens off at no cost."""
+        return self.dense.median / self.limit.median
+
+    @property
+    def efficiency(self) -> float:
+        """The speed-up as a share of the free limit."""
+        return self.speed_up / self.free_limit
+
+    def as_dict(self) -> dict[str, Any]:
+        ratios = {name: getattr(self, name) for name in ("speed_up", "free_limit", "efficiency")}
+        return {**ratios, **dataclasses.asdict(self)}
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.speed_up:.2f}x as fast as dense; free limit {self.free_limit:.2f}x; "
+            f"efficiency {self.efficiency:.2f}",
+            f"{self.model}, {self.method}: {self.tokens} -> {', '.join(map(str, self.counts))}",
+        ]
+        for name in ("dense", "reduced", "limit"):
+            arm: Arm = getattr(self, name)
+            memory = f", {arm.peak_memory / 2**20:.0f} MiB" if arm.peak_memory is not None else ""
+            lines.append(
+                f"  {name:8s}{self.batch / arm.median:10.1f} images/s  "
+                f"{arm.median * 1e3:9.2f} ms per batch  +-{arm.spread:.1%}{memory}"
+            )
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        lines.append(
+            f"  batch {self.batch} of {self.image_size[0]}x{self.image_size[1]}, {self.dtype}, "
+            f"{'compiled' if self.compiled else 'eager'}, {len(self.dense.seconds)} rounds, "
+            f"{self.device}, {self.threads} threads, {versions}"
+        )
+        return "\n".join(lines)
+
+
+def flops(
+    model: nn.Module,
+    images: Float[Tensor, "batch channels height width"],
+    host: Host | None = None,
+) -> Flops:
+    """Counts multiply-adds per image, with and without the reduction that is applied.
+
+    Args:
+        model: a model to which a reduction is applied; without one, both numbers are the same.
+        images: what the model takes.
+        host: the host it was applied with, if one was given to `tokred.apply`.
+    """
+    model = unwrap(model)
+    reduction = reduction_of(model)
+    reduced = _count(model, images)
+    if reduction is None:
+        return Flops(reduced, reduced)
+    with _put_back(model, host):
+        remove(model)
+        dense = _count(model, images)
+    return Flops(dense, reduced)
+
+
+def bench(
+    model: nn.Module,
+    images: Float[Tensor, "batch channels height width"],
+    method: str | Reducer | None = None,
+    keep_rate: float | Schedule = 0.7,
+    *,
+    schedule: Schedule | None = None,
+    host: Host | None = None,
+    rounds: int = 20,
+    warmup: int = 3,
+    compile: bool = False,
+    on_round: Callable[[int, int], None] | None = None,
+) -> Bench:
+    """Measures the model dense, reduced, and cut off (the free limit), in one run.
+
+    Every round runs the batch once through each, in rotating order; medians are compared. All
+    three call the model's own attention, fused where the host fuses it. The model is left as it
+    was.
+
+    Args:
+        model: a supported model, with or without a reduction.
+        images: one batch, on the model's device and in its dtype.
+        method: what to measure; the reduction that is applied, if not given.
+        keep_rate: as for `tokred.apply`; used with `method` only.
+        schedule: as for `tokred.apply`; used with `method` only.
+        host: as for `tokred.apply`.
+        rounds: measured runs of each.
+        warmup: runs of each before, which are not measured.
+        compile: measure copies of the model under `torch.compile`, one per side.
+        on_round: called after every round with (rounds done, rounds in all), for progress bars.
+
+    Raises:
+        ValueError: there is nothing to measure: no method given and none applied.
+    """
+    if rounds < 1 or warmup < 0:
+        raise ValueError(f"rounds must be at least 1 and warmup 0, not {rounds} and {warmup}")
+    model = unwrap(model)
+    host = host or find_host(model)
+    with _put_back(model, host):
+        if method is not None:
+            apply(model, method, keep_rate, schedule=schedule, host=host)
+        reduction = reduction_of(model)
+        if reduction is None:
+            raise ValueError("method must be given: no reduction is applied to the model")
+        height, width = images.shape[-2:]
+        grid = host.layout(model, (height, width)).grid
+        limit = Reduction(Truncate(), reduction.schedule, reduction.layout, full_grid=False)
+        arms = {"dense": None, "reduced": reduction, "limit": limit}
+        sides = _sides(model, host, arms, compile)
+        seconds, memory = _measure(sides, images, rounds, warmup, on_round)
+    library = type(model).__module__.split(".")[0]
+    versions = {"torch": str(torch.__version__)}
+    if hasattr(sys.modules.get(library), "__version__"):
+        versions[library] = sys.modules[library].__version__
+    return Bench(
+        model=type(model).__name__,
+        method=str(reduction.reducer),
+        tokens=grid[0] * grid[1],
+        counts=plan(reduction.schedule, grid[0] * grid[1], reduction.layout.layers),
+        batch=len(images),
+        image_size=(height, width),
+        device=_device(images.device),
+        dtype=str(images.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        compiled=compile,
+        versions=versions,
+        **{name: Arm(tuple(seconds[name]), memory[name]) for name in arms},
+    )
+
+
+@dataclass(frozen=True)
+class Leading(Kept):
+    """The first tokens, whatever they are: a slice, which costs nothing."""
+
+    def down(
+        self, x: Float[Tensor, "batch fine dim"], size: Float[Tensor, "batch fine"]
+    ) -> Float[Tensor, "batch coarse dim"]:
+        return x[:, : self.num_coarse]
+
+
+@dataclass(frozen=True)
+class Truncate:
+    """Cuts the sequence off. Not a method: the ceiling that methods are measured against."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    bibtex: ClassVar[str] = ""
+
+    def __call__(self, tokens: Tokens, keep: int) -> Leading:
+        batch, num, _ = tokens.x.shape
+        index: Int[Tensor, "batch coarse"] = torch.arange(keep, device=tokens.x.device)[None]
+        return Leading(index.expand(batch, keep), num)
+
+
+def _sides(
+    model: nn.Module, host: Host, arms: dict[str, Reduction | None], compile: bool
+) -> dict[str, tuple[nn.Module, Callable[[], None]]]:
+    """For every arm, the model to call and what to do just before: one model whose patch is
+    changed, or a compiled copy for each arm."""
+
+    def become(target: nn.Module, reduction: Reduction | None) -> None:
+        if reduction is None:
+            remove(target)
+        else:
+            hang(target, host, reduction)
+
+    sides: dict[str, tuple[nn.Module, Callable[[], None]]] = {}
+    for name, reduction in arms.items():
+        if compile:
+            twin = copy.deepcopy(model)
+            become(twin, reduction)
+            sides[name] = (torch.compile(twin), lambda: None)  # type: ignore[assignment]
+        else:
+            sides[name] = (model, lambda reduction=reduction: become(model, reduction))  # type: ignore[misc]
+    return sides
+
+
+def _measure(
+    sides: dict[str, tuple[nn.Module, Callable[[], None]]],
+    images: Tensor,
+    rounds: int,
+    warmup: int,
+    on_round: Callable[[int, int], None] | None,
+) -> tuple[dict[str, list[float]], dict[str, int | None]]:
+    names = list(sides)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    memory: dict[str, int | None] = dict.fromkeys(names)
+    cuda = images.device.type == "cuda"
+    for number in range(-warmup, rounds):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            target, prepare = sides[name]
+            prepare()
+            if cuda:
+                torch.cuda.synchronize(images.device)
+                torch.cuda.reset_peak_memory_stats(images.device)
+            begin = time.perf_counter()
+            with torch.no_grad():
+                target(images)
+            if cuda:
+                torch.cuda.synchronize(images.device)
+            took = time.perf_counter() - begin
+            if number >= 0:
+                seconds[name].append(took)
+                if cuda:
+                    peak = torch.cuda.max_memory_allocated(images.device)
+                    memory[name] = max(memory[name] or 0, peak)
+        if on_round and number >= 0:
+            on_round(number + 1, rounds)
+    return seconds, memory
+
+
+def _count(model: nn.Module, images: Tensor) -> float:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(images)
+    return float(counter.get_total_flops()) / 2 / len(images)
+
+
+@contextmanager
+def _put_back(model: nn.Module, host: Host | None) -> Iterator[None]:
+    """Whatever happens inside, the model ends with the reduction that it began with."""
+    former = reduction_of(model)
+    try:
+        yield
+    finally:
+        remove(model)
+        if former is not None:
+            hang(model, host or find_host(model), former)
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    return f"{device.type} {name} {torch.backends.cpu.get_cpu_capability()}"

@@ -1,0 +1,159 @@
+"""`tokred.visualise`: a trace drawn over its images; and the plot of accuracy against speed.
+
+Needs Pillow, the plot Matplotlib: `pip install "tokred[plots]"`.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+from tokred.tracing import Trace
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from PIL.Image import Image
+
+_GAP, _CAPTION = 8, 22
+_GREY, _LINE = (40, 40, 44), (255, 255, 255)
+
+
+def visualise(trace: Trace, images: Tensor | Sequence[Image], cell: int = 16) -> list[Image]:
+    """One strip per image: the image, then its tokens after every reduction.
+
+    A merged token is filled with the mean colour of its patches, tinted with a colour of its own
+    so that patches which lie apart are seen to belong together, and outlined. A token that stands
+    for its own patch shows the patch. A dropped token is dark.
+
+    Args:
+        trace: what `tokred.inspect` has returned.
+        images: the same images in the same order, as the model took them ([B, C, H, W]; each is
+            stretched to full contrast), as uint8, or as pictures of any size.
+        cell: pixels per patch in the drawing.
+
+    Raises:
+        ValueError: there are not as many images as were traced, or nothing was reduced.
+        ModuleNotFoundError: Pillow is not installed.
+    """
+    pictures = [_picture(image, trace.grid, cell) for image in images]
+    if not trace.stages:
+        raise ValueError("the trace has no reductions to draw: every token was kept")
+    traced = len(trace.stages[0].labels)
+    if len(pictures) != traced:
+        raise ValueError(f"images must be the {traced} that were traced, not {len(pictures)}")
+    captions = ["image"] + [f"layer {s.layer}: {s.after} tokens" for s in trace.stages]
+    strips = []
+    for b, picture in enumerate(pictures):
+        maps = [_tokens(picture, stage.labels[b].cpu(), cell) for stage in trace.stages]
+        strips.append(_strip([picture, *maps], captions))
+    return strips
+
+
+def stack(strips: Sequence[Image]) -> Image:
+    """Strips of one width, one below the other, as one picture."""
+    pil = require("PIL.Image")
+    height = sum(strip.height for strip in strips)
+    page: Image = pil.new("RGB", (max(strip.width for strip in strips), height), "white")
+    top = 0
+    for strip in strips:
+        page.paste(strip, (0, top))
+        top += strip.height
+    return page
+
+
+def plot_trade_off(
+    axes: Axes, points: Mapping[str, Sequence[tuple[float, float]]], dense: float
+) -> None:
+    """Accuracy (in percent) over speed-up, one line per method; the dense model is the cross.
+
+    Args:
+        axes: where to draw.
+        points: for every method, its (speed-up, accuracy) pairs.
+        dense: the accuracy of the dense model.
+    """
+    for (name, line), marker in zip(points.items(), "osD^vPX*<>", strict=False):
+        ordered = sorted(line)
+        axes.plot([p[0] for p in ordered], [p[1] for p in ordered], marker=marker, label=name)
+    axes.axhline(dense, color="grey", linewidth=0.8, linestyle=":")
+    axes.plot([1], [dense], "kX", markersize=9, label="dense")
+    axes.set_xlabel("speed-up over the dense model, measured")
+    axes.set_ylabel("accuracy on held-out images, %")
+    axes.grid(alpha=0.25)
+    axes.legend()
+
+
+def require(module: str) -> Any:
+    """Imports a drawing library, or says how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f'pictures need {module.split(".")[0]}: run `pip install "tokred[plots]"`'
+        ) from error
+
+
+def _picture(image: Any, grid: tuple[int, int], cell: int) -> UInt8[Tensor, "3 height width"]:
+    """Any image as uint8 RGB, with `cell` pixels per patch."""
+    if not isinstance(image, Tensor):
+        size = image.convert("RGB").size
+        flat = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+        image = flat.view(size[1], size[0], 3).permute(2, 0, 1)
+    pixels = image.detach().cpu().float()
+    if image.dtype != torch.uint8:
+        low, high = pixels.min(), pixels.max()
+        pixels = (pixels - low) / (high - low).clamp(min=1e-6) * 255
+    pixels = pixels.expand(3, -1, -1)
+    shape = (grid[0] * cell, grid[1] * cell)
+    pixels = F.interpolate(pixels[None], shape, mode="bilinear", antialias=True)[0]
+    return pixels.round().clamp(0, 255).to(torch.uint8)
+
+
+def _tokens(
+    picture: UInt8[Tensor, "3 height width"], labels: Int[Tensor, "rows columns"], cell: int
+) -> UInt8[Tensor, "3 height width"]:
+    rows, columns = labels.shape
+    patches = picture.float().view(3, rows, cell, columns, cell)
+    means = patches.mean((2, 4))  # [3, rows, columns]
+    out = patches.clone()
+    for label in labels.unique().tolist():
+        member = labels == label
+        if label < 0:
+            fill = torch.tensor(_GREY, dtype=torch.float32)
+        elif member.sum() == 1:
+            continue
+        else:
+            # Hues a golden section apart: neighbours in number look unlike each other.
+            red, green, blue = colorsys.hsv_to_rgb(label * 0.618 % 1, 0.75, 0.95)
+            tint = torch.tensor([red, green, blue]) * 255
+            fill = 0.6 * means[:, member].mean(1) + 0.4 * tint
+        out.permute(0, 1, 3, 2, 4)[:, member] = fill[:, None, None, None]
+    pixels = out.reshape(3, rows * cell, columns * cell)
+    line = torch.tensor(_LINE, dtype=torch.float32)[:, None, None]
+    for row, column in (labels[1:] != labels[:-1]).nonzero().tolist():
+        across = slice(column * cell, (column + 1) * cell)
+        pixels[:, (row + 1) * cell - 1 : (row + 1) * cell, across] = line
+    for row, column in (labels[:, 1:] != labels[:, :-1]).nonzero().tolist():
+        along = slice(row * cell, (row + 1) * cell)
+        pixels[:, along, (column + 1) * cell - 1 : (column + 1) * cell] = line
+    return pixels.round().clamp(0, 255).to(torch.uint8)
+
+
+def _strip(pictures: Sequence[UInt8[Tensor, "3 height width"]], captions: Sequence[str]) -> Image:
+    pil, draw, font = require("PIL.Image"), require("PIL.ImageDraw"), require("PIL.ImageFont")
+    _, height, width = pictures[0].shape
+    size = (len(pictures) * (width + _GAP) + _GAP, height + _CAPTION + _GAP)
+    strip: Image = pil.new("RGB", size, "white")
+    pen = draw.Draw(strip)
+    for number, (pixels, caption) in enumerate(zip(pictures, captions, strict=True)):
+        left = _GAP + number * (width + _GAP)
+        flat = pixels.permute(1, 2, 0).contiguous()
+        strip.paste(pil.fromarray(flat.numpy()), (left, _CAPTION))
+        pen.text((left, 3), caption, fill="black", font=font.load_default(13))
+    return strip

@@ -1,0 +1,127 @@
+"""`tokred.inspect`: a forward pass told reduction by reduction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from tokred.host import Host, find_host
+from tokred.maps import TokenMap
+from tokred.patching import reduction_of, unwrap
+
+
+@dataclass(frozen=True)
+class StageTrace:
+    """One reduction: where it happened, and which tokens became which.
+
+    Attributes:
+        layer: the block, from 0.
+        before: patch tokens before it.
+        after: patch tokens after it.
+        map: how they became few.
+        labels: the token that each cell of the full grid belongs to after this stage, [B, H, W];
+            -1 where it was dropped, here or before.
+    """
+
+    layer: int
+    before: int
+    after: int
+    map: TokenMap
+    labels: Int[Tensor, "batch height width"]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What happened to the tokens of some images.
+
+    Attributes:
+        method: the method and its options.
+        grid: (height, width) of the full grid of patch tokens.
+        prefix: prefix tokens, which no method touches.
+        layers: blocks of the model.
+        stages: the reductions, in order.
+    """
+
+    method: str
+    grid: tuple[int, int]
+    prefix: int
+    layers: int
+    stages: tuple[StageTrace, ...]
+
+    def __str__(self) -> str:
+        full = self.grid[0] * self.grid[1]
+        by_layer = {stage.layer: stage for stage in self.stages}
+        lines = [
+            f"{self.method} on a {self.grid[0]}x{self.grid[1]} grid, {self.prefix} prefix tokens"
+        ]
+        lines.append("layer  patch tokens")
+        count = full
+        for layer in range(self.layers):
+            stage = by_layer.get(layer)
+            note = ""
+            if stage:
+                count = stage.after
+                note = f"  {stage.before} -> {stage.after}, {_told(stage)}"
+            bar = "#" * max(1, round(30 * count / full))
+            lines.append(f"{layer:5d}  {count:12d}  {bar:30s}{note}".rstrip())
+        return "\n".join(lines)
+
+
+def inspect(
+    model: nn.Module, images: Float[Tensor, "batch channels height width"], host: Host | None = None
+) -> Trace:
+    """Runs the model on the images and tells what its reduction does to their tokens.
+
+    The model is run as it is (uncompiled, without gradients); its outputs are discarded.
+
+    Args:
+        model: a model to which a reduction is applied.
+        images: what the model takes, on its device and in its dtype.
+        host: the host it was applied with, if one was given to `tokred.apply`.
+
+    Raises:
+        ValueError: no reduction is applied to the model.
+    """
+    inner = unwrap(model)
+    reduction = reduction_of(inner)
+    if reduction is None:
+        raise ValueError("model has no reduction to inspect; call tokred.apply(model, ...) first")
+    height, width = images.shape[-2:]
+    layout = (host or find_host(inner)).layout(inner, (height, width))
+    with torch.no_grad(), reduction.recording() as records:
+        inner(images)
+    cells = layout.grid[0] * layout.grid[1]
+    labels = torch.arange(cells, device=images.device).expand(len(images), cells)
+    stages = []
+    for record in records:
+        onward = record.map.labels()
+        labels = torch.where(labels >= 0, onward.gather(1, labels.clamp(min=0)), -1)
+        stages.append(
+            StageTrace(
+                layer=record.layer,
+                before=record.before,
+                after=record.map.num_coarse,
+                map=record.map,
+                labels=labels.reshape(-1, *layout.grid),
+            )
+        )
+    return Trace(
+        method=str(reduction.reducer),
+        grid=layout.grid,
+        prefix=layout.prefix,
+        layers=layout.layers,
+        stages=tuple(stages),
+    )
+
+
+def _told(stage: StageTrace) -> str:
+    if not stage.map.merges:
+        return f"{stage.before - stage.after} dropped"
+    flat = stage.labels.flatten(1)
+    members = torch.zeros(len(flat), stage.after, dtype=torch.int64, device=flat.device)
+    members = members.scatter_add(1, flat.clamp(min=0), (flat >= 0).long())
+    largest = members.max(1).values.float().mean()
+    return f"the largest stands for {largest:.0f} patches"
