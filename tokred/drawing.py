@@ -6,7 +6,6 @@ Needs Pillow, the plot Matplotlib: `pip install "tokred[plots]"`.
 from __future__ import annotations
 
 import colorsys
-import importlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
+from tokred.optional import require
 from tokred.tracing import Trace
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def visualise(trace: Trace, images: Tensor | Sequence[Image], cell: int = 16) ->
 
 def stack(strips: Sequence[Image]) -> Image:
     """Strips of one width, one below the other, as one picture."""
-    pil = require("PIL.Image")
+    pil = require("PIL.Image", "plots")
     height = sum(strip.height for strip in strips)
     page: Image = pil.new("RGB", (max(strip.width for strip in strips), height), "white")
     top = 0
@@ -87,16 +87,6 @@ def plot_trade_off(
     axes.set_ylabel("accuracy on held-out images, %")
     axes.grid(alpha=0.25)
     axes.legend()
-
-
-def require(module: str) -> Any:
-    """Imports a drawing library, or says how to get it."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f'pictures need {module.split(".")[0]}: run `pip install "tokred[plots]"`'
-        ) from error
 
 
 def _picture(image: Any, grid: tuple[int, int], cell: int) -> UInt8[Tensor, "3 height width"]:
@@ -146,7 +136,9 @@ def _tokens(
 
 
 def _strip(pictures: Sequence[UInt8[Tensor, "3 height width"]], captions: Sequence[str]) -> Image:
-    pil, draw, font = require("PIL.Image"), require("PIL.ImageDraw"), require("PIL.ImageFont")
+    pil, draw, font = (
+        require(f"PIL.{name}", "plots") for name in ("Image", "ImageDraw", "ImageFont")
+    )
     _, height, width = pictures[0].shape
     size = (len(pictures) * (width + _GAP) + _GAP, height + _CAPTION + _GAP)
     strip: Image = pil.new("RGB", size, "white")
