@@ -4,6 +4,7 @@ tokred.apply(model, "atc", keep_rate=0.5)
 tokred.remove(model)
 """
 
+from tokred import zoo
 from tokred.citing import cite
 from tokred.cost import Bench, Flops, bench, flops
 from tokred.drawing import visualise
@@ -44,4 +45,5 @@ __all__ = [
     "methods",
     "remove",
     "visualise",
+    "zoo",
 ]

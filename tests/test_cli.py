@@ -1,0 +1,110 @@
+"""The command line prints what it names and writes what it says."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import tokred
+from tokred import reducers
+from tokred.__main__ import HEAD, main
+
+
+def test_list_names_every_method_and_host(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    for name in reducers.names():
+        assert re.search(rf"^  {name} +\w.*\.$", out, re.MULTILINE)
+    assert re.search(r"^  timm_vit +ViT, DeiT", out, re.MULTILINE)
+
+
+def test_the_demo_ends_with_the_table_and_the_picture(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    picture = tmp_path / "demo.png"
+    assert main(["demo", "--limit", "20", "--out", str(picture)]) == 0
+    out = capsys.readouterr().out
+    assert all(title in out for title in HEAD)
+    rows = [line for line in out.split("\n") if re.match(r"(atc|random|tome|topk)", line)]
+    assert len(rows) == 4 * (len(reducers.names()) + 1)
+    assert re.search(r"^tome +0.5 +98 49 24 +[\d.]+% +[+-][\d.]+ +8\d\.\d +2\.1\dx", out, re.M)
+    assert Image.open(picture).size[0] > 1000
+
+
+def test_bench_prints_ratios_first(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", "digits", "--method", "atc", "--option", "linkage=complete",
+                 "--keep-rate", "0.25", "--rounds", "2", "--batch", "2"]  # fmt: skip
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert re.match(r"[\d.]+x as fast as dense; free limit [\d.]+x; efficiency [\d.]+\n", out)
+    assert "ATC(linkage='complete', backend='auto')" in out and "fewer multiply-adds" in out
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["batch"] == 2
+
+
+def test_bench_takes_any_timm_name(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", "test_vit", "--rounds", "1", "--batch", "1", "--dtype", "bfloat16"]
+    assert main(arguments) == 0
+    assert "bfloat16" in capsys.readouterr().out
+
+
+def test_inspect_tells_layer_by_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "digits", "--method", "tome", "--keep-rate", "0.7"]) == 0
+    out = capsys.readouterr().out
+    assert "196 -> 137" in out and "96 -> 67" in out
+
+
+def test_show_draws_the_bundled_images(tmp_path: Path) -> None:
+    out = tmp_path / "tokens.png"
+    assert main(["show", "digits", "--images", "2", "--out", str(out)]) == 0
+    assert Image.open(out).size == (4 * 232 + 8, 2 * 254)
+
+
+def test_show_draws_pictures_of_ones_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo, out = tmp_path / "photo.jpg", tmp_path / "tokens.png"
+    Image.linear_gradient("L").resize((300, 200)).save(photo)
+    arguments = ["show", "test_vit", "--image", str(photo), "--out", str(out)]
+    assert main(arguments) == 0
+    assert out.exists()
+    assert "random weights" in capsys.readouterr().err
+
+
+def test_cite_prints_bibtex(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cite", "tome"]) == 0
+    assert capsys.readouterr().out.strip() == tokred.cite("tome")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "digits", "--method", "tomme"], "unknown method 'tomme' (did you mean 'tome'?)"),
+        (["bench", "digits", "--keep-rate", "1.5"], "keep_rate must be in (0, 1]"),
+        (["bench", "no_such_model"], "Unknown model (no_such_model)"),
+        (["bench", "resnet18"], "no patch for timm.models.resnet.ResNet"),
+        (["inspect", "test_vit"], "give pictures with --image FILE"),
+        (["show", "test_vit", "--image", "missing.png"], "No such file"),
+        (["inspect", "digits", "--pretrained"], "comes with its own images and weights"),
+        (["bench", "digits", "--option", "links=3"], "tome has no option 'links'"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 1
+    error = re.split(r"[\r\n]", capsys.readouterr().err.strip())[-1]  # \r: a bar that is gone
+    assert error.startswith("tokred: error: ") and message in error
+
+
+def test_the_module_can_be_run() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "tokred", "--version"], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == f"tokred {tokred.__version__}"

@@ -1,0 +1,362 @@
+"""The command line: `tokred demo`, `list`, `bench`, `inspect`, `show`, `cite`.
+
+The demo runs on a bundled checkpoint and bundled images; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import tokred
+from tokred import drawing, host, reducers, zoo
+from tokred.cost import Truncate
+from tokred.optional import require
+from tokred.reducers import Reducer
+from tokred.schedule import plan
+
+KEEP_RATES = (0.9, 0.7, 0.5, 0.25)
+BATCH = 40
+"""Images per batch in the demo."""
+HEAD = ("method", "keep", "tokens after", "accuracy", "change", "M mult-adds", "fewer", "images/s",
+        "speed-up", "of limit")  # fmt: skip
+WIDTHS = (13, 6, 14, 10, 8, 13, 7, 10, 10, 10)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status. Errors that a user can cure are one line."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError) as error:
+        print(f"tokred: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tokred", description=tokred.__doc__)
+    parser.add_argument("--version", action="version", version=f"tokred {tokred.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text)
+        made.set_defaults(run=run)
+        return made
+
+    demo = command("demo", _demo, "what every method costs and gains on the bundled checkpoint")
+    demo.add_argument("--out", type=Path, default=Path("tokred-demo.png"), help="picture to write")
+    demo.add_argument("--limit", type=int, help="use only so many of the held-out images")
+    command("list", _list, "the methods and the models they work on")
+    for name, run, text in (
+        ("bench", _bench, "measured speed: dense, reduced and the free limit, interleaved"),
+        ("inspect", _inspect, "how many tokens stay after each layer, and how they were merged"),
+        ("show", _show, "a picture of images and their tokens"),
+    ):
+        made = command(name, run, text)
+        made.add_argument("model", metavar="MODEL", help="'digits' (bundled) or any timm name")
+        made.add_argument("--method", default="tome", help="see `tokred list` (default: tome)")
+        made.add_argument(
+            "--option", action="append", default=[], metavar="NAME=VALUE",
+            help="an option of the method, such as linkage=complete",
+        )  # fmt: skip
+        made.add_argument("--keep-rate", type=float, default=0.5, help="in (0, 1] (default: 0.5)")
+        made.add_argument("--pretrained", action="store_true", help="fetch timm's weights")
+        made.add_argument("--device", default="cpu")
+        made.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+        made.add_argument("--image-size", type=int, help="in pixels, if not the model's own")
+        if name == "bench":
+            made.add_argument("--batch", type=int, default=8)
+            made.add_argument("--rounds", type=int, default=20)
+            made.add_argument("--compile", action="store_true", help="under torch.compile")
+            made.add_argument("--json", action="store_true", help="print everything as JSON")
+        else:
+            made.add_argument("--image", type=Path, action="append", help="a picture; repeatable")
+            made.add_argument(
+                "--images", type=int, default=4, help="of the bundled images, how many"
+            )
+        if name == "show":
+            made.add_argument("--out", type=Path, default=Path("tokens.png"))
+    cited = command("cite", _cite, "the BibTeX entry of a method")
+    cited.add_argument("method")
+    return parser
+
+
+def _list(options: argparse.Namespace) -> None:
+    print("methods")
+    for name in reducers.names():
+        print(f"  {name:10s}{_first_clause(reducers.make(name))}")
+    print("hosts")
+    for name in host.patch_names():
+        library = name.split("_")[0]
+        try:
+            __import__(library)
+            print(f"  {name:10s}{host.hosts()[name].summary}")
+        except ModuleNotFoundError:
+            print(f'  {name:10s}(needs {library}: pip install "tokred[{library}]")')
+
+
+def _cite(options: argparse.Namespace) -> None:
+    print(tokred.cite(options.method))
+
+
+def _bench(options: argparse.Namespace) -> None:
+    model, images, _ = _model_and_images(options, options.batch)
+    with _bar(options.rounds, "measuring") as bar:
+        result = tokred.bench(
+            model,
+            images,
+            _reducer(options),
+            options.keep_rate,
+            rounds=options.rounds,
+            compile=options.compile,
+            on_round=lambda done, of: bar.update(),
+        )
+    if options.json:
+        print(json.dumps(result.as_dict(), indent=2))
+        return
+    print(result)
+    with tokred.applied(model, _reducer(options), options.keep_rate):
+        print(f"  {tokred.flops(model, images)}")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    model, images, _ = _model_and_images(options, options.images)
+    tokred.apply(model, _reducer(options), options.keep_rate)
+    print(tokred.inspect(model, images))
+
+
+def _show(options: argparse.Namespace) -> None:
+    model, images, pictures = _model_and_images(options, options.images)
+    tokred.apply(model, _reducer(options), options.keep_rate)
+    strips = tokred.visualise(tokred.inspect(model, images), pictures)
+    drawing.stack(strips).save(options.out)
+    print(f"wrote {options.out}")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    require("matplotlib", "plots")
+    begin = time.perf_counter()
+    held_out = zoo.held_out()
+    batches = [
+        (zoo.normalise(images), labels)
+        for images, labels in zip(
+            held_out.images[: options.limit].split(BATCH),
+            held_out.labels[: options.limit].split(BATCH),
+            strict=True,
+        )
+    ]
+    model = zoo.load()
+    methods: dict[str, Reducer] = {name: reducers.make(name) for name in reducers.names()}
+    methods["atc complete"] = tokred.ATC(linkage="complete")
+    settings = [(name, methods[name], rate) for name in sorted(methods) for rate in KEEP_RATES]
+    num = sum(len(labels) for _, labels in batches)
+    print(
+        f"{zoo.DEFAULT}: a ViT of 12 blocks and width 64, on {num} held-out images of 56x56 "
+        f"pixels (196 patch tokens)\nspeed: batches of {BATCH}, float32, "
+        f"{torch.get_num_threads()} threads; the dense model and the reduced one take turns, and "
+        "their medians are compared\n"
+        "limit: the speed-up of cutting off as many tokens at no cost, which no method can beat\n"
+    )
+    limits: dict[float, float] = {}
+    points: dict[str, list[tuple[float, float]]] = {}
+    laps = (len(settings) + len(KEEP_RATES) + 1) * len(batches)
+    with _bar(laps, "demo") as bar, torch.no_grad():
+
+        def row(*cells: str) -> None:
+            first, *rest = (cell.rjust(width) for cell, width in zip(cells, WIDTHS, strict=True))
+            bar.write(first.strip().ljust(WIDTHS[0]) + "".join(rest), file=sys.stdout)
+
+        row(*HEAD)
+        right, speeds = 0, []
+        for images, labels in batches:
+            answers, speed = _timed(model, images)
+            speeds.append(speed)
+            right += int((answers == labels).sum())
+            bar.update()
+        dense = right / num
+        macs = tokred.flops(model, batches[0][0][:1]).dense / 1e6
+        images_per_second = f"{statistics.median(speeds):.0f}"
+        row("dense", "", "196", f"{dense:.1%}", "", f"{macs:.1f}", "", images_per_second, "", "")
+        for rate in KEEP_RATES:
+            limits[rate] = _race(model, Truncate(), rate, batches, bar).speed_up
+        for name, reducer, rate in settings:
+            lap = _race(model, reducer, rate, batches, bar)
+            with tokred.applied(model, reducer, rate):
+                counted = tokred.flops(model, batches[0][0][:1])
+            row(
+                name,
+                f"{rate}",
+                " ".join(map(str, lap.stages)),
+                f"{lap.accuracy:.1%}",
+                f"{(lap.accuracy - dense) * 100:+.1f}",
+                f"{counted.reduced / 1e6:.1f}",
+                f"{counted.ratio:.2f}x",
+                f"{lap.speed:.0f}",
+                f"{lap.speed_up:.2f}x",
+                f"{lap.speed_up / limits[rate]:.2f}",
+            )
+            points.setdefault(name, []).append((lap.speed_up, lap.accuracy * 100))
+    _draw_demo(model, held_out.images[:3], points, dense * 100, options.out)
+    print(f"\nwrote {options.out}; {time.perf_counter() - begin:.0f} s in all")
+
+
+@dataclass(frozen=True)
+class _Lap:
+    """One setting of the demo: accuracy, images per second, and their ratio to those of the dense
+    model on the same batches (medians)."""
+
+    accuracy: float
+    speed: float
+    speed_up: float
+    stages: tuple[int, ...]
+
+
+def _race(
+    model: nn.Module,
+    reducer: Reducer,
+    keep_rate: float,
+    batches: list[tuple[Tensor, Tensor]],
+    bar: Any,
+) -> _Lap:
+    right, dense, reduced = 0, [], []
+    for number, (images, labels) in enumerate(batches):
+        full = len(images) == BATCH
+        if number % 2 == 0 and full:
+            tokred.remove(model)
+            dense.append(_timed(model, images)[1])
+        reduction = tokred.apply(model, reducer, keep_rate, full_grid=False)
+        answers, speed = _timed(model, images)
+        if full or len(batches) == 1:
+            reduced.append(speed)
+        right += int((answers == labels).sum())
+        bar.update()
+    tokred.remove(model)
+    if not dense:  # fewer images than a batch
+        dense.append(_timed(model, batches[0][0])[1])
+    counts = plan(reduction.schedule, 196, reduction.layout.layers)
+    return _Lap(
+        accuracy=right / sum(len(labels) for _, labels in batches),
+        speed=statistics.median(reduced),
+        speed_up=statistics.median(reduced) / statistics.median(dense),
+        stages=tuple(sorted(set(counts), reverse=True)[1:]),
+    )
+
+
+def _timed(model: nn.Module, images: Tensor) -> tuple[Tensor, float]:
+    """The answers, and images per second."""
+    begin = time.perf_counter()
+    answers = model(images).argmax(1)
+    return answers, len(images) / (time.perf_counter() - begin)
+
+
+def _draw_demo(
+    model: nn.Module,
+    images: Tensor,
+    points: dict[str, list[tuple[float, float]]],
+    dense: float,
+    out: Path,
+) -> None:
+    plots = require("matplotlib.figure", "plots")
+    sheets = []
+    for method in ("tome", "atc", "topk"):
+        with tokred.applied(model, method, 0.5):
+            trace = tokred.inspect(model, zoo.normalise(images))
+        sheets.append((method, drawing.stack(tokred.visualise(trace, images))))
+    figure = plots.Figure(figsize=(15, 12), layout="constrained")
+    grid = figure.add_gridspec(2, 2)
+    drawing.plot_trade_off(figure.add_subplot(grid[0, 0]), points, dense)
+    for place, (method, sheet) in zip((grid[0, 1], grid[1, 0], grid[1, 1]), sheets, strict=True):
+        axes = figure.add_subplot(place)
+        axes.imshow(sheet, interpolation="lanczos")
+        axes.set_title(f"{method}, keep rate 0.5: tokens after each stage")
+        axes.axis("off")
+    figure.savefig(out, dpi=110)
+
+
+def _model_and_images(
+    options: argparse.Namespace, num: int
+) -> tuple[nn.Module, Tensor, Sequence[Any]]:
+    """The model, what it takes, and the same as pictures for people."""
+    dtype = getattr(torch, options.dtype)
+    pictures: Sequence[Any]
+    given = getattr(options, "image", None)
+    if options.model in zoo.names():
+        if given or options.image_size or options.pretrained:
+            raise ValueError(
+                f"{options.model} comes with its own images and weights: drop --image, "
+                "--image-size and --pretrained"
+            )
+        model = zoo.load(options.model)
+        drawn = zoo.held_out(options.model).images[:num]
+        pictures, images = list(drawn), zoo.normalise(drawn)
+    else:
+        timm = require("timm", "timm")
+        size = {"img_size": options.image_size} if options.image_size else {}
+        try:
+            model = timm.create_model(options.model, pretrained=options.pretrained, **size).eval()
+        except RuntimeError as error:
+            raise ValueError(
+                f"{error}; `timm.list_models()` has the names, and 'digits' is bundled"
+            ) from error
+        config = timm.data.resolve_data_config({}, model=model)
+        channels, height, width = config["input_size"]
+        if options.image_size:
+            height = width = options.image_size
+        if given:
+            pil = require("PIL.Image", "plots")
+            config["input_size"], config["crop_pct"] = (channels, height, width), 1.0
+            transform = timm.data.create_transform(**config)
+            originals = [pil.open(path).convert("RGB") for path in given]
+            images = torch.stack([transform(picture) for picture in originals])
+            pictures = list(images)
+        elif options.run is _bench:
+            images = torch.randn(num, channels, height, width)
+            pictures = list(images)
+        else:
+            raise ValueError(f"give pictures with --image FILE: {options.model} comes with none")
+        if not options.pretrained and options.run is not _bench:
+            print("note: random weights; --pretrained fetches timm's", file=sys.stderr)
+    return model.to(options.device, dtype), images.to(options.device, dtype), pictures
+
+
+def _reducer(options: argparse.Namespace) -> Reducer:
+    """The method with the options that were given on the command line."""
+    reducer = reducers.make(options.method)
+    changes = {}
+    for option in options.option:
+        name, _, value = option.partition("=")
+        known = [field.name for field in dataclasses.fields(reducer)]  # type: ignore[arg-type]
+        if name not in known:
+            raise ValueError(f"{options.method} has no option {name!r}; it has {known or 'none'}")
+        try:
+            changes[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            changes[name] = value
+    changed: Reducer = dataclasses.replace(reducer, **changes)  # type: ignore[type-var]
+    return changed
+
+
+def _first_clause(reducer: Reducer) -> str:
+    return (type(reducer).__doc__ or "").strip().split("\n")[0]
+
+
+def _bar(total: int, text: str) -> Any:
+    tqdm = require("tqdm", "plots")
+    return tqdm.tqdm(total=total, desc=text, leave=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
