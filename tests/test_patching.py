@@ -141,7 +141,7 @@ def test_any_entry_point_starts_afresh(vit: nn.Module, images: torch.Tensor) -> 
     with torch.no_grad():
         first = vit.forward_features(images)
         outputs(vit, images[:1])
-        vit.blocks[0](torch.randn(1, 1 + 3 + vit.num_prefix_tokens, vit.embed_dim))
+        vit.blocks[0](torch.randn(1, 1 + 3 + vit.num_prefix_tokens, vit.embed_dim))  # broken off
         assert torch.equal(vit.forward_features(images), first)
         vit.forward_intermediates(images, indices=[0, 1], stop_early=True)
         assert torch.equal(vit.forward_features(images), first)
@@ -169,6 +169,26 @@ def test_tokens_that_vanish_between_blocks_are_noticed(
     x = plain.blocks[1](plain.blocks[0](x))
     with pytest.raises(RuntimeError, match="got 8 tokens, but the one before it has put out 9"):
         plain.blocks[2](x[:, 1:])
+
+
+def test_a_full_grid_may_enter_in_the_middle_and_nothing_else(plain: nn.Module) -> None:
+    tokred.apply(plain, "tome", keep_rate=0.5)
+    with torch.no_grad():
+        assert plain.blocks[2](torch.randn(1, 17, 192)).shape == (1, 5, 192)
+        plain.blocks[3](torch.randn(1, 5, 192))  # fits the state of the pass that was broken off
+        with pytest.raises(RuntimeError, match="block 2 got 9 tokens of which nothing is known"):
+            plain.blocks[2](torch.randn(1, 9, 192))
+
+
+def test_reentrant_checkpointing_is_refused_rather_than_wrong(
+    plain: nn.Module, images: torch.Tensor
+) -> None:
+    tokred.apply(plain, "tome", keep_rate=0.5)
+    x = plain._pos_embed(plain.patch_embed(images))
+    for block in plain.blocks:
+        x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=True)
+    with pytest.raises(RuntimeError, match="use use_reentrant=False"):
+        x.sum().backward()
 
 
 @every_method

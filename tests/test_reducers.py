@@ -23,7 +23,6 @@ def some_tokens(batch: int = 2, num: int = 16, dtype: torch.dtype = torch.float3
         size=torch.randint(1, 4, (batch, num)).float(),
         key=torch.randn(batch, 3, num, 4, dtype=dtype),
         class_attention=torch.rand(batch, num).softmax(-1),
-        grid=(4, num // 4) if num % 4 == 0 else None,
         before=1,
     )
 

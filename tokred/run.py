@@ -134,10 +134,22 @@ class Reduction:
 
     def enter(self, layer: int, scale: float, x: Float[Tensor, "batch tokens dim"]) -> Step:
         """Called when a patched block begins. The first block starts a pass, whoever called it."""
-        state = self.start(x) if layer == 0 else self.carried(x) or self.start(x)
+        state = self.start(x) if layer == 0 else self.carried(x) or self._alone(layer, x)
         step = Step(self, layer, scale, state)
         self._put("signals", step.signals)
         return step
+
+    def _alone(self, layer: int, x: Float[Tensor, "batch tokens dim"]) -> State:
+        """The state of tokens that come from nowhere into a later block: only a full grid can be
+        told from tokens whose sizes were lost."""
+        full = self.layout.prefix + self.layout.grid[0] * self.layout.grid[1]
+        if x.shape[1] != full:
+            raise RuntimeError(
+                f"block {layer} got {x.shape[1]} tokens of which nothing is known; only a full "
+                f"grid ({full} with prefix tokens) can enter in the middle. Under reentrant "
+                "gradient checkpointing, use use_reentrant=False"
+            )
+        return self.start(x)
 
     def carry(self, x: Tensor, state: State) -> None:
         """Lets `state` ride on `x`."""
@@ -264,8 +276,9 @@ class Step:
 
     def open(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
         """Before the block: few tokens again, if they were expanded for somebody to see."""
-        x = self.reduction.compress(x, self.state)
-        self.state = replace(self.state, expanded=False)
+        if self.state.expanded:
+            x = self.reduction.compress(x, self.state)
+            self.state = replace(self.state, expanded=False)
         return x
 
     def bias(self, x: Tensor, mask: Tensor | None = None) -> Tensor | None:
@@ -313,10 +326,6 @@ class Step:
         self._went_down(token_map, tokens, size)
         return torch.cat([x[:, :prefix], fewer], 1)
 
-    def restore(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch full dim"]:
-        """The full grid again, for good: later layers run on all tokens."""
-        return self._rise(x, self.state.full)
-
     def close(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch out dim"]:
         """After the block: the full grid, if somebody is going to see it."""
         reduction, state = self.reduction, self.state
@@ -347,7 +356,6 @@ class Step:
             size=size,
             key=key.detach()[:, :, layout.prefix :] if key is not None and "key" in needs else None,
             class_attention=attention,
-            grid=layout.grid if x.shape[1] == layout.grid[0] * layout.grid[1] else None,
             layer=self.layer,
             before=layout.prefix,
         )

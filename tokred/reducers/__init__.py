@@ -29,7 +29,6 @@ class Tokens:
         class_attention: how much attention each token gets from the class token, after softmax,
             mean over heads, float32; higher = more important. In a model without a class token,
             the mean attention it gets from all tokens.
-        grid: (height, width) if the tokens are still the full grid, else None.
         layer: the layer we are in, from 0.
         before: the prefix tokens in front.
     """
@@ -38,7 +37,6 @@ class Tokens:
     size: Float[Tensor, "batch tokens"]
     key: Float[Tensor, "batch heads tokens head_dim"] | None = None
     class_attention: Float[Tensor, "batch tokens"] | None = None
-    grid: tuple[int, int] | None = None
     layer: int = 0
     before: int = 0
 

@@ -106,18 +106,18 @@ def _(features: Tensor, num_clusters: int, linkage: str) -> Tensor:
 
 def _cluster_one(unit: Float[Tensor, "tokens dim"], num_clusters: int, linkage: str) -> list[int]:
     """The partition of one sample, from SciPy's dendrogram."""
-    from scipy.cluster import hierarchy  # slow to import, and not needed by other methods
+    # SciPy is slow to import, and not needed by other methods.
+    from scipy.cluster import hierarchy
+    from scipy.spatial import distance
 
     num = len(unit)
     if num == 1:
         return [0]
     # Rounded to float32, so that equal tokens are exactly equally far from everything even if
     # the matrix product summed their rows in another order.
-    cosine = (unit @ unit.T).float()
-    above = torch.triu_indices(num, num, offset=1)
-    distance = (1 - cosine[above[0], above[1]]).clamp_(min=0).double().numpy()
+    far = (1 - (unit @ unit.T).float()).clamp_(min=0).double().numpy()
     try:
-        merges = hierarchy.linkage(distance, method=linkage).tolist()
+        merges = hierarchy.linkage(distance.squareform(far, checks=False), linkage)
     except ValueError as error:  # SciPy takes finite distances only
         raise ValueError("features must be finite, but some are NaN or infinite") from error
 
@@ -125,11 +125,14 @@ def _cluster_one(unit: Float[Tensor, "tokens dim"], num_clusters: int, linkage: 
     # an earlier one (`into`), at some height; the lowest of these merges are the ones to do.
     first = list(range(num))
     into, height = [0] * num, [0.0] * num
-    for left, right, at, _ in merges:
-        stays, absorbed = sorted((first[int(left)], first[int(right)]))
+    pairs = merges[:, :2].astype(int).tolist()
+    for (left, right), at in zip(pairs, merges[:, 2].tolist(), strict=True):
+        stays, absorbed = first[left], first[right]
+        if stays > absorbed:
+            stays, absorbed = absorbed, stays
         first.append(stays)
         into[absorbed], height[absorbed] = stays, at
-    order = sorted(range(1, num), key=lambda token: (height[token], token))
+    order = sorted(range(1, num), key=height.__getitem__)  # stable: ties by token
     merged = set(order[: num - num_clusters])
 
     labels: list[int] = []
