@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import io
 import subprocess
@@ -256,12 +257,30 @@ def test_reduced_features_on_request(vit: nn.Module, images: torch.Tensor, metho
     torch.testing.assert_close(outputs(vit, images), expected)
 
 
+@every_method
+def test_nothing_of_a_pass_is_kept(plain: nn.Module, images: torch.Tensor, method: str) -> None:
+    """Neither on the features, which can be saved as any others, nor on the reduction."""
+    reduction = tokred.apply(plain, method, keep_rate=0.5)
+    with torch.no_grad():
+        features = plain.forward_features(images)
+    file = io.BytesIO()
+    torch.save(features, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=True), features)
+    assert not vars(features)
+    del features
+    gc.collect()
+    assert len(reduction._riding) == 0
+    assert not any(vars(reduction._local).values()) and not reduction._traced
+
+
 @pytest.mark.parametrize("name", ["vit", "no class token", "distilled", "QK-norm"])
-def test_the_way_up_again_is_a_schedule(name: str) -> None:
+@pytest.mark.parametrize("method", ["tome", "topk"])
+def test_the_way_up_again_is_a_schedule(name: str, method: str) -> None:
     """A schedule that rises: later layers run on the full grid, without a bias."""
     model = small(name)
     images = images_for(model)
-    tokred.apply(model, "tome", tokred.Exactly((16, 6, 6, 16)))
+    tokred.apply(model, method, tokred.Exactly((16, 6, 6, 16)))
     lengths, masks = [], []
     for block in model.blocks:
         block.mlp.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
@@ -272,7 +291,7 @@ def test_the_way_up_again_is_a_schedule(name: str) -> None:
     outputs(model, images)
     prefix = model.num_prefix_tokens
     assert lengths == [16 + prefix, 6 + prefix, 6 + prefix, 16 + prefix] * 2
-    assert masks == [False, False, True, True] * 2
+    assert masks == ([False, False, True, True] if method == "tome" else [False] * 4) * 2
 
 
 def test_a_rise_goes_back_to_the_stage_it_names(plain: nn.Module, images: torch.Tensor) -> None:

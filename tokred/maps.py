@@ -82,7 +82,7 @@ class Clusters:
         out = weighted.new_zeros(x.shape[0] * self.num_coarse, x.shape[2])
         rows = _rows(self.index, self.num_coarse)
         # Whole rows at once: about twice as fast as an expanded scatter_add.
-        out = out.index_add(0, rows, weighted.flatten(0, 1))
+        out = out.index_add_(0, rows, weighted.flatten(0, 1))
         return out.view(x.shape[0], self.num_coarse, x.shape[2]).to(x.dtype)
 
     def up(
@@ -95,7 +95,7 @@ class Clusters:
 
     def total(self, size: Float[Tensor, "batch fine"]) -> Float[Tensor, "batch coarse"]:
         out = size.new_zeros(size.shape[0], self.num_coarse)
-        return out.scatter_add(1, self.index, size)
+        return out.scatter_add_(1, self.index, size)
 
     def labels(self) -> Int[Tensor, "batch fine"]:
         return self.index

@@ -1,8 +1,9 @@
 """One forward pass with fewer tokens: the seam between the engine and a patched block.
 
 What a tensor of tokens stands for (how many original tokens each one is, and by which maps they
-became few) is a value, `State`, that rides on the activation itself. So passes may interleave:
-several threads, recomputation under gradient checkpointing, two forward passes before a backward.
+became few) is a value, `State`, that is looked up by the activation itself and lives as long as it
+does. So passes may interleave: several threads, recomputation under gradient checkpointing, two
+forward passes before a backward.
 """
 
 from __future__ import annotations
@@ -17,12 +18,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from tokred.maps import Clusters, TokenMap
+from tokred.maps import Clusters, TokenMap, take
 from tokred.reducers import Reducer, Tokens
 from tokred.schedule import Schedule, plan
-
-_ATTRIBUTE = "_tokred_state"
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,10 @@ class Reduction:
     layout: Layout
     proportional_attention: bool = True
     full_grid: bool = True
-    # Runtime state, one per thread. Code that is being compiled cannot see a thread's own
-    # attributes, and has a plain dictionary instead.
+    # Runtime state: by activation, and by thread. (An attribute of the tensor would do as well as
+    # a weak dictionary, but would be saved and copied with features that leave the model.) Code
+    # that is being compiled can see neither, and has a plain dictionary instead.
+    _riding: Any = field(default_factory=WeakTensorKeyDictionary, repr=False)
     _local: Any = field(default_factory=threading.local, repr=False)
     _traced: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -120,12 +122,12 @@ class Reduction:
         return f"{self.reducer}, patch tokens per layer: {tokens} -> {', '.join(map(str, counts))}"
 
     def __getstate__(self) -> dict[str, Any]:
-        runtime = {"_local", "_traced"}
+        runtime = {"_riding", "_local", "_traced"}
         return {name: value for name, value in vars(self).items() if name not in runtime}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._local, self._traced = threading.local(), {}
+        self._riding, self._local, self._traced = WeakTensorKeyDictionary(), threading.local(), {}
 
     def start(self, x: Float[Tensor, "batch tokens dim"]) -> State:
         """The state of tokens that nothing has been done to."""
@@ -138,6 +140,10 @@ class Reduction:
         step = Step(self, layer, scale, state)
         self._put("signals", step.signals)
         return step
+
+    def leave(self) -> None:
+        """Called when a patched block ends: what was read off its submodules is let go."""
+        self._put("signals", None)
 
     def _alone(self, layer: int, x: Float[Tensor, "batch tokens dim"]) -> State:
         """The state of tokens that come from nowhere into a later block: only a full grid can be
@@ -156,7 +162,11 @@ class Reduction:
         if torch.compiler.is_compiling():
             self._traced["state"] = state
         else:
-            setattr(x, _ATTRIBUTE, state)
+            self._riding[x] = state
+
+    def remember(self, state: State) -> None:
+        """Keeps the state for the next block of this thread, in case its activation loses it."""
+        if not torch.compiler.is_compiling():
             self._local.state = state
 
     def carried(self, x: Tensor) -> State | None:
@@ -169,7 +179,7 @@ class Reduction:
         if torch.compiler.is_compiling():
             traced: State | None = self._traced.get("state")
             return traced
-        state: State | None = getattr(x, _ATTRIBUTE, None)
+        state: State | None = self._riding.get(x)
         if state is None:
             state = getattr(self._local, "state", None)
         if state is not None and x.shape[1] != state.tokens + self.layout.prefix:
@@ -184,9 +194,9 @@ class Reduction:
     def pass_on(self, x: Tensor, y: Tensor) -> None:
         """Lets the state of `x` ride on `y` too, the same tokens after a norm."""
         if not torch.compiler.is_compiling():
-            state = getattr(x, _ATTRIBUTE, None)
+            state = self._riding.get(x)
             if state is not None:
-                setattr(y, _ATTRIBUTE, state)
+                self._riding[y] = state
 
     def forget(self) -> None:
         """Drops the last state of this thread: the pass is over."""
@@ -233,8 +243,7 @@ class Reduction:
         ones."""
         if state.expanded or not state.trail:
             return x
-        prefix = self.layout.prefix
-        return torch.cat([x[:, :prefix], _up(x[:, prefix:], state.trail)], 1)
+        return _up_behind(self.layout.prefix, x, state.trail)
 
     def compress(
         self, x: Float[Tensor, "batch full dim"], state: State
@@ -333,9 +342,16 @@ class Step:
         if self.layer in reduction.tapped() or (last and reduction.full_grid):
             x = reduction.expand(x, state)
             state = replace(state, expanded=True)
-        reduction.carry(x, state)
-        if last and (not torch.compiler.is_compiling() or not needed_for_pooling(state)):
-            reduction.forget()
+        reduction.leave()
+        if not last:
+            reduction.carry(x, state)
+            reduction.remember(state)
+            return x
+        reduction.forget()
+        if needed_for_pooling(state):
+            # The maps suffice for that; what was dropped need not live on with the features.
+            trail = tuple(replace(reduced, stale=None) for reduced in state.trail)
+            reduction.carry(x, replace(state, trail=trail))
         return x
 
     def _tokens(
@@ -385,8 +401,7 @@ class Step:
             undone.insert(0, reduced)
             size, log_size = reduced.size, reduced.log_size
             num = trail[-1].map.num_coarse if trail else self.state.full
-        prefix = self.reduction.layout.prefix
-        x = torch.cat([x[:, :prefix], _up(x[:, prefix:], tuple(undone))], 1)
+        x = _up_behind(self.reduction.layout.prefix, x, tuple(undone))
         self.state = replace(self.state, trail=trail, size=size, log_size=log_size)
         return x
 
@@ -417,16 +432,26 @@ def mean_attention(
     return total / query.shape[1]
 
 
-def _up(
-    y: Float[Tensor, "batch coarse dim"], trail: tuple[Reduced, ...]
+def _up_behind(
+    prefix: int, x: Float[Tensor, "batch coarse dim"], trail: tuple[Reduced, ...]
 ) -> Float[Tensor, "batch fine dim"]:
-    """Undoes the reductions of a trail. Runs of merges are undone by one copy."""
+    """Undoes the reductions of a trail, for tokens behind prefix tokens. Runs of merges are undone
+    by one copy."""
     clusters: Clusters | None = None
     for reduced in reversed(trail):
         if isinstance(reduced.map, Clusters):
             clusters = reduced.map.then(clusters) if clusters else reduced.map
             continue
         if clusters:
-            y, clusters = clusters.up(y), None
-        y = reduced.map.up(y, reduced.stale)
-    return clusters.up(y) if clusters else y
+            x, clusters = _copies(prefix, x, clusters), None
+        x = torch.cat([x[:, :prefix], reduced.map.up(x[:, prefix:], reduced.stale)], 1)
+    return _copies(prefix, x, clusters) if clusters else x
+
+
+def _copies(
+    prefix: int, x: Float[Tensor, "batch coarse dim"], clusters: Clusters
+) -> Float[Tensor, "batch fine dim"]:
+    """`clusters.up` behind prefix tokens. Those are copied along, which spares a second copy of
+    everything to put the two together."""
+    front = torch.arange(prefix, device=x.device).expand(x.shape[0], prefix)
+    return take(x, torch.cat([front, clusters.index + prefix], 1))
