@@ -110,7 +110,7 @@ def test_the_wrong_pictures_are_noticed(plain: nn.Module, images: torch.Tensor) 
     with pytest.raises(ValueError, match="images must be the 2 that were traced, not 1"):
         tokred.visualise(trace, images[:1])
     with pytest.warns(UserWarning, match="nothing is reduced"):
-        tokred.apply(plain, "tome", keep_rate=1)
+        tokred.apply(plain, "tome", keep_rate=1.0)
     with pytest.raises(ValueError, match="no reductions to draw"):
         tokred.visualise(tokred.inspect(plain, images), images)
 

@@ -92,7 +92,11 @@ def cluster(
 
 
 # An opaque operator, so that a compiled model has no graph break here.
-@torch.library.custom_op("tokred::cluster_with_scipy", mutates_args=())
+@torch.library.custom_op(
+    "tokred::cluster_with_scipy",
+    mutates_args=(),
+    schema="(Tensor features, int num_clusters, str linkage) -> Tensor",
+)
 def _cluster_with_scipy(features: Tensor, num_clusters: int, linkage: str) -> Tensor:
     unit = F.normalize(features.detach().cpu().to(torch.float64), dim=-1)
     labels = [_cluster_one(sample, num_clusters, linkage) for sample in unit]

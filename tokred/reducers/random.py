@@ -34,7 +34,11 @@ class Random:
 
 
 # An opaque operator: a generator cannot be part of a compiled graph.
-@torch.library.custom_op("tokred::random_partition", mutates_args=())
+@torch.library.custom_op(
+    "tokred::random_partition",
+    mutates_args=(),
+    schema="(int tokens, int num_clusters, int seed) -> Tensor",
+)
 def partition(tokens: int, num_clusters: int, seed: int) -> Tensor:
     """Draws `num_clusters` tokens; every other token joins one of them. Labels [tokens], int64."""
     generator = torch.Generator().manual_seed(seed)
