@@ -24,6 +24,22 @@ def tome(metric: np.ndarray, merges: int, before: int = 0) -> list[int]:
     return renumber([joins.get(n, n) for n in range(len(metric))])
 
 
+def cut(merges: np.ndarray, keep: int) -> list[int]:
+    """The clusters that are left when only the first merges of a SciPy dendrogram are made.
+
+    (`fcluster` is no reference: it returns fewer clusters than asked for where heights are tied,
+    and before SciPy 1.11 also for two points.)"""
+    num = len(merges) + 1
+    members = {point: [point] for point in range(num)}
+    for step, (left, right) in enumerate(merges[: num - keep, :2].astype(int).tolist()):
+        members[num + step] = members.pop(left) + members.pop(right)
+    labels = [0] * num
+    for cluster, points in members.items():
+        for point in points:
+            labels[point] = cluster
+    return renumber(labels)
+
+
 def renumber(labels: list[int]) -> list[int]:
     """The same groups, numbered in the order of their first members."""
     number: dict[int, int] = {}

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from tokred.host import Host, find_host
 from tokred.maps import Kept
@@ -324,8 +324,16 @@ def _measure(
     return seconds, memory
 
 
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+# Older versions of torch's counter do not know the CPU's fused attention.
+_FUSED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+
+
 def _count(model: nn.Module, images: Tensor) -> float:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False, custom_mapping=_FUSED) as counter, torch.no_grad():
         model(images)
     return float(counter.get_total_flops()) / 2 / len(images)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -71,6 +71,11 @@ class State:
     size: Float[Tensor, "batch tokens"] | None = None
     log_size: Float[Tensor, "batch 1 1 tokens_and_prefix"] | None = None
     expanded: bool = False
+
+    # Written out, because older versions of torch.compile cannot follow dataclasses.replace.
+    def seen(self, expanded: bool) -> State:
+        """The same tokens, on the full grid or few again."""
+        return State(self.counts, self.full, self.trail, self.size, self.log_size, expanded)
 
     @property
     def tokens(self) -> int:
@@ -287,7 +292,7 @@ class Step:
         """Before the block: few tokens again, if they were expanded for somebody to see."""
         if self.state.expanded:
             x = self.reduction.compress(x, self.state)
-            self.state = replace(self.state, expanded=False)
+            self.state = self.state.seen(expanded=False)
         return x
 
     def bias(self, x: Tensor, mask: Tensor | None = None) -> Tensor | None:
@@ -341,7 +346,7 @@ class Step:
         last = self.layer == reduction.layout.layers - 1
         if self.layer in reduction.tapped() or (last and reduction.full_grid):
             x = reduction.expand(x, state)
-            state = replace(state, expanded=True)
+            state = state.seen(expanded=True)
         reduction.leave()
         if not last:
             reduction.carry(x, state)
@@ -350,8 +355,9 @@ class Step:
         reduction.forget()
         if needed_for_pooling(state):
             # The maps suffice for that; what was dropped need not live on with the features.
-            trail = tuple(replace(reduced, stale=None) for reduced in state.trail)
-            reduction.carry(x, replace(state, trail=trail))
+            trail = tuple(Reduced(r.map, r.size, r.log_size, None) for r in state.trail)
+            rest = (state.size, state.log_size, state.expanded)
+            reduction.carry(x, State(state.counts, state.full, trail, *rest))
         return x
 
     def _tokens(
@@ -389,7 +395,7 @@ class Step:
         if token_map.merges or state.size is not None:
             new = token_map.total(size)
             log_size = F.pad(new.log(), (self.reduction.layout.prefix, 0))[:, None, None, :]
-        self.state = replace(state, trail=(*state.trail, reduced), size=new, log_size=log_size)
+        self.state = State(state.counts, state.full, (*state.trail, reduced), new, log_size)
 
     def _rise(self, x: Float[Tensor, "batch tokens dim"], to: int) -> Float[Tensor, "batch to dim"]:
         trail, num = self.state.trail, x.shape[1] - self.reduction.layout.prefix
@@ -402,14 +408,14 @@ class Step:
             size, log_size = reduced.size, reduced.log_size
             num = trail[-1].map.num_coarse if trail else self.state.full
         x = _up_behind(self.reduction.layout.prefix, x, tuple(undone))
-        self.state = replace(self.state, trail=trail, size=size, log_size=log_size)
+        self.state = State(self.state.counts, self.state.full, trail, size, log_size)
         return x
 
 
 def needed_for_pooling(state: State) -> bool:
     """Whether a pooled head must know what the tokens stand for: some were dropped, or they are
     still few."""
-    return bool(state.trail) and (state.prunes or not state.expanded)
+    return len(state.trail) > 0 and (state.prunes or not state.expanded)
 
 
 def mean_attention(

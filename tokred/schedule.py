@@ -8,9 +8,8 @@ number undoes the reductions since. Prefix tokens are not counted. Layers count 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from numbers import Real
 from typing import Protocol, runtime_checkable
@@ -42,20 +41,21 @@ class Stages:
 
     keep_rate: float
     layers: tuple[int, ...] | None = None
+    _ratio: tuple[int, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_keep_rate(self.keep_rate)
         if self.layers is not None and not _rising(self.layers):
             raise ValueError(f"layers must be rising integers from 0 on, not {self.layers!r}")
+        object.__setattr__(self, "_ratio", _ratio(self.keep_rate))
 
     def __call__(self, tokens: int, layers: int) -> list[int]:
         at = self.layers or tuple(layers * quarter // 4 for quarter in (1, 2, 3))
         if at[-1] >= layers:
             raise ValueError(f"layers must be in [0, {layers - 1}] for {layers} layers, not {at}")
         passed = [sum(stage <= layer for stage in at) for layer in range(layers)]
-        # The decimal number that was meant: as a float, 100 * 0.7**2 is a little below 49.
-        rate = Fraction(str(self.keep_rate))
-        return [max(1, math.floor(tokens * rate**stages)) for stages in passed]
+        over, under = self._ratio
+        return [max(1, tokens * over**stages // under**stages) for stages in passed]
 
 
 @dataclass(frozen=True)
@@ -96,19 +96,20 @@ class Linear:
 
     merges: int
     inflection: float = -1.0
+    _ratio: tuple[int, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _check_merges(self.merges)
         if not -1 <= self.inflection <= 1:
             raise ValueError(f"inflection must be in [-1, 1], not {self.inflection!r}")
+        object.__setattr__(self, "_ratio", _ratio(self.inflection))
 
     def __call__(self, tokens: int, layers: int) -> list[int]:
-        low = math.floor(self.merges * (1 - Fraction(str(self.inflection))))
+        over, under = self._ratio
+        low = self.merges * (under - over) // under
         rise = 2 * (self.merges - low)
         steps = max(layers - 1, 1)
-        return _removing(
-            [low + math.floor(Fraction(i * rise, steps)) for i in range(layers)], tokens
-        )
+        return _removing([low + i * rise // steps for i in range(layers)], tokens)
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,12 @@ def check_keep_rate(keep_rate: object) -> None:
         raise ValueError(
             f"keep_rate must be in (0, 1], the share of tokens kept, not {keep_rate!r}"
         )
+
+
+def _ratio(decimal: float) -> tuple[int, int]:
+    """The decimal number that was meant: as a float, 100 * 0.7**2 is a little below 49. Two
+    integers, because older versions of torch.compile cannot follow a Fraction."""
+    return Fraction(str(decimal)).as_integer_ratio()
 
 
 def _removing(removed: Sequence[int], tokens: int) -> list[int]:
