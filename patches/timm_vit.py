@@ -5,10 +5,12 @@ Tokens are reduced between attention and MLP, as in ToMe (figure 1) and ATC (sec
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
+import torch
 from timm.layers import GlobalResponseNormMlp
 from timm.layers.mlp import ConvMlp
 from timm.models._features import feature_take_indices
@@ -34,7 +36,8 @@ def forward(
     if is_causal:
         raise ValueError("is_causal=True is not supported: merged tokens have no place in an order")
     mask = step.bias(x, attn_mask)
-    x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x), attn_mask=mask)))
+    attention = step.attend(block.attn, x)
+    x = x + block.drop_path1(block.ls1(attention(block.norm1(x), attn_mask=mask)))
     x = step.reduce(x)
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
@@ -90,7 +93,27 @@ def pool(
                 "tokens are dropped: use a method that merges, such as 'tome'"
             )
         x = reduction.compress(x, state) if state.prunes else reduction.expand(x, state)
+        if state.prunes and state.size is not None and bool((state.size == 0).any()):
+            # Padding has no part in an average, and no pooling module can be told of it.
+            counts = (reduction.layout.prefix + (state.size > 0).sum(1)).tolist()
+            alone = zip(x.split(1), counts, strict=True)
+            return torch.cat([original(model, y[:, :n], *args, **kwargs) for y, n in alone])
     return original(model, x, *args, **kwargs)
+
+
+def explicit(block: Block) -> nn.Module | None:
+    """timm's own attention with its switch turned; weights, submodules and hooks are shared."""
+    if not getattr(block.attn, "fused_attn", False):
+        return None
+    twin = copy.copy(block.attn)
+    twin.fused_attn = False
+    return cast(nn.Module, twin)
+
+
+def value(block: Block, qkv: Tensor) -> Tensor:
+    """The values, from the output of the one projection that makes queries, keys and values."""
+    batch, tokens, _ = qkv.shape
+    return qkv.view(batch, tokens, 3, block.attn.num_heads, -1)[:, :, 2].transpose(1, 2)
 
 
 def refuse(model: VisionTransformer, signals: frozenset[str]) -> str | None:
@@ -100,7 +123,7 @@ def refuse(model: VisionTransformer, signals: frozenset[str]) -> str | None:
             block.attn, "k_norm"
         ):
             return f"block {layer} has {attention.__qualname__}, which takes no attn_mask"
-        if "query" in signals and attention.forward is not Attention.forward:
+        if signals - {"key"} and attention.forward is not Attention.forward:
             return f"the attention that {attention.__qualname__} pays is not known (block {layer})"
         if isinstance(block.mlp, GlobalResponseNormMlp | ConvMlp):
             return f"the MLP of block {layer} mixes tokens ({type(block.mlp).__qualname__})"
@@ -117,7 +140,13 @@ HOST = Host(
     blocks=lambda model: list(model.blocks),
     layout=layout,
     forward=forward,
-    taps={"key": lambda block: block.attn.k_norm, "query": lambda block: block.attn.q_norm},
+    taps={
+        "key": lambda block: block.attn.k_norm,
+        "query": lambda block: block.attn.q_norm,
+        "value": lambda block: block.attn.qkv,
+    },
+    reads={"value": value},
+    explicit=explicit,
     scale=lambda block: float(block.attn.scale),
     passes=_passes,
     methods={"forward_intermediates": forward_intermediates, "pool": pool},

@@ -34,6 +34,10 @@ HOSTS: dict[str, tuple[str, dict[str, object], int]] = {
 }
 
 
+# What the fixture `digits` gives: model, images and labels, afresh at every call.
+Digits = Callable[[], tuple[nn.Module, torch.Tensor, torch.Tensor]]
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> Iterator[None]:
     torch.manual_seed(0)
@@ -82,7 +86,7 @@ def plain() -> nn.Module:
 
 
 @pytest.fixture(scope="session")
-def digits() -> Callable[[], tuple[nn.Module, torch.Tensor, torch.Tensor]]:
+def digits() -> Digits:
     """The bundled checkpoint (a fresh copy at every call), its images and their labels."""
     held_out = zoo.held_out()
     images = zoo.normalise(held_out.images)

@@ -72,6 +72,14 @@ def vit_logits(model: nn.Module, image: Tensor, counts: list[int], method: str) 
             logits = q @ k.transpose(1, 2) * (k.shape[2] ** -0.5)
             logits += torch.tensor(np.log(np.concatenate([[1.0], sizes])))
             attention = logits.softmax(-1)
+            if method == "ats":  # inside attention: only the queries of sampled tokens go on
+                if keep < len(x) - 1:
+                    significance = (attention[:, 0] * v.norm(dim=-1)).sum(0)[1:].numpy()
+                    drawn = [0, *(1 + n for n in ats(significance, keep))]
+                    x, attention, sizes = x[drawn], attention[:, drawn], np.ones(len(drawn) - 1)
+                x = x + block.attn.proj((attention @ v).transpose(0, 1).reshape(len(x), -1))
+                x = x + block.mlp(block.norm2(x))
+                continue
             x = x + block.attn.proj((attention @ v).transpose(0, 1).reshape(len(y), -1))
             metric = k.mean(0)[1:].numpy()
             tokens = x[1:].numpy()
@@ -79,6 +87,10 @@ def vit_logits(model: nn.Module, image: Tensor, counts: list[int], method: str) 
                 score = attention[:, 0, 1:].mean(0).numpy()
                 kept = sorted(sorted(range(len(tokens)), key=lambda n: (-score[n], n))[:keep])
                 tokens, sizes = tokens[kept], sizes[kept]
+            elif method == "evit":
+                if keep < len(tokens):
+                    _, tokens = evit(tokens, attention[:, 0, 1:].mean(0).numpy(), keep, False)
+                sizes = np.ones(keep)
             else:
                 size = sizes
                 while len(tokens) > keep:
@@ -89,3 +101,28 @@ def vit_logits(model: nn.Module, image: Tensor, counts: list[int], method: str) 
             x = torch.cat([x[:1], torch.tensor(tokens)])
             x = x + block.mlp(block.norm2(x))
         return model.head(model.norm(x)[0]).numpy()
+
+
+def ats(significance: np.ndarray, num: int) -> list[int]:
+    """ATS, section 3.2: the tokens whose entries in the cumulative sum are nearest to the fixed
+    points, each once, in order."""
+    cumulative = np.cumsum(significance / significance.sum())
+    points = [(2 * k - 1) / (2 * num) for k in range(1, num + 1)]
+    return sorted({int(np.argmin(np.abs(cumulative - point))) for point in points})
+
+
+def evit(
+    x: np.ndarray, attention: np.ndarray, keep: int, published: bool
+) -> tuple[list[int], np.ndarray]:
+    """EViT, section 3.2, equations 3 and 4: labels, and the tokens that are left."""
+    by_score = sorted(range(len(x)), key=lambda n: (-attention[n], n))
+    kept, fused = sorted(by_score[: keep - 1]), sorted(by_score[keep - 1 :])
+    token = sum(attention[n] * x[n] for n in fused)
+    if not published:
+        token = token / sum(attention[n] for n in fused)
+    labels = renumber([n if n in kept else fused[0] for n in range(len(x))])
+    out = np.zeros((keep, x.shape[1]))
+    for n in kept:
+        out[labels[n]] = x[n]
+    out[labels[fused[0]]] = token
+    return labels, out

@@ -8,11 +8,12 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from references import cut, renumber
+from references import evit as slow_evit
 from references import tome as slow_tome
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import pdist
 
-from tokred.reducers import atc, random, tome
+from tokred.reducers import Tokens, atc, evit, random, tome
 
 shapes = st.tuples(st.integers(1, 3), st.integers(2, 40), st.integers(1, 8), st.integers(0, 2**31))
 
@@ -132,3 +133,31 @@ def test_random_differs_by_layer_and_seed_and_uses_every_cluster() -> None:
     assert torch.equal(first, again)
     assert not torch.equal(first, random.partition(50, 20, 1))
     assert sorted(set(first.tolist())) == list(range(20))
+
+
+@given(
+    st.tuples(st.integers(1, 3), st.integers(2, 20), st.integers(0, 99)),
+    st.floats(0, 1),
+    st.booleans(),
+)
+@settings(deadline=None)
+def test_evit_equals_the_slow_loop(
+    shape: tuple[int, int, int], share: float, published: bool
+) -> None:
+    batch, num, seed = shape
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, num, 5, generator=generator)
+    attention = torch.rand(batch, 3, num, generator=generator)
+    keep = 1 + round(share * (num - 2))
+    tokens = Tokens(x=x, size=torch.ones(batch, num), class_attention=attention)
+    ours = evit.EViT(published)(tokens, keep)
+    down = ours.down(x, tokens.size)
+    for b in range(batch):
+        labels, out = slow_evit(
+            x[b].numpy(), attention[b].double().mean(0).numpy(), keep, published
+        )
+        assert ours.labels()[b].tolist() == labels
+        torch.testing.assert_close(down[b].double(), torch.tensor(out), rtol=1e-5, atol=1e-6)
+    # What is copied up merges into the same again, also where shares do not add up to 1.
+    again = ours.down(ours.up(down), tokens.size)
+    torch.testing.assert_close(again, down, rtol=1e-5, atol=1e-6)

@@ -33,7 +33,7 @@ def test_a_trace_follows_every_patch(method: str, images: torch.Tensor, plain: n
 def test_a_trace_reads_like_a_table(images: torch.Tensor, plain: nn.Module) -> None:
     tokred.apply(plain, "tome", keep_rate=0.5)
     lines = str(tokred.inspect(plain, images)).split("\n")
-    assert lines[0] == "ToMe() on a 4x4 grid, 1 prefix tokens"
+    assert lines[0] == "ToMe(threshold=None) on a 4x4 grid, 1 prefix tokens"
     assert lines[2].split()[:2] == ["0", "16"]
     assert "16 -> 8, the largest stands for" in lines[3]
     tokred.apply(plain, "topk", keep_rate=0.5)

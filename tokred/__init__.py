@@ -12,6 +12,8 @@ from tokred.host import UnsupportedModelError, hosts
 from tokred.patching import applied, apply, remove
 from tokred.reducers import names as methods
 from tokred.reducers.atc import ATC
+from tokred.reducers.ats import ATS
+from tokred.reducers.evit import EViT
 from tokred.reducers.random import Random
 from tokred.reducers.tome import ToMe
 from tokred.reducers.topk import TopK
@@ -23,8 +25,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ATC",
+    "ATS",
     "Bench",
     "Constant",
+    "EViT",
     "Exactly",
     "Flops",
     "Linear",

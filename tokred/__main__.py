@@ -21,11 +21,10 @@ import torch
 from torch import Tensor, nn
 
 import tokred
-from tokred import drawing, host, reducers, zoo
+from tokred import drawing, host, reducers, suite, zoo
 from tokred.cost import Truncate
 from tokred.optional import require
 from tokred.reducers import Reducer
-from tokred.schedule import plan
 
 KEEP_RATES = (0.9, 0.7, 0.5, 0.25)
 BATCH = 40
@@ -66,7 +65,12 @@ def _parser() -> argparse.ArgumentParser:
         ("show", _show, "a picture of images and their tokens"),
     ):
         made = command(name, run, text)
-        made.add_argument("model", metavar="MODEL", help="'digits' (bundled) or any timm name")
+        made.add_argument(
+            "model",
+            metavar="MODEL",
+            nargs="?" if name == "bench" else None,
+            help="'digits' (bundled) or any timm name",
+        )
         made.add_argument("--method", default="tome", help="see `tokred list` (default: tome)")
         made.add_argument(
             "--option", action="append", default=[], metavar="NAME=VALUE",
@@ -81,7 +85,23 @@ def _parser() -> argparse.ArgumentParser:
             made.add_argument("--batch", type=int, default=8)
             made.add_argument("--rounds", type=int, default=20)
             made.add_argument("--compile", action="store_true", help="under torch.compile")
+            made.add_argument(
+                "--attention", default="host", choices=("host", "fastest"),
+                help="of the reduced side; dense and limit always call the host's (default: host)",
+            )  # fmt: skip
             made.add_argument("--json", action="store_true", help="print everything as JSON")
+            many = made.add_argument_group("suites: many models and methods at once")
+            many.add_argument("--suite", choices=("vit", "clustering"))
+            many.add_argument("--models", nargs="+", metavar="NAME[:PIXELS]", help="not all of it")
+            many.add_argument("--batches", nargs="+", type=int)
+            many.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all")
+            many.add_argument("--keep-rates", nargs="+", type=float)
+            many.add_argument(
+                "--seconds", type=float, default=120, help="for each model and batch (default: 120)"
+            )
+            many.add_argument(
+                "--out", type=Path, help="folder for the JSON and Markdown files (default: none)"
+            )
         else:
             made.add_argument("--image", type=Path, action="append", help="a picture; repeatable")
             made.add_argument(
@@ -113,6 +133,11 @@ def _cite(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
+    if options.suite:
+        _bench_suite(options)
+        return
+    if options.model is None:
+        raise ValueError("name a model, such as deit_small_patch16_224, or a --suite")
     model, images, _ = _model_and_images(options, options.batch)
     with _bar(options.rounds, "measuring") as bar:
         result = tokred.bench(
@@ -122,6 +147,7 @@ def _bench(options: argparse.Namespace) -> None:
             options.keep_rate,
             rounds=options.rounds,
             compile=options.compile,
+            attention=options.attention,
             on_round=lambda done, of: bar.update(),
         )
     if options.json:
@@ -130,6 +156,50 @@ def _bench(options: argparse.Namespace) -> None:
     print(result)
     with tokred.applied(model, _reducer(options), options.keep_rate):
         print(f"  {tokred.flops(model, images)}")
+
+
+def _bench_suite(options: argparse.Namespace) -> None:
+    models = [
+        (name, int(pixels or 224))
+        for name, _, pixels in (given.partition(":") for given in options.models or ())
+    ]
+    with _bar(0, "rounds") as bar:
+
+        def done(group: suite.Group) -> None:
+            what = f"{group.model}, {group.image_size} px, batch {group.batch}"
+            bar.write(f"{what}: {group.skipped or f'{group.rounds} rounds'}", file=sys.stderr)
+
+        def lap(number: int, of: int) -> None:
+            bar.total, bar.n = of, number
+            bar.refresh()
+
+        results = suite.run(
+            models or suite.VIT,
+            options.batches or suite.BATCHES,
+            options.methods or reducers.names(),
+            options.keep_rates or suite.KEEP_RATES,
+            device=options.device,
+            dtype=getattr(torch, options.dtype),
+            compile=options.compile,
+            attention=options.attention,
+            rounds=options.rounds,
+            seconds=options.seconds,
+            on_group=done,
+            on_round=lap,
+        )
+    text = json.dumps(results, indent=1) if options.json else suite.markdown(results)
+    print(text)
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        device = "cuda" if options.device.startswith("cuda") else "cpu"
+        stem = f"vit-{device}-{results['dtype']}" + ("-compiled" if options.compile else "")
+        for suffix, content in (
+            ("json", json.dumps(results, indent=1)),
+            ("md", suite.markdown(results)),
+        ):
+            path = options.out / f"{stem}.{suffix}"
+            path.write_text(content)
+            print(f"wrote {path}", file=sys.stderr)
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -161,98 +231,91 @@ def _demo(options: argparse.Namespace) -> None:
     model = zoo.load()
     methods: dict[str, Reducer] = {name: reducers.make(name) for name in reducers.names()}
     methods["atc complete"] = tokred.ATC(linkage="complete")
-    settings = [(name, methods[name], rate) for name in sorted(methods) for rate in KEEP_RATES]
     num = sum(len(labels) for _, labels in batches)
     print(
         f"{zoo.DEFAULT}: a ViT of 12 blocks and width 64, on {num} held-out images of 56x56 "
         f"pixels (196 patch tokens)\nspeed: batches of {BATCH}, float32, "
-        f"{torch.get_num_threads()} threads; the dense model and the reduced one take turns, and "
-        "their medians are compared\n"
+        f"{torch.get_num_threads()} threads; dense and reduced models take turns, and their "
+        "medians are compared\n"
         "limit: the speed-up of cutting off as many tokens at no cost, which no method can beat\n"
     )
-    limits: dict[float, float] = {}
     points: dict[str, list[tuple[float, float]]] = {}
-    laps = (len(settings) + len(KEEP_RATES) + 1) * len(batches)
-    with _bar(laps, "demo") as bar, torch.no_grad():
+    with _bar((len(methods) + 1) * len(KEEP_RATES) * len(batches), "demo") as bar, torch.no_grad():
 
         def row(*cells: str) -> None:
             first, *rest = (cell.rjust(width) for cell, width in zip(cells, WIDTHS, strict=True))
             bar.write(first.strip().ljust(WIDTHS[0]) + "".join(rest), file=sys.stdout)
 
         row(*HEAD)
-        right, speeds = 0, []
-        for images, labels in batches:
-            answers, speed = _timed(model, images)
-            speeds.append(speed)
-            right += int((answers == labels).sum())
-            bar.update()
-        dense = right / num
-        macs = tokred.flops(model, batches[0][0][:1]).dense / 1e6
-        images_per_second = f"{statistics.median(speeds):.0f}"
-        row("dense", "", "196", f"{dense:.1%}", "", f"{macs:.1f}", "", images_per_second, "", "")
         for rate in KEEP_RATES:
-            limits[rate] = _race(model, Truncate(), rate, batches, bar).speed_up
-        for name, reducer, rate in settings:
-            lap = _race(model, reducer, rate, batches, bar)
-            with tokred.applied(model, reducer, rate):
-                counted = tokred.flops(model, batches[0][0][:1])
-            row(
-                name,
-                f"{rate}",
-                " ".join(map(str, lap.stages)),
-                f"{lap.accuracy:.1%}",
-                f"{(lap.accuracy - dense) * 100:+.1f}",
-                f"{counted.reduced / 1e6:.1f}",
-                f"{counted.ratio:.2f}x",
-                f"{lap.speed:.0f}",
-                f"{lap.speed_up:.2f}x",
-                f"{lap.speed_up / limits[rate]:.2f}",
-            )
-            points.setdefault(name, []).append((lap.speed_up, lap.accuracy * 100))
-    _draw_demo(model, held_out.images[:3], points, dense * 100, options.out)
+            laps = _race(model, {"limit": Truncate(), **methods}, rate, batches, bar)
+            dense = laps["dense"]
+            if rate == KEEP_RATES[0]:
+                macs = tokred.flops(model, batches[0][0][:1]).dense / 1e6
+                row("dense", "", "196", f"{dense.accuracy:.1%}", "", f"{macs:.1f}", "",
+                    f"{dense.speed:.0f}", "", "")  # fmt: skip
+            for name, reducer in sorted(methods.items()):
+                lap = laps[name]
+                with tokred.applied(model, reducer, rate):
+                    counted = tokred.flops(model, batches[0][0][:1])
+                speed_up = lap.speed / dense.speed
+                row(
+                    name,
+                    f"{rate}",
+                    ("<= " if reducers.varies(reducer) else "") + " ".join(map(str, lap.stages)),
+                    f"{lap.accuracy:.1%}",
+                    f"{(lap.accuracy - dense.accuracy) * 100:+.1f}",
+                    f"{counted.reduced / 1e6:.1f}",
+                    f"{counted.ratio:.2f}x",
+                    f"{lap.speed:.0f}",
+                    f"{speed_up:.2f}x",
+                    f"{lap.speed / laps['limit'].speed:.2f}",
+                )
+                points.setdefault(name, []).append((speed_up, lap.accuracy * 100))
+    _draw_demo(model, held_out.images[:3], points, dense.accuracy * 100, options.out)
     print(f"\nwrote {options.out}; {time.perf_counter() - begin:.0f} s in all")
 
 
 @dataclass(frozen=True)
 class _Lap:
-    """One setting of the demo: accuracy, images per second, and their ratio to those of the dense
-    model on the same batches (medians)."""
+    """One method at one keep rate of the demo: accuracy, images per second (median), and how many
+    tokens stay after each stage (at most, where that differs by image)."""
 
     accuracy: float
     speed: float
-    speed_up: float
     stages: tuple[int, ...]
 
 
 def _race(
     model: nn.Module,
-    reducer: Reducer,
+    methods: dict[str, Reducer],
     keep_rate: float,
     batches: list[tuple[Tensor, Tensor]],
     bar: Any,
-) -> _Lap:
-    right, dense, reduced = 0, [], []
+) -> dict[str, _Lap]:
+    """The dense model and all methods, taking turns batch by batch."""
+    right = dict.fromkeys(["dense", *methods], 0)
+    speeds: dict[str, list[float]] = {name: [] for name in right}
     for number, (images, labels) in enumerate(batches):
-        full = len(images) == BATCH
-        if number % 2 == 0 and full:
-            tokred.remove(model)
-            dense.append(_timed(model, images)[1])
-        reduction = tokred.apply(model, reducer, keep_rate, full_grid=False)
-        answers, speed = _timed(model, images)
-        if full or len(batches) == 1:
-            reduced.append(speed)
-        right += int((answers == labels).sum())
-        bar.update()
+        for name in right:
+            if name == "dense":
+                tokred.remove(model)
+            else:
+                tokred.apply(model, methods[name], keep_rate, full_grid=False)
+                bar.update()
+            if number == 0:
+                model(images[:2])  # what is compiled at its first call is not timed
+            answers, speed = _timed(model, images)
+            right[name] += int((answers == labels).sum())
+            if len(images) == BATCH or len(batches) == 1:
+                speeds[name].append(speed)
     tokred.remove(model)
-    if not dense:  # fewer images than a batch
-        dense.append(_timed(model, batches[0][0])[1])
-    counts = plan(reduction.schedule, 196, reduction.layout.layers)
-    return _Lap(
-        accuracy=right / sum(len(labels) for _, labels in batches),
-        speed=statistics.median(reduced),
-        speed_up=statistics.median(reduced) / statistics.median(dense),
-        stages=tuple(sorted(set(counts), reverse=True)[1:]),
-    )
+    counts = tokred.Stages(keep_rate)(196, 12)
+    stages = tuple(sorted(set(counts), reverse=True)[1:])
+    num = sum(len(labels) for _, labels in batches)
+    return {
+        name: _Lap(right[name] / num, statistics.median(speeds[name]), stages) for name in right
+    }
 
 
 def _timed(model: nn.Module, images: Tensor) -> tuple[Tensor, float]:

@@ -26,9 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tokred.host import Host, find_host
 from tokred.maps import Kept
 from tokred.patching import apply, hang, reduction_of, remove, unwrap
-from tokred.reducers import Reducer, Tokens
+from tokred.reducers import Reducer, Tokens, place, varies
 from tokred.run import Reduction
-from tokred.schedule import Schedule, plan
+from tokred.schedule import Exactly, Schedule, plan
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ class Bench:
     Attributes:
         model: class of the model.
         method: the method and its options.
+        attention: "host", or "fastest" if the reduced side could choose (see `tokred.apply`).
         counts: patch tokens after each layer; `tokens` enter the first.
         device, dtype, threads, compiled, versions: what it was measured on.
         dense, reduced, limit: the three arms.
@@ -97,6 +98,7 @@ class Bench:
 
     model: str
     method: str
+    attention: str
     tokens: int
     counts: tuple[int, ...]
     batch: int
@@ -124,6 +126,16 @@ class Bench:
         """The speed-up as a share of the free limit."""
         return self.speed_up / self.free_limit
 
+    def warnings(self) -> list[str]:
+        """What whoever wanted more speed should be told, in sentences."""
+        if self.speed_up >= 1:
+            return []
+        if self.free_limit < 1.05:
+            why = "even tokens cut off at no cost would gain next to nothing here"
+        else:
+            why = "deciding which tokens go costs more than the fewer tokens save"
+        return [f"SLOWER than the dense model: {why}. Try a larger batch or a lower keep rate."]
+
     def as_dict(self) -> dict[str, Any]:
         ratios = {name: getattr(self, name) for name in ("speed_up", "free_limit", "efficiency")}
         return {**ratios, **dataclasses.asdict(self)}
@@ -132,6 +144,7 @@ class Bench:
         lines = [
             f"{self.speed_up:.2f}x as fast as dense; free limit {self.free_limit:.2f}x; "
             f"efficiency {self.efficiency:.2f}",
+            *self.warnings(),
             f"{self.model}, {self.method}: {self.tokens} -> {', '.join(map(str, self.counts))}",
         ]
         for name in ("dense", "reduced", "limit"):
@@ -181,6 +194,7 @@ def bench(
     *,
     schedule: Schedule | None = None,
     host: Host | None = None,
+    attention: str = "host",
     rounds: int = 20,
     warmup: int = 3,
     compile: bool = False,
@@ -199,6 +213,8 @@ def bench(
         keep_rate: as for `tokred.apply`; used with `method` only.
         schedule: as for `tokred.apply`; used with `method` only.
         host: as for `tokred.apply`.
+        attention: as for `tokred.apply`; used with `method` only. The dense model and the free
+            limit always call the host's.
         rounds: measured runs of each.
         warmup: runs of each before, which are not measured.
         compile: measure copies of the model under `torch.compile`, one per side.
@@ -213,33 +229,31 @@ def bench(
     host = host or find_host(model)
     with _put_back(model, host):
         if method is not None:
-            apply(model, method, keep_rate, schedule=schedule, host=host)
+            apply(model, method, keep_rate, schedule=schedule, host=host, attention=attention)
         reduction = reduction_of(model)
         if reduction is None:
             raise ValueError("method must be given: no reduction is applied to the model")
         height, width = images.shape[-2:]
         grid = host.layout(model, (height, width)).grid
-        limit = Reduction(Truncate(), reduction.schedule, reduction.layout, full_grid=False)
-        arms = {"dense": None, "reduced": reduction, "limit": limit}
-        sides = _sides(model, host, arms, compile)
-        seconds, memory = _measure(sides, images, rounds, warmup, on_round)
-    library = type(model).__module__.split(".")[0]
-    versions = {"torch": str(torch.__version__)}
-    if hasattr(sys.modules.get(library), "__version__"):
-        versions[library] = sys.modules[library].__version__
+        counts = counts_of(model, host, images, reduction, grid[0] * grid[1])
+        cut = Truncate(place(reduction.reducer))
+        free = Reduction(cut, Exactly(counts), reduction.layout, full_grid=False)
+        arms = {"dense": None, "reduced": reduction, "limit": free}
+        measured = measure(sides(model, host, arms, compile), images, rounds, warmup, on_round)
     return Bench(
         model=type(model).__name__,
         method=str(reduction.reducer),
+        attention=reduction.attention,
         tokens=grid[0] * grid[1],
-        counts=plan(reduction.schedule, grid[0] * grid[1], reduction.layout.layers),
+        counts=counts,
         batch=len(images),
         image_size=(height, width),
-        device=_device(images.device),
+        device=device_name(images.device),
         dtype=str(images.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         compiled=compile,
-        versions=versions,
-        **{name: Arm(tuple(seconds[name]), memory[name]) for name in arms},
+        versions=versions_of(model),
+        **measured,
     )
 
 
@@ -257,6 +271,8 @@ class Leading(Kept):
 class Truncate:
     """Cuts the sequence off. Not a method: the ceiling that methods are measured against."""
 
+    place: str = "between"
+
     needs: ClassVar[frozenset[str]] = frozenset()
     bibtex: ClassVar[str] = ""
 
@@ -266,11 +282,30 @@ class Truncate:
         return Leading(index.expand(batch, keep), num)
 
 
-def _sides(
+def counts_of(
+    model: nn.Module, host: Host, images: Tensor, reduction: Reduction, tokens: int
+) -> tuple[int, ...]:
+    """Patch tokens after each layer: what the schedule asks for, or, of a method whose images
+    vary, what came of it (of the image that has the most; the others are padded to that)."""
+    if not varies(reduction.reducer):
+        return plan(reduction.schedule, tokens, reduction.layout.layers)
+    hang(model, host, reduction)
+    with torch.no_grad(), reduction.recording() as records:
+        model(images)
+    remove(model)
+    left = {record.layer: record.map.num_coarse for record in records}
+    counts = []
+    for layer in range(reduction.layout.layers):
+        tokens = left.get(layer, tokens)
+        counts.append(tokens)
+    return tuple(counts)
+
+
+def sides(
     model: nn.Module, host: Host, arms: dict[str, Reduction | None], compile: bool
 ) -> dict[str, tuple[nn.Module, Callable[[], None]]]:
-    """For every arm, the model to call and what to do just before: one model whose patch is
-    changed, or a compiled copy for each arm."""
+    """For every arm (None: the dense model), the model to call and what to do just before: one
+    model whose patch is changed, or a compiled copy for each arm."""
 
     def become(target: nn.Module, reduction: Reduction | None) -> None:
         if reduction is None:
@@ -289,18 +324,32 @@ def _sides(
     return sides
 
 
-def _measure(
+def measure(
     sides: dict[str, tuple[nn.Module, Callable[[], None]]],
-    images: Tensor,
+    images: Float[Tensor, "batch channels height width"],
     rounds: int,
     warmup: int,
-    on_round: Callable[[int, int], None] | None,
-) -> tuple[dict[str, list[float]], dict[str, int | None]]:
+    on_round: Callable[[int, int], None] | None = None,
+    limit: float = float("inf"),
+) -> dict[str, Arm]:
+    """Runs the batch once through every side in each round, in rotating order.
+
+    Args:
+        sides: what `sides` has made.
+        images: one batch.
+        rounds: measured rounds.
+        warmup: rounds before that are not measured.
+        on_round: called after every round with (rounds done, rounds in all).
+        limit: seconds after which no further round begins, but for three that are always run.
+    """
     names = list(sides)
+    start = time.perf_counter()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     memory: dict[str, int | None] = dict.fromkeys(names)
     cuda = images.device.type == "cuda"
     for number in range(-warmup, rounds):
+        if number >= 3 and time.perf_counter() - start > limit:
+            break
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             target, prepare = sides[name]
@@ -321,7 +370,7 @@ def _measure(
                     memory[name] = max(memory[name] or 0, peak)
         if on_round and number >= 0:
             on_round(number + 1, rounds)
-    return seconds, memory
+    return {name: Arm(tuple(seconds[name]), memory[name]) for name in names}
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -350,7 +399,18 @@ def _put_back(model: nn.Module, host: Host | None) -> Iterator[None]:
             hang(model, host or find_host(model), former)
 
 
-def _device(device: torch.device) -> str:
+def versions_of(model: nn.Module) -> dict[str, str]:
+    """The versions of what a measurement depends on."""
+    library = type(model).__module__.split(".")[0]
+    versions = {"torch": str(torch.__version__)}
+    for name in (library, "numba", "triton"):
+        if hasattr(sys.modules.get(name), "__version__"):
+            versions[name] = sys.modules[name].__version__
+    return versions
+
+
+def device_name(device: torch.device) -> str:
+    """What it is, in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()

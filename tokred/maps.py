@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -26,13 +26,18 @@ class TokenMap(Protocol):
     Attributes:
         merges: whether coarse tokens stand for several fine ones. If so, `total` adds sizes up
             and `up` needs no stale tokens; if not, sizes stay and `up` needs them.
-        num_coarse: how many tokens there are after `down`, the same in every sample.
+        num_coarse: how many tokens there are after `down`. Where samples differ, the most that
+            any of them has: the others are padded at the end, and padding has size 0.
+        ragged: whether samples differ in their number of tokens.
     """
 
     merges: ClassVar[bool]
 
     @property
     def num_coarse(self) -> int: ...
+
+    @property
+    def ragged(self) -> bool: ...
 
     def down(
         self, x: Float[Tensor, "batch fine dim"], size: Float[Tensor, "batch fine"]
@@ -47,7 +52,7 @@ class TokenMap(Protocol):
         ...
 
     def total(self, size: Float[Tensor, "batch fine"]) -> Float[Tensor, "batch coarse"]:
-        """How many original tokens each coarse token stands for."""
+        """How many original tokens each coarse token stands for; 0 for padding."""
         ...
 
     def labels(self) -> Int[Tensor, "batch fine"]:
@@ -61,24 +66,32 @@ class Clusters:
 
     Attributes:
         index: `index[b, n]` is the coarse token that fine token `n` of sample `b` joins. Every
-            coarse token has at least one member.
+            coarse token has at least one member, unless the map is ragged. Padding joins any.
+        share: the part of each fine token that goes into its coarse one; those of a coarse token
+            add up to 1. If not given, every member counts as often as the tokens it stands for.
+        ragged: whether some samples have fewer coarse tokens: those from the first without a
+            member on are padding.
     """
 
     merges: ClassVar[bool] = True
 
     index: Int[Tensor, "batch fine"]
     num_coarse: int
+    share: Float[Tensor, "batch fine"] | None = None
+    ragged: bool = False
 
     def down(
         self, x: Float[Tensor, "batch fine dim"], size: Float[Tensor, "batch fine"]
     ) -> Float[Tensor, "batch coarse dim"]:
-        """The mean of the members, each counted as often as the tokens it stands for.
+        """The mean of the members, each counted by its share.
 
         Sums are float32 even where x is float16 or bfloat16: a large cluster would otherwise
         lose its smaller members to rounding.
         """
-        share = (size / self.total(size).gather(1, self.index))[..., None]
-        weighted = x * share.to(torch.promote_types(x.dtype, torch.float32))
+        share = self.share
+        if share is None:
+            share = size / self.total(size).gather(1, self.index)
+        weighted = x * share[..., None].to(torch.promote_types(x.dtype, torch.float32))
         out = weighted.new_zeros(x.shape[0] * self.num_coarse, x.shape[2])
         rows = _rows(self.index, self.num_coarse)
         # Whole rows at once: about twice as fast as an expanded scatter_add.
@@ -101,8 +114,9 @@ class Clusters:
         return self.index
 
     def then(self, other: Clusters) -> Clusters:
-        """This map followed by `other`, as one map."""
-        return Clusters(other.index.gather(1, self.index), other.num_coarse)
+        """Where the members of this map end up after `other`, as one map (without shares)."""
+        index = other.index.gather(1, self.index)
+        return Clusters(index, other.num_coarse, ragged=other.ragged)
 
 
 @dataclass(frozen=True)
@@ -111,16 +125,23 @@ class Kept:
 
     Attributes:
         index: `index[b, m]` is the fine token that coarse token `m` of sample `b` is; rising.
+        counts: how many tokens each sample keeps, where they differ: the first so many of its
+            row in `index` are meant, the others are padding.
     """
 
     merges: ClassVar[bool] = False
 
     index: Int[Tensor, "batch coarse"]
     num_fine: int
+    counts: Int[Tensor, " batch"] | None = None
 
     @property
     def num_coarse(self) -> int:
         return self.index.shape[1]
+
+    @property
+    def ragged(self) -> bool:
+        return self.counts is not None
 
     def down(
         self, x: Float[Tensor, "batch fine dim"], size: Float[Tensor, "batch fine"]
@@ -133,16 +154,28 @@ class Kept:
         """Kept tokens are renewed; the others stay what they were when they were dropped."""
         if stale is None:
             raise ValueError("stale is needed: the tokens that were dropped are not in y")
+        if self.counts is not None:
+            labels = self.labels()
+            return torch.where(labels[..., None] >= 0, take(y, labels.clamp(min=0)), stale)
         rows = _rows(self.index, self.num_fine)
         return stale.flatten(0, 1).index_copy(0, rows, y.flatten(0, 1)).view_as(stale)
 
     def total(self, size: Float[Tensor, "batch fine"]) -> Float[Tensor, "batch coarse"]:
-        return size.gather(1, self.index)
+        total = size.gather(1, self.index)
+        return total if self.counts is None else total * self._meant()
 
     def labels(self) -> Int[Tensor, "batch fine"]:
-        none = self.index.new_full((self.index.shape[0], self.num_fine), -1)
+        # One column more, for padding to go into.
+        none = self.index.new_full((self.index.shape[0], self.num_fine + 1), -1)
         number = torch.arange(self.num_coarse, device=self.index.device)
-        return none.scatter(1, self.index, number.expand_as(self.index))
+        index = self.index
+        if self.counts is not None:
+            index = torch.where(self._meant(), index, self.num_fine)
+        return none.scatter(1, index, number.expand_as(index))[:, :-1]
+
+    def _meant(self) -> Bool[Tensor, "batch coarse"]:
+        assert self.counts is not None
+        return torch.arange(self.num_coarse, device=self.index.device) < self.counts[:, None]
 
 
 def in_order_of_first_member(labels: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from tokred.host import Host, UnsupportedModelError, find_host
-from tokred.reducers import Reducer, make
+from tokred.reducers import Reducer, make, proportional, varies
 from tokred.run import Reduction
 from tokred.schedule import Schedule, Stages, check_keep_rate, plan
 
@@ -28,8 +29,9 @@ def apply(
     *,
     schedule: Schedule | None = None,
     host: Host | None = None,
-    proportional_attention: bool = True,
+    proportional_attention: bool | None = None,
     full_grid: bool = True,
+    attention: str = "host",
 ) -> Reduction:
     """Makes `model` merge or drop tokens from its next forward pass on, in place.
 
@@ -48,11 +50,15 @@ def apply(
         schedule: the same as a schedule given for `keep_rate`.
         host: how to patch the model; found from its class if not given.
         proportional_attention: whether a token that stands for s tokens counts s times in
-            attention (ToMe, equation 1). Models pretrained with masks (MAE) and not fine-tuned
-            are better without.
+            attention (ToMe, equation 1); as the method's paper has it, if not given. Models
+            pretrained with masks (MAE) and not fine-tuned are better without.
         full_grid: whether features come out on the full grid again, in the host's own order, with
             copies for merged tokens and the last value for dropped ones. If not, they come out
-            reduced. Class scores are the same.
+            reduced (where images end with different numbers of tokens, with zeros at the end).
+            Class scores are the same.
+        attention: "host" leaves attention as the host computes it. "fastest" may compute it the
+            host's other way (fused or not) where that is faster, which rounds differently: on
+            CPUs in bfloat16.
 
     Returns:
         The reduction, which now hangs on the model.
@@ -64,6 +70,8 @@ def apply(
     """
     reducer = make(method)
     chosen = _schedule(keep_rate, schedule)
+    if attention not in ("host", "fastest"):
+        raise ValueError(f"attention must be 'host' or 'fastest', not {attention!r}")
     model = unwrap(model)
     host = host or find_host(model)
     host.check(model, _signals(reducer))
@@ -72,7 +80,9 @@ def apply(
     counts = plan(chosen, tokens, layout.layers)
     if min(counts) == tokens:
         warnings.warn(f"{chosen} keeps all {tokens} tokens: nothing is reduced", stacklevel=2)
-    reduction = Reduction(reducer, chosen, layout, proportional_attention, full_grid)
+    if proportional_attention is None:
+        proportional_attention = proportional(reducer)
+    reduction = Reduction(reducer, chosen, layout, proportional_attention, full_grid, attention)
     hang(model, host, reduction)
     return reduction
 
@@ -124,8 +134,10 @@ def hang(model: nn.Module, host: Host, reduction: Reduction) -> None:
     remove(model)
     for layer, block in enumerate(host.blocks(model)):
         for signal in sorted(_signals(reduction.reducer)):
-            host.taps[signal](block).register_forward_hook(Tap(reduction, signal))
-        patched = Patched(block, host.forward, reduction, layer, host.scale(block))
+            tap = Tap(reduction, signal, host.reads.get(signal), block)
+            host.taps[signal](block).register_forward_hook(tap)
+        explicit = host.explicit(block) if reduction.attention == "fastest" else None
+        patched = Patched(block, host.forward, reduction, layer, host.scale(block), explicit)
         vars(block)["forward"] = patched
     for module in host.passes(model):
         module.register_forward_hook(Carry(reduction))
@@ -159,13 +171,16 @@ class Patched:
     reduction: Reduction
     layer: int
     scale: float
+    explicit: nn.Module | None = None
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
         return MethodType(type(self.block).forward, self.block)  # for inspect.signature
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        step = self.reduction.enter(self.layer, self.scale, x)
+        if torch.compiler.is_compiling() and varies(self.reduction.reducer):
+            return cast(Tensor, _eagerly(self, x, *args, **kwargs))
+        step = self.reduction.enter(self.layer, self.scale, x, self.explicit)
         return step.close(self.call(self.block, step, step.open(x), *args, **kwargs))
 
 
@@ -183,6 +198,8 @@ class PatchedMethod:
         return MethodType(self.original, self.model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() and varies(self.reduction.reducer):
+            return _eagerly(self, *args, **kwargs)
         return self.call(self.reduction, self.original, self.model, *args, **kwargs)
 
 
@@ -192,9 +209,12 @@ class Tap:
 
     reduction: Reduction
     signal: str
+    read: Callable[[Any, Tensor], Tensor] | None
+    block: nn.Module
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self.reduction.see(self.signal, output)
+        value = output if self.read is None else self.read(self.block, output)
+        self.reduction.see(self.signal, value)
 
 
 @dataclass(eq=False)
@@ -204,12 +224,27 @@ class Carry:
     reduction: Reduction
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        self.reduction.pass_on(args[0], output)
+        if torch.compiler.is_compiling() and varies(self.reduction.reducer):
+            _eagerly(self, module, args, output)
+        else:
+            self.reduction.pass_on(args[0], output)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _eagerly(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Leaves the graph that is being compiled: how many tokens there will be is not known yet."""
+    return call(*args, **kwargs)
 
 
 def _signals(reducer: Reducer) -> frozenset[str]:
     """What must be read off a block for the signals that a method needs."""
-    read = {"key": {"key"}, "class_attention": {"key", "query"}}
+    attention = {"key", "query"}
+    read = {
+        "key": {"key"},
+        "value": {"value"},
+        "class_attention": attention,
+        "attention_received": attention,
+    }
     unknown = reducer.needs - read.keys()
     if unknown:
         raise UnsupportedModelError(f"{reducer} needs {sorted(unknown)}; known are {sorted(read)}")

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tokred.maps import Clusters, TokenMap, take
-from tokred.reducers import Reducer, Tokens
+from tokred.reducers import Reducer, Tokens, place, varies
 from tokred.schedule import Schedule, plan
 
 
@@ -44,11 +44,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class Reduced:
-    """One reduction that has happened: its map, and what is needed to undo it."""
+    """One reduction that has happened: its map, how many tokens were asked for, and what is needed
+    to undo it."""
 
     map: TokenMap
+    asked: int
     size: Float[Tensor, "batch fine"] | None
-    log_size: Float[Tensor, "batch 1 1 fine_and_prefix"] | None
+    bias: Float[Tensor, "batch 1 1 fine_and_prefix"] | None
     stale: Float[Tensor, "batch fine dim"] | None
 
 
@@ -60,22 +62,29 @@ class State:
         counts: the plan of the pass: patch tokens after each layer.
         full: patch tokens of the full grid.
         trail: the reductions so far, the last one at the end.
-        size: how many original tokens each patch token stands for; None if each one for itself.
-        log_size: its logarithm, with zeros for the prefix tokens, ready to be added to attention.
+        size: how many original tokens each patch token stands for, 0 for padding; None if each
+            one for itself.
+        bias: what is added to attention, zeros for the prefix tokens: the logarithm of the size
+            where attention is proportional, -inf for padding.
         expanded: whether the activation is on the full grid again, copies for merged tokens.
+        received: the attention that each patch token got in the block before, if a method before
+            the next block wants to know.
     """
 
     counts: tuple[int, ...]
     full: int
     trail: tuple[Reduced, ...] = ()
     size: Float[Tensor, "batch tokens"] | None = None
-    log_size: Float[Tensor, "batch 1 1 tokens_and_prefix"] | None = None
+    bias: Float[Tensor, "batch 1 1 tokens_and_prefix"] | None = None
     expanded: bool = False
+    received: Float[Tensor, "batch tokens"] | None = None
 
     # Written out, because older versions of torch.compile cannot follow dataclasses.replace.
     def seen(self, expanded: bool) -> State:
         """The same tokens, on the full grid or few again."""
-        return State(self.counts, self.full, self.trail, self.size, self.log_size, expanded)
+        return State(
+            self.counts, self.full, self.trail, self.size, self.bias, expanded, self.received
+        )
 
     @property
     def tokens(self) -> int:
@@ -86,6 +95,11 @@ class State:
     def prunes(self) -> bool:
         """Whether tokens were dropped, rather than merged."""
         return any(not reduced.map.merges for reduced in self.trail)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether samples differ in their number of tokens, and some are padded."""
+        return not self.expanded and any(reduced.map.ragged for reduced in self.trail)
 
 
 @dataclass(frozen=True)
@@ -107,6 +121,8 @@ class Reduction:
         layout: how the model lays out its tokens.
         proportional_attention: whether a token that stands for s tokens counts s times as a key.
         full_grid: whether features that leave the model are on the full grid again.
+        attention: "host" calls the host's attention as it is set up; "fastest" may take the
+            host's other way of computing it, see `explicit_is_faster`.
     """
 
     reducer: Reducer
@@ -114,6 +130,7 @@ class Reduction:
     layout: Layout
     proportional_attention: bool = True
     full_grid: bool = True
+    attention: str = "host"
     # Runtime state: by activation, and by thread. (An attribute of the tensor would do as well as
     # a weak dictionary, but would be saved and copied with features that leave the model.) Code
     # that is being compiled can see neither, and has a plain dictionary instead.
@@ -139,11 +156,18 @@ class Reduction:
         tokens = x.shape[1] - self.layout.prefix
         return State(plan(self.schedule, tokens, self.layout.layers), tokens)
 
-    def enter(self, layer: int, scale: float, x: Float[Tensor, "batch tokens dim"]) -> Step:
+    def enter(
+        self,
+        layer: int,
+        scale: float,
+        x: Float[Tensor, "batch tokens dim"],
+        explicit: nn.Module | None = None,
+    ) -> Step:
         """Called when a patched block begins. The first block starts a pass, whoever called it."""
         state = self.start(x) if layer == 0 else self.carried(x) or self._alone(layer, x)
-        step = Step(self, layer, scale, state)
-        self._put("signals", step.signals)
+        step = Step(self, layer, scale, state, explicit)
+        # Keys that nobody is going to read would be kept from being freed.
+        self._put("signals", step.signals if step.wants_signals else None)
         return step
 
     def leave(self) -> None:
@@ -286,14 +310,28 @@ class Step:
     layer: int
     scale: float
     state: State
+    explicit: nn.Module | None = None
     signals: dict[str, Tensor] = field(default_factory=dict)
 
-    def open(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
-        """Before the block: few tokens again, if they were expanded for somebody to see."""
+    @property
+    def wants_signals(self) -> bool:
+        """Whether something is read off this block: the method stands in it and is going to
+        reduce, or before the next block, and is going to reduce there."""
+        reducer, state = self.reduction.reducer, self.state
+        if not reducer.needs:
+            return False
+        if place(reducer) == "before":
+            return min(state.counts[self.layer : self.layer + 2]) < state.counts[self.layer]
+        few = state.trail[-1].map.num_coarse if state.trail else state.full
+        return state.counts[self.layer] < few
+
+    def open(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch kept dim"]:
+        """Before the block: few tokens again, if they were expanded for somebody to see, and fewer
+        still, if that is where the method stands."""
         if self.state.expanded:
             x = self.reduction.compress(x, self.state)
             self.state = self.state.seen(expanded=False)
-        return x
+        return self._change(x) if place(self.reduction.reducer) == "before" else x
 
     def bias(self, x: Tensor, mask: Tensor | None = None) -> Tensor | None:
         """Proportional attention: a token that stands for s tokens counts s times as a key
@@ -308,20 +346,33 @@ class Step:
                 "attn_mask cannot be combined with token reduction here: it names positions "
                 "that are merged or dropped. Call the model without it, or tokred.remove(model)"
             )
-        if self.state.log_size is None or not self.reduction.proportional_attention:
+        if self.state.bias is None:
             return mask
         # In the dtype of x: with float64 queries and a float32 mask, torch's fused attention on
         # the CPU is silently wrong.
-        return self.state.log_size.to(x.dtype)
+        return self.state.bias.to(x.dtype)
+
+    def attend(self, attention: nn.Module, x: Float[Tensor, "batch tokens dim"]) -> nn.Module:
+        """The attention to call on `x`: the host's, or the same one computed the other way."""
+        if self.explicit is not None and explicit_is_faster(x):
+            return self.explicit
+        return attention
 
     def reduce(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch kept dim"]:
-        """As many tokens as the schedule asks for at this layer."""
-        prefix, keep = self.reduction.layout.prefix, self.state.counts[self.layer]
-        num = x.shape[1] - prefix
-        if keep == num:
-            return x
-        if keep > num:
+        """Between attention and MLP: as many tokens as the schedule asks for at this layer, if
+        that is where the method stands."""
+        return self._change(x) if place(self.reduction.reducer) == "between" else x
+
+    def _change(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch kept dim"]:
+        prefix, counts = self.reduction.layout.prefix, self.state.counts
+        num, keep = x.shape[1] - prefix, counts[self.layer]
+        # What there should be. A method whose samples vary may have left more or fewer.
+        exact = not varies(self.reduction.reducer)
+        asked = num if exact else (self.state.full, *counts)[self.layer]
+        if keep > asked:
             return self._rise(x, keep)
+        if keep == asked or keep >= num:
+            return x
         tokens = x[:, prefix:]
         size = self.state.size
         if size is None:
@@ -330,14 +381,16 @@ class Step:
         # Autocast would compare tokens in half precision.
         with torch.autocast(x.device.type, enabled=False):
             token_map = self.reduction.reducer(view, keep)
-            if token_map.num_coarse != keep:
+            if exact and token_map.num_coarse != keep:
                 raise ValueError(
                     f"{self.reduction.reducer} returned {token_map.num_coarse} tokens of {num} "
                     f"at layer {self.layer}, but was asked for {keep}"
                 )
             fewer = token_map.down(tokens, size)
+        self.signals.clear()  # so that the keys need not live on through the MLP
+        del view
         self.reduction.record(Record(self.layer, num, token_map))
-        self._went_down(token_map, tokens, size)
+        self._went_down(token_map, keep, tokens, size)
         return torch.cat([x[:, :prefix], fewer], 1)
 
     def close(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch out dim"]:
@@ -347,6 +400,12 @@ class Step:
         if self.layer in reduction.tapped() or (last and reduction.full_grid):
             x = reduction.expand(x, state)
             state = state.seen(expanded=True)
+        elif last and state.ragged:
+            assert state.size is not None
+            padding = F.pad(state.size == 0, (reduction.layout.prefix, 0))
+            x = x.masked_fill(padding[..., None], 0)
+        if not last:
+            state = self._receive(state)
         reduction.leave()
         if not last:
             reduction.carry(x, state)
@@ -355,61 +414,95 @@ class Step:
         reduction.forget()
         if needed_for_pooling(state):
             # The maps suffice for that; what was dropped need not live on with the features.
-            trail = tuple(Reduced(r.map, r.size, r.log_size, None) for r in state.trail)
-            rest = (state.size, state.log_size, state.expanded)
+            trail = tuple(Reduced(r.map, r.asked, r.size, r.bias, None) for r in state.trail)
+            rest = (state.size, state.bias, state.expanded)
             reduction.carry(x, State(state.counts, state.full, trail, *rest))
         return x
 
     def _tokens(
         self, x: Float[Tensor, "batch tokens dim"], size: Float[Tensor, "batch tokens"]
     ) -> Tokens:
-        needs, layout = self.reduction.reducer.needs, self.reduction.layout
-        key = self.signals.get("key")
+        needs, layout, read = self.reduction.reducer.needs, self.reduction.layout, self.signals
+        key, value = read.get("key"), read.get("value")
         attention = None
         if "class_attention" in needs:
-            rows = self.signals["query"][:, :, :1] if layout.class_token else self.signals["query"]
-            bias = self.state.log_size if self.reduction.proportional_attention else None
-            attention = mean_attention(
-                rows.detach(), self.signals["key"].detach(), self.scale, bias
-            )
-            attention = attention[:, layout.prefix :]
+            rows = read["query"][:, :, :1] if layout.class_token else read["query"]
+            attention = self._attention(rows)[:, :, layout.prefix :]
         return Tokens(
             x=x,
             size=size,
             key=key.detach()[:, :, layout.prefix :] if key is not None and "key" in needs else None,
+            value=value.detach()[:, :, layout.prefix :] if value is not None else None,
             class_attention=attention,
+            attention_received=self.state.received,
             layer=self.layer,
+            layers=layout.layers,
             before=layout.prefix,
+        )
+
+    def _attention(
+        self, query: Float[Tensor, "batch heads rows head_dim"]
+    ) -> Float[Tensor, "batch heads tokens"]:
+        key, bias = self.signals["key"].detach(), self.state.bias
+        return mean_attention(query.detach(), key, self.scale, bias)
+
+    def _receive(self, state: State) -> State:
+        """Keeps how much attention tokens got in this block, if the method stands before the next
+        one and wants to know."""
+        reducer, counts = self.reduction.reducer, state.counts
+        if "attention_received" not in reducer.needs or not self.wants_signals:
+            return state
+        query, prefix = self.signals["query"], self.reduction.layout.prefix
+        received = self._attention(query).sum(1)[:, prefix:] * query.shape[2]
+        return State(
+            counts, state.full, state.trail, state.size, state.bias, state.expanded, received
         )
 
     def _went_down(
         self,
         token_map: TokenMap,
+        asked: int,
         tokens: Float[Tensor, "batch fine dim"],
         size: Float[Tensor, "batch fine"],
     ) -> None:
         state = self.state
         stale = None if token_map.merges else tokens
-        reduced = Reduced(token_map, state.size, state.log_size, stale)
-        new, log_size = None, None
-        if token_map.merges or state.size is not None:
+        reduced = Reduced(token_map, asked, state.size, state.bias, stale)
+        new, bias = None, None
+        if token_map.merges or token_map.ragged or state.size is not None:
             new = token_map.total(size)
-            log_size = F.pad(new.log(), (self.reduction.layout.prefix, 0))[:, None, None, :]
-        self.state = State(state.counts, state.full, (*state.trail, reduced), new, log_size)
+            bias = self._bias_of(new, token_map.ragged or state.ragged)
+        self.state = State(state.counts, state.full, (*state.trail, reduced), new, bias)
+
+    def _bias_of(
+        self, size: Float[Tensor, "batch tokens"], ragged: bool
+    ) -> Float[Tensor, "batch 1 1 tokens_and_prefix"] | None:
+        if self.reduction.proportional_attention:
+            bias = size.log()  # -inf for padding
+        elif ragged:
+            bias = torch.zeros_like(size).masked_fill(size == 0, -torch.inf)
+        else:
+            return None
+        return F.pad(bias, (self.reduction.layout.prefix, 0))[:, None, None, :]
 
     def _rise(self, x: Float[Tensor, "batch tokens dim"], to: int) -> Float[Tensor, "batch to dim"]:
-        trail, num = self.state.trail, x.shape[1] - self.reduction.layout.prefix
+        trail = self.state.trail
         undone: list[Reduced] = []
-        size, log_size = self.state.size, self.state.log_size
-        while num < to:
+        size, bias = self.state.size, self.state.bias
+        while trail and trail[-1].asked < to:
             *rest, reduced = trail
             trail = tuple(rest)
             undone.insert(0, reduced)
-            size, log_size = reduced.size, reduced.log_size
-            num = trail[-1].map.num_coarse if trail else self.state.full
+            size, bias = reduced.size, reduced.bias
         x = _up_behind(self.reduction.layout.prefix, x, tuple(undone))
-        self.state = State(self.state.counts, self.state.full, trail, size, log_size)
+        self.state = State(self.state.counts, self.state.full, trail, size, bias)
         return x
+
+
+def explicit_is_faster(x: Float[Tensor, "batch tokens dim"]) -> bool:
+    """Whether attention is faster as two matrix products and a softmax than fused: on CPUs, for
+    bfloat16 sequences of middling length (measured up to 1.8 times on AVX-512)."""
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and 40 <= x.shape[1] <= 640
 
 
 def needed_for_pooling(state: State) -> bool:
@@ -423,19 +516,19 @@ def mean_attention(
     key: Float[Tensor, "batch heads tokens head_dim"],
     scale: float,
     bias: Float[Tensor, "batch 1 1 tokens"] | None = None,
-) -> Float[Tensor, "batch tokens"]:
+) -> Float[Tensor, "batch heads tokens"]:
     """The attention that each key gets from the given queries: softmax(scale * q k^T + bias), mean
-    over queries and heads, float32. Head by head if the queries are many, so that the whole map
-    of all heads never exists."""
+    over the queries, float32. Head by head if the queries are many, so that the whole map of all
+    heads never exists."""
     query, key = query.float(), key.float()
     if query.shape[2] == 1:
         logits = (query @ key.transpose(2, 3)) * scale
-        return (logits if bias is None else logits + bias).softmax(-1).mean((1, 2))
-    total = query.new_zeros(key.shape[0], key.shape[2])
+        return (logits if bias is None else logits + bias).softmax(-1).squeeze(2)
+    heads = []
     for head in range(query.shape[1]):
         logits = (query[:, head] @ key[:, head].transpose(1, 2)) * scale
-        total = total + (logits if bias is None else logits + bias[:, 0]).softmax(-1).mean(1)
-    return total / query.shape[1]
+        heads.append((logits if bias is None else logits + bias[:, 0]).softmax(-1).mean(1))
+    return torch.stack(heads, 1)
 
 
 def _up_behind(
@@ -445,7 +538,7 @@ def _up_behind(
     by one copy."""
     clusters: Clusters | None = None
     for reduced in reversed(trail):
-        if isinstance(reduced.map, Clusters):
+        if type(reduced.map) is Clusters:
             clusters = reduced.map.then(clusters) if clusters else reduced.map
             continue
         if clusters:

@@ -19,8 +19,9 @@ class StageTrace:
 
     Attributes:
         layer: the block, from 0.
-        before: patch tokens before it.
-        after: patch tokens after it.
+        before: patch tokens before it, and
+        after: patch tokens after it: of the image that has the most, where they differ.
+        counts: patch tokens of each image after it.
         map: how they became few.
         labels: the token that each cell of the full grid belongs to after this stage, [B, H, W];
             -1 where it was dropped, here or before.
@@ -29,6 +30,7 @@ class StageTrace:
     layer: int
     before: int
     after: int
+    counts: tuple[int, ...]
     map: TokenMap
     labels: Int[Tensor, "batch height width"]
 
@@ -65,6 +67,9 @@ class Trace:
             if stage:
                 count = stage.after
                 note = f"  {stage.before} -> {stage.after}, {_told(stage)}"
+                if stage.map.ragged:
+                    mean = sum(stage.counts) / len(stage.counts)
+                    note += f"; images have {min(stage.counts)} to {stage.after}, mean {mean:.1f}"
             bar = "#" * max(1, round(30 * count / full))
             lines.append(f"{layer:5d}  {count:12d}  {bar:30s}{note}".rstrip())
         return "\n".join(lines)
@@ -104,6 +109,7 @@ def inspect(
                 layer=record.layer,
                 before=record.before,
                 after=record.map.num_coarse,
+                counts=tuple((labels.max(1).values + 1).tolist()),
                 map=record.map,
                 labels=labels.reshape(-1, *layout.grid),
             )
@@ -119,7 +125,7 @@ def inspect(
 
 def _told(stage: StageTrace) -> str:
     if not stage.map.merges:
-        return f"{stage.before - stage.after} dropped"
+        return f"{stage.before - stage.after} dropped" + (" at least" if stage.map.ragged else "")
     flat = stage.labels.flatten(1)
     members = torch.zeros(len(flat), stage.after, dtype=torch.int64, device=flat.device)
     members = members.scatter_add(1, flat.clamp(min=0), (flat >= 0).long())

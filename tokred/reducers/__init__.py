@@ -24,20 +24,29 @@ class Tokens:
 
     Attributes:
         x: the tokens themselves, in the model's dtype.
-        size: how many original tokens each one stands for, float32.
+        size: how many original tokens each one stands for, float32. 0 marks padding: only methods
+            that leave some samples with fewer tokens than others (`varies`) meet it, always at
+            the end.
         key: the keys as attention compares them (after any key normalisation), without gradient.
-        class_attention: how much attention each token gets from the class token, after softmax,
-            mean over heads, float32; higher = more important. In a model without a class token,
-            the mean attention it gets from all tokens.
+        value: the values, without gradient.
+        class_attention: how much attention each token gets from the class token in each head,
+            after softmax, float32; higher = more important. In a model without a class token, the
+            mean attention it gets from all tokens.
+        attention_received: how much attention each token got in the block before, the sum over
+            heads and queries, float32. None in front of the first block.
         layer: the layer we are in, from 0.
+        layers: how many there are.
         before: the prefix tokens in front.
     """
 
     x: Float[Tensor, "batch tokens dim"]
     size: Float[Tensor, "batch tokens"]
     key: Float[Tensor, "batch heads tokens head_dim"] | None = None
-    class_attention: Float[Tensor, "batch tokens"] | None = None
+    value: Float[Tensor, "batch heads tokens head_dim"] | None = None
+    class_attention: Float[Tensor, "batch heads tokens"] | None = None
+    attention_received: Float[Tensor, "batch tokens"] | None = None
     layer: int = 0
+    layers: int = 1
     before: int = 0
 
 
@@ -46,16 +55,42 @@ class Reducer(Protocol):
     """A method with its options filled in: a frozen dataclass that can be called.
 
     Attributes:
-        needs: the signals of `Tokens` that it wants: "key", "class_attention".
+        needs: the signals of `Tokens` that it wants: "key", "value", "class_attention",
+            "attention_received".
         bibtex: the paper to cite; empty if there is none.
+
+    A class may say three things more (see `place`, `varies` and `proportional` in this file):
+
+        place: "between" attention and MLP, which is where most methods stand, or "before" the
+            block.
+        varies: whether samples may end with different numbers of tokens. `keep` is then a bound,
+            not a promise.
+        proportional: whether its paper lets a token that stands for s tokens count s times in
+            attention; yes if not said.
     """
 
     needs: ClassVar[frozenset[str]]
     bibtex: ClassVar[str]
 
     def __call__(self, tokens: Tokens, keep: int) -> TokenMap:
-        """Chooses how the tokens become exactly `keep` tokens, 1 <= keep < tokens."""
+        """Chooses how the tokens become exactly `keep` tokens, 1 <= keep < tokens. (Where
+        `varies`: about as many as that, as the method says.)"""
         ...
+
+
+def place(reducer: Reducer) -> str:
+    """Where a method stands: "between" attention and MLP, or "before" the block."""
+    return str(getattr(reducer, "place", "between"))
+
+
+def varies(reducer: Reducer) -> bool:
+    """Whether samples may end with different numbers of tokens."""
+    return bool(getattr(reducer, "varies", False))
+
+
+def proportional(reducer: Reducer) -> bool:
+    """Whether a token that stands for s tokens counts s times in attention."""
+    return bool(getattr(reducer, "proportional", True))
 
 
 _METHODS: dict[str, Callable[[], Reducer]] = {}

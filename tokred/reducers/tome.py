@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokred.maps import Clusters, in_order_of_first_member
@@ -27,7 +27,14 @@ class ToMe:
 
     Tokens are compared by the cosine of their keys, averaged over heads (table 1a). One matching
     removes half of the tokens at most; if more must go, the merged tokens are matched again.
+
+    Args:
+        threshold: if given, only pairs at least this similar merge, in [-1, 1]. Then an image
+            keeps at least as many tokens as the schedule says, more if its tokens are less alike,
+            whatever else is in the batch. Runs eagerly: how many stay depends on the images.
     """
+
+    threshold: float | None = None
 
     needs: ClassVar[frozenset[str]] = frozenset({"key"})
     bibtex: ClassVar[str] = """@inproceedings{bolya2023tome,
@@ -38,8 +45,21 @@ class ToMe:
   year      = {2023}
 }"""
 
+    def __post_init__(self) -> None:
+        if self.threshold is not None and not -1 <= self.threshold <= 1:
+            raise ValueError(
+                f"threshold must be a cosine similarity in [-1, 1], not {self.threshold!r}"
+            )
+
+    @property
+    def varies(self) -> bool:
+        """Whether images end with different numbers of tokens."""
+        return self.threshold is not None
+
     def __call__(self, tokens: Tokens, keep: int) -> Clusters:
         assert tokens.key is not None
+        if self.threshold is not None:
+            return self._while_similar(tokens, keep, self.threshold)
         metric, size = mean_over_heads(tokens.key), tokens.size
         clusters = once = _halve_at_most(metric, keep, tokens.before)
         while clusters.num_coarse > keep:
@@ -47,6 +67,20 @@ class ToMe:
             once = _halve_at_most(metric, keep, tokens.before)
             clusters = clusters.then(once)
         return clusters
+
+    def _while_similar(self, tokens: Tokens, keep: int, threshold: float) -> Clusters:
+        assert tokens.key is not None
+        metric, size = mean_over_heads(tokens.key), tokens.size
+        labels = torch.arange(size.shape[1], device=size.device).repeat(len(size), 1)
+        clusters = Clusters(labels, size.shape[1], ragged=True)
+        while True:
+            most = ((size > 0).sum(1) - keep).clamp(min=0)
+            once = match_similar(metric, size > 0, most, threshold, tokens.before)
+            clusters = clusters.then(once)
+            merged = once.total(size)
+            if int(((size > 0).sum(1) - (merged > 0).sum(1)).max()) == 0:
+                return clusters
+            metric, size = once.down(metric, size), merged
 
 
 def match(
@@ -93,6 +127,40 @@ def match(
     return in_order_of_first_member(label.scatter(1, even + 2 * strongest, joined))
 
 
+def match_similar(
+    metric: Float[Tensor, "batch tokens dim"],
+    valid: Bool[Tensor, "batch tokens"],
+    most: Int[Tensor, " batch"],
+    threshold: float,
+    before: int = 0,
+) -> Clusters:
+    """Merges the strongest proposals that are at least as similar as `threshold`, in every sample
+    as many as there are; those that are not make the map ragged.
+
+    Args:
+        metric: what tokens are compared by; need not be normalised.
+        valid: False for padding, at the end of a sample, which takes no part.
+        most: how many tokens of each sample may go at most.
+        threshold: the least cosine similarity of a pair.
+        before: how many prefix tokens stand in front; see `match`.
+    """
+    batch, num = valid.shape
+    label = torch.arange(num, device=metric.device).repeat(batch, 1)
+    if num > 1:
+        even, odd = before % 2, 1 - before % 2
+        unit = F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
+        similarity, partner = _best(unit[:, even::2], unit[:, odd::2], valid[:, odd::2])
+        similarity = similarity.masked_fill(~valid[:, even::2], -torch.inf)
+        strongest, order = similarity.sort(dim=-1, descending=True, stable=True)
+        merges = strongest >= threshold
+        merges &= torch.arange(order.shape[1], device=order.device) < most[:, None]
+        joined = torch.where(merges, odd + 2 * partner.gather(1, order), even + 2 * order)
+        label = label.scatter(1, even + 2 * order, joined)
+    # Padding goes along with the first token, which it does not change, having no size.
+    label = in_order_of_first_member(torch.where(valid, label, label[:, :1]))
+    return Clusters(label, int(label.max()) + 1, ragged=True)
+
+
 def _halve_at_most(metric: Float[Tensor, "batch tokens dim"], keep: int, before: int) -> Clusters:
     num = metric.shape[1]
     merges = min(num - keep, num // 2)
@@ -107,15 +175,24 @@ def mean_over_heads(
 
 
 def _best(
-    a: Float[Tensor, "batch a dim"], b: Float[Tensor, "batch b dim"], elements: int = 2**26
+    a: Float[Tensor, "batch a dim"],
+    b: Float[Tensor, "batch b dim"],
+    valid: Bool[Tensor, "batch b"] | None = None,
+    elements: int = 2**26,
 ) -> tuple[Float[Tensor, "batch a"], Int[Tensor, "batch a"]]:
-    """For every row of a, its highest inner product with a row of b, and which row that is.
+    """For every row of a, its highest inner product with a (valid) row of b, and which that is.
 
     The products are only ever reduced by their maximum, so they are never all kept at once:
     `elements` bounds how many are.
     """
     rows = max(1, elements // (a.shape[0] * b.shape[1]))
-    parts = [(part @ b.transpose(1, 2)).max(-1) for part in a.split(rows, dim=1)]
+    invalid = None if valid is None else ~valid[:, None]
+    parts = []
+    for part in a.split(rows, dim=1):
+        similarity = part @ b.transpose(1, 2)
+        if invalid is not None:
+            similarity.masked_fill_(invalid, -torch.inf)
+        parts.append(similarity.max(-1))
     if len(parts) == 1:
         return parts[0].values, parts[0].indices
     return torch.cat([p.values for p in parts], 1), torch.cat([p.indices for p in parts], 1)

@@ -34,5 +34,6 @@ class TopK:
 
     def __call__(self, tokens: Tokens, keep: int) -> Kept:
         assert tokens.class_attention is not None
-        order = tokens.class_attention.argsort(dim=-1, descending=True, stable=True)
+        importance = tokens.class_attention.mean(1)
+        order = importance.argsort(dim=-1, descending=True, stable=True)
         return Kept(order[:, :keep].sort(-1).values, tokens.x.shape[1])
