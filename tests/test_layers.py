@@ -13,9 +13,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 HOSTS = {"timm", "transformers", "diffusers"}
 RANK = {
-    "maps": 0, "schedule": 0, "optional": 0,
+    "maps": 0, "schedule": 0, "optional": 0, "kernels": 0.5,
     "reducers": 1, "run": 2, "host": 3, "patching": 4, "tracing": 5,
-    "cost": 5, "citing": 5, "zoo": 5, "drawing": 6, "__init__": 7, "__main__": 8,
+    "cost": 5, "citing": 5, "zoo": 5, "drawing": 6, "suites": 6, "__init__": 7, "__main__": 8,
 }  # fmt: skip
 
 
@@ -53,6 +53,14 @@ def test_a_patch_knows_one_library_and_the_seam(file: Path) -> None:
     assert ours <= {"host", "run"}
 
 
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "tokred" / "kernels").glob("*.py")), ids=lambda f: f.stem
+)
+def test_a_kernel_knows_maps_and_other_kernels_alone(file: Path) -> None:
+    ours = {name for name in imports(file) if name.split(".")[0] == "tokred"}
+    assert all(name.startswith(("tokred.kernels", "tokred.maps")) for name in ours)
+
+
 def test_every_module_has_a_rank() -> None:
     assert {layer(file) for file in (ROOT / "tokred").rglob("*.py")} == RANK.keys()
 
@@ -67,7 +75,7 @@ def test_importing_tokred_loads_neither_hosts_nor_scipy() -> None:
     )
     loaded = set(run.stdout.split())
     assert "tokred" in loaded
-    assert not loaded & (HOSTS | {"scipy", "matplotlib", "PIL", "safetensors", "tqdm"})
+    assert not loaded & (HOSTS | {"scipy", "matplotlib", "PIL", "safetensors", "tqdm", "numba"})
 
 
 def test_a_patch_is_not_imported_from_the_source_folder() -> None:

@@ -9,20 +9,27 @@ class token, too few when heights are tied), and in that all prefix tokens are l
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tokred.maps import Clusters
+from tokred.optional import require
 from tokred.reducers import Tokens, register
 from tokred.reducers.tome import mean_over_heads
 
+_AT_ONCE = 2**21
+"""Distances that are worked on at once on the CPU."""
+
 LINKAGES = ("single", "complete", "average")
-BACKENDS = ("auto", "scipy")
+BACKENDS = ("auto", "numba", "scipy", "torch", "triton")
 
 
 @register("atc")
@@ -53,6 +60,10 @@ class ATC:
     def __post_init__(self) -> None:
         _check_options(self.linkage, self.backend)
 
+    def on(self, device: torch.device | str) -> ATC:
+        """The same with the backend that is used on a device in place of "auto"."""
+        return dataclasses.replace(self, backend=choose(device, self.backend))
+
     def __call__(self, tokens: Tokens, keep: int) -> Clusters:
         assert tokens.key is not None
         labels = cluster(mean_over_heads(tokens.key), keep, self.linkage, self.backend)
@@ -65,21 +76,29 @@ def cluster(
     linkage: str = "average",
     backend: str = "auto",
 ) -> Int[Tensor, "batch tokens"]:
-    """Clusters every sample on cosine distance; returns the cluster of every token.
+    """Clusters every sample on cosine distance; returns the cluster of every token, int64.
 
     Exact: the partition of `scipy.cluster.hierarchy.linkage` cut at `num_clusters`, and exactly
-    that many clusters, also where heights are tied (there, the merges that absorb the earlier
-    tokens come first). Clusters are numbered in the order of their first tokens. A row of zeros
-    has distance 1 to every other row.
+    that many clusters, also where heights are tied. There, the least (height, first token of one
+    cluster, first token of the other) is merged first, or, with single linkage, the least
+    (distance, token, later token); all backends but "scipy" agree on that to the last bit, given
+    the same distances. Clusters are numbered in the order of their first tokens. A row of zeros has
+    distance 1 to every other row.
 
     Args:
-        features: what tokens are compared by; need not be normalised.
+        features: what tokens are compared by, any floating dtype; need not be normalised. NaN and
+            infinity are refused on the CPU. Elsewhere it would take waiting for the device to
+            find them: there, their tokens get distance 2 to all others.
         num_clusters: in [1, tokens].
         linkage: "single", "complete" or "average".
-        backend: "scipy" runs on the CPU, one sample at a time; "auto" is the fastest there is.
+        backend: "numba" and "scipy" run on the CPU (features elsewhere are copied there and the
+            labels back), "torch" on any device, "triton" on CUDA devices. "auto" is what `choose`
+            says.
 
     Raises:
-        ValueError: an argument is out of range, or a feature is NaN or infinite.
+        ValueError: an argument is out of range, a feature on the CPU is NaN or infinite, or
+            "triton" is asked for on the CPU without its interpreter (`TRITON_INTERPRET=1`).
+        ModuleNotFoundError: the backend is not installed; the message says how to get it.
     """
     _check_options(linkage, backend)
     if not 1 <= num_clusters <= features.shape[1]:
@@ -87,67 +106,108 @@ def cluster(
             f"num_clusters must be in [1, {features.shape[1]}] for {features.shape[1]} tokens, "
             f"not {num_clusters}"
         )
-    labels: Tensor = _cluster_with_scipy(features, num_clusters, linkage)
+    labels: Tensor = _cluster(features, num_clusters, linkage, backend)
     return labels
+
+
+def choose(device: torch.device | str, backend: str = "auto") -> str:
+    """The backend that is used for features on a device: what "auto" stands for there.
+
+    On CUDA devices "triton" if it is installed, on the CPU "numba" if it is installed and
+    otherwise "scipy", in all other cases "torch". A backend that is named stays what it is.
+
+    Raises:
+        ValueError: no backend has that name, or it cannot run on that device.
+        ModuleNotFoundError: it is not installed; the message says how to get it.
+    """
+    _check_options("average", backend)
+    kind = torch.device(device).type
+    if backend == "auto":
+        if kind == "cpu":
+            return "numba" if find_spec("numba") else "scipy"
+        return "triton" if kind == "cuda" and find_spec("triton") else "torch"
+    if backend == "numba":
+        require("numba", "cpu")
+    if backend == "triton":
+        if find_spec("triton") is None:
+            raise ModuleNotFoundError("this needs triton, which comes with torch for CUDA on Linux")
+        if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                f'backend "triton" needs features on a CUDA device, not on {kind}: choose "auto", '
+                "or set TRITON_INTERPRET=1 to try it slowly"
+            )
+    return backend
+
+
+def cosine_distance(
+    features: Float[Tensor, "batch tokens dim"],
+) -> Float[Tensor, "batch tokens tokens"]:
+    """1 - cos of all pairs of tokens, float32, in [0, 2].
+
+    Tokens are normalised, and multiplied, in at least float32, also under autocast. A token of
+    zeros is at distance 1 to all others; one with NaN or infinity at distance 2 (but at NaN on the
+    CPU, where `cluster` refuses it). Results are multiples of 2**-24, so that float64 sums of them
+    are exact. The diagonal means nothing, and what is below it may differ from what is above in
+    the last bit.
+    """
+    x = features.detach()
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    # Divided by the largest entry first: the squares of what is left cannot overflow or vanish.
+    largest = _largest(x)
+    finite = largest.isfinite()
+    unit = x / torch.where(largest == 0, 1, largest)
+    unit /= torch.linalg.vector_norm(unit, dim=-1, keepdim=True).clamp_(min=1)
+    if x.device.type != "cpu":  # there, `cluster` has refused them
+        unit = torch.where(finite, unit, 0)
+
+    # The product is rounded before it is taken from 1: within one operation (`baddbmm`) results
+    # need not be multiples of 2**-24. Equal tokens get equal products, as every entry is summed in
+    # the same order by the libraries that we know; float64 products would make sure of it, but
+    # take two to three times as long.
+    with torch.autocast(x.device.type, enabled=False):
+        distance = (unit @ unit.mT).float()
+    torch.sub(distance.new_ones(()), distance, out=distance)
+    distance.clamp_(0, 2)
+    if x.device.type != "cpu":
+        distance.masked_fill_(~(finite & finite.mT), 2)
+    return distance
+
+
+def _largest(x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens 1"]:
+    """The largest absolute value of every token; NaN if one of them is."""
+    # Ten times as fast as torch.linalg.vector_norm of infinite order.
+    return x.abs().amax(-1, keepdim=True)
 
 
 # An opaque operator, so that a compiled model has no graph break here.
 @torch.library.custom_op(
-    "tokred::cluster_with_scipy",
+    "tokred::cluster",
     mutates_args=(),
-    schema="(Tensor features, int num_clusters, str linkage) -> Tensor",
+    schema="(Tensor features, int num_clusters, str linkage, str backend) -> Tensor",
 )
-def _cluster_with_scipy(features: Tensor, num_clusters: int, linkage: str) -> Tensor:
-    unit = F.normalize(features.detach().cpu().to(torch.float64), dim=-1)
-    labels = [_cluster_one(sample, num_clusters, linkage) for sample in unit]
-    return torch.tensor(labels, dtype=torch.int64).view(unit.shape[:2]).to(features.device)
+def _cluster(features: Tensor, num_clusters: int, linkage: str, backend: str) -> Tensor:
+    chosen = choose(features.device, backend)
+    x = features.detach()
+    if chosen in ("numba", "scipy"):
+        x = x.cpu()
+    if x.device.type == "cpu" and not _largest(x).isfinite().all():
+        raise ValueError("features must be finite, but some are NaN or infinite")
+    # Backends are imported when they are used: each needs a library of its own.
+    kernel = import_module(f"tokred.kernels.agglomerative_{chosen}")
+    # On the CPU as many samples at once as its threads need or its cache holds: memory that was
+    # just let go is fast to write to, fresh memory is not.
+    num = max(1, x.shape[1])
+    at_once = max(torch.get_num_threads(), _AT_ONCE // num**2) if x.device.type == "cpu" else len(x)
+    labels = [
+        kernel.cluster(cosine_distance(part), num_clusters, linkage)
+        for part in x.split(max(1, at_once))
+    ]
+    return torch.cat(labels).to(features.device)
 
 
-@_cluster_with_scipy.register_fake
-def _(features: Tensor, num_clusters: int, linkage: str) -> Tensor:
+@_cluster.register_fake
+def _(features: Tensor, num_clusters: int, linkage: str, backend: str) -> Tensor:
     return features.new_empty(features.shape[:2], dtype=torch.int64)
-
-
-def _cluster_one(unit: Float[Tensor, "tokens dim"], num_clusters: int, linkage: str) -> list[int]:
-    """The partition of one sample, from SciPy's dendrogram."""
-    # SciPy is slow to import, and not needed by other methods.
-    from scipy.cluster import hierarchy
-    from scipy.spatial import distance
-
-    num = len(unit)
-    if num == 1:
-        return [0]
-    # Rounded to float32, so that equal tokens are exactly equally far from everything even if
-    # the matrix product summed their rows in another order.
-    far = (1 - (unit @ unit.T).float()).clamp_(min=0).double().numpy()
-    try:
-        merges = hierarchy.linkage(distance.squareform(far, checks=False), linkage)
-    except ValueError as error:  # SciPy takes finite distances only
-        raise ValueError("features must be finite, but some are NaN or infinite") from error
-
-    # Name every cluster by its first token. Then each token but the first is absorbed once, by
-    # an earlier one (`into`), at some height; the lowest of these merges are the ones to do.
-    first = list(range(num))
-    into, height = [0] * num, [0.0] * num
-    pairs = merges[:, :2].astype(int).tolist()
-    for (left, right), at in zip(pairs, merges[:, 2].tolist(), strict=True):
-        stays, absorbed = first[left], first[right]
-        if stays > absorbed:
-            stays, absorbed = absorbed, stays
-        first.append(stays)
-        into[absorbed], height[absorbed] = stays, at
-    order = sorted(range(1, num), key=height.__getitem__)  # stable: ties by token
-    merged = set(order[: num - num_clusters])
-
-    labels: list[int] = []
-    clusters = 0
-    for token in range(num):
-        if token in merged:
-            labels.append(labels[into[token]])
-        else:
-            labels.append(clusters)
-            clusters += 1
-    return labels
 
 
 def _check_options(linkage: str, backend: str) -> None:

@@ -1,0 +1,1 @@
+"""Loops that are too slow or too many for tensor operations, one backend a file."""

@@ -1,0 +1,516 @@
+"""Exact agglomerative clustering on the CPU, compiled by numba: one sample per thread.
+
+Complete and average linkage follow the generic algorithm of Müllner, "Modern hierarchical,
+agglomerative clustering algorithms", 2011, https://arxiv.org/abs/1109.2378, section 3.1: every row
+remembers its nearest neighbour, or, once that one has merged, a lower bound of how far it can be.
+Four things are done differently, to be fast where only the first merges are wanted:
+
+- It stops when as many clusters are left as asked for.
+- Merges are written down, and a row catches up with them when it is next read. Writing a column
+  at every merge, into as many cache lines as there are rows, would take most of the time; most
+  rows are read once or twice, and some never.
+- A row also remembers a lower bound of its second-nearest distance. If its nearest neighbour
+  merges into something that is nearer than that, the row need not be searched again.
+- Average linkage keeps float64 sums of the distances, which are exact, and compares
+  sum / (size * size), which is rounded once: the result does not depend on the order of merges.
+
+Single linkage is Prim's minimum spanning tree without its longest edges (section 3.2 there).
+
+Loops are written so that compilers make vector instructions of them. Distances are not negative, so
+that they can be compared as the integers of the same bits: minima of integers are vectorised, those
+of floats are not (what to do with NaN forbids it). numba must be installed to import this module.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., object])
+Floats = NDArray[np.floating[Any]]
+Integers = NDArray[np.integer[Any]]
+
+_CODE = {"single": 0, "complete": 1, "average": 2}
+
+# Positive infinity, as integers of the same bits.
+_INFINITE_32 = np.int32(0x7F800000)
+_INFINITE_64 = np.int64(0x7FF0000000000000)
+
+# So many distances take a thread about as long as it takes to wake another one.
+_DISTANCES_PER_THREAD = 2**15
+
+# numba's threads are not there in a process that was forked off (with OpenMP, asking for them ends
+# the process), and not every kind of them may be called from two places at once.
+_PROCESS = os.getpid()
+_ONE_AT_A_TIME = threading.Lock()
+
+
+def cluster(
+    distance: Float[Tensor, "batch tokens tokens"], num_clusters: int, linkage: str
+) -> Int[Tensor, "batch tokens"]:
+    """Merges the closest clusters of every sample until `num_clusters` are left.
+
+    The next merge is always the one of the least (height, first token of one cluster, first token
+    of the other); with single linkage, that of the least (distance, token, later token). Samples
+    are shared out among at most `torch.get_num_threads()` threads.
+
+    Args:
+        distance: float32 on the CPU, in [0, 2], without NaN. Only what is above the diagonal is
+            read; nothing is written.
+        num_clusters: in [1, tokens].
+        linkage: "single", "complete" or "average".
+
+    Returns:
+        The cluster of every token, int64; clusters are numbered in the order of their first tokens.
+    """
+    samples = distance.detach().contiguous().numpy()
+    batch, num, _ = samples.shape
+    labels = np.empty((batch, num), dtype=np.int64)
+
+    worth = batch * num * num // _DISTANCES_PER_THREAD
+    threads = max(1, min(batch, worth, torch.get_num_threads(), numba.get_num_threads()))
+    if os.getpid() != _PROCESS:
+        threads = 1
+
+    lines = (num + 15) // 16
+    # An odd number of cache lines, so that a column is spread over the whole cache.
+    stride = 16 * (lines + 1 - lines % 2)
+    near = np.empty((threads, num, stride), dtype=np.float32)
+    # Pages of it that are never written are never there.
+    rows = np.empty((threads, num, stride), dtype=np.float64)
+    floats = np.empty((threads, 4, stride), dtype=np.float64)
+    integers = np.empty((threads, 8, stride), dtype=np.int32)
+    arguments = (samples, num_clusters, _CODE[linkage], near, rows, floats, integers, labels)
+    if threads == 1:
+        _cluster_share(0, *arguments)
+    else:
+        with _ONE_AT_A_TIME:
+            before = numba.get_num_threads()  # of this Python thread alone
+            numba.set_num_threads(threads)
+            try:
+                _cluster_shares(*arguments)
+            finally:
+                numba.set_num_threads(before)
+    return torch.from_numpy(labels)
+
+
+def _compile(function: F, **options: Any) -> F:
+    # Unwrapped, because checks of shapes may have been wrapped around it.
+    plain = inspect.unwrap(function)
+    try:
+        return cast(F, numba.njit(cache=True, nogil=True, **options)(plain))
+    except RuntimeError:  # neither the installation nor the user's cache folder can be written to
+        return cast(F, numba.njit(nogil=True, **options)(plain))
+
+
+def _compiled(function: F) -> F:
+    """Compiles at the first call, and keeps the machine code for other processes.
+
+    Division by zero is as in NumPy: looking for it would keep loops from being vectorised.
+    """
+    return _compile(function, error_model="numpy")
+
+
+def _compiled_parallel(function: F) -> F:
+    """As `_compiled`; every turn of a `prange` loop may run on a thread of its own."""
+    return _compile(function, parallel=True)
+
+
+@_compiled
+def _cluster_share(
+    share: int,
+    distance: Floats,
+    num_clusters: int,
+    linkage: int,
+    near: Floats,
+    rows: Floats,
+    floats: Floats,
+    integers: Integers,
+    labels: Integers,
+) -> None:
+    """Clusters every n-th sample from `share` on, n being the number of workspaces."""
+    for sample in range(share, distance.shape[0], near.shape[0]):
+        if linkage == 0:
+            _cut_spanning_tree(
+                distance[sample], num_clusters, near[share], integers[share], labels[sample]
+            )
+        else:
+            _merge_closest(
+                distance[sample], num_clusters, linkage == 2,
+                near[share], rows[share], floats[share], integers[share], labels[sample],
+            )  # fmt: skip
+
+
+@_compiled_parallel
+def _cluster_shares(
+    distance: Floats,
+    num_clusters: int,
+    linkage: int,
+    near: Floats,
+    rows: Floats,
+    floats: Floats,
+    integers: Integers,
+    labels: Integers,
+) -> None:
+    """Clusters all samples, one thread for every workspace."""
+    for share in numba.prange(near.shape[0]):
+        _cluster_share(share, distance, num_clusters, linkage, near, rows, floats, integers, labels)
+
+
+@_compiled
+def _merge_closest(
+    distance: Floats,
+    num_clusters: int,
+    average: bool,
+    near: Floats,
+    rows: Floats,
+    floats: Floats,
+    integers: Integers,
+    labels: Integers,
+) -> None:
+    """Complete and average linkage for one sample: fills `labels` [tokens].
+
+    A cluster goes by its first token. Row `k` of cluster `k` is `rows[place[k]]`: the sums
+    (average linkage) or maxima (complete) of its distances to the cluster of every column, infinite
+    for itself and for what was absorbed. A token that was not read yet has no row there, but the
+    one in `near`.
+
+    Args:
+        distance: [tokens, tokens], float32.
+        near: workspace [tokens, stride], float32.
+        rows: workspace [tokens, stride], float64.
+        floats: workspace [4, stride], float64.
+        integers: workspace [8, stride], of which seven rows are used, int32.
+    """
+    num = distance.shape[0]
+    # How far the nearest cluster is, the second-nearest, how many tokens each cluster has, and how
+    # far the clusters are from the one that was read last. If `nearest[k]` is -1, `height[k]` is
+    # only a lower bound; `second[k]` always is.
+    height, second, size, current = floats[0], floats[1], floats[2], floats[3]
+    height_bits, second_bits = height.view(np.int64), second.view(np.int64)
+    current_bits = current.view(np.int64)
+    nearest, parent, place, seen = integers[0], integers[1], integers[2], integers[3]
+    # The merges so far, of which row k has `seen[k]`; and places in `rows` that are free.
+    into, absorbed, free = integers[4], integers[5], integers[6]
+
+    _mirror(distance, near)
+    for k in range(num):
+        bits = near[k].view(np.int32)
+        least = _least_32(bits, num)
+        nearest[k] = _find(bits, num, least)
+        height[k] = near[k, nearest[k]]
+        bits[nearest[k]] = _INFINITE_32
+        second_bits_k = _least_32(bits, num)
+        bits[nearest[k]] = second_bits_k
+        second[k] = near[k, nearest[k]]
+        bits[nearest[k]] = least
+        parent[k] = k
+        place[k] = -1
+        free[k] = num - 1 - k
+        size[k] = 1
+
+    merges, num_free = 0, num
+    least_height = _least_64(height_bits, num)
+    while merges < num - num_clusters:
+        # The first row of the least height; its nearest neighbour, if known, comes after it.
+        i = _find(height_bits, num, least_height)
+        j = nearest[i]
+        for k in (i, j):
+            if k < 0:
+                continue
+            if place[k] < 0:
+                num_free -= 1
+                place[k] = free[num_free]
+                seen[k] = 0
+                _copy(near[k], rows[place[k]], num)
+            _catch_up(rows[place[k]], into, absorbed, seen[k], merges, average)
+            seen[k] = merges
+
+        row = rows[place[i]]
+        if j >= 0:
+            _unite(row, rows[place[j]], num, average)
+            into[merges], absorbed[merges] = i, j
+            merges += 1
+            seen[i] = merges
+            size[i] += size[j]
+            parent[j] = i
+            num_free += 1
+            free[num_free - 1] = place[j]
+
+        if average:
+            _divide(row, size, size[i], current, num)
+        else:
+            _copy(row, current, num)
+        if j >= 0:
+            height[j] = np.inf
+            nearest[j] = -2
+            _redirect(nearest, height_bits, second_bits, current_bits, i, j, num)
+        least = _least_64(current_bits, num)
+        nearest[i] = _find(current_bits, num, least)
+        height_bits[i] = least
+        current_bits[nearest[i]] = _INFINITE_64
+        second_bits[i] = _least_64(current_bits, num)
+        least_height = _least_64(height_bits, num)
+
+    clusters = 0
+    for k in range(num):
+        if parent[k] == k:
+            labels[k] = clusters
+            clusters += 1
+        else:
+            labels[k] = labels[parent[k]]
+
+
+@_compiled
+def _cut_spanning_tree(
+    distance: Floats, num_clusters: int, near: Floats, integers: Integers, labels: Integers
+) -> None:
+    """Single linkage for one sample: fills `labels` [tokens].
+
+    Args:
+        distance: [tokens, tokens], float32.
+        near: workspace [tokens, stride], float32.
+        integers: workspace [8, stride], int32.
+    """
+    num = distance.shape[0]
+    # Of every token: whether it is outside of the tree, the bits of its distance to the nearest
+    # token of the tree, and which that is (the earliest of equals).
+    outside, edge, source = integers[0], integers[1], integers[2]
+    # In the order in which they join the tree: the tokens, and the bits of their edges.
+    joined, length = integers[3], integers[4]
+    kept, component, number = integers[5], integers[6], integers[7]
+
+    _mirror(distance, near)
+    for k in range(num):
+        outside[k] = 1
+        edge[k] = _INFINITE_32
+        source[k] = 0
+    newest = 0
+    outside[0] = 0
+    for step in range(num - 1):
+        _approach(near[newest].view(np.int32), outside, edge, source, newest, num)
+        least = _least_32(edge, num)
+        newest = _find(edge, num, least)
+        if _count(edge, num, least) > 1:
+            low, high = min(source[newest], newest), max(source[newest], newest)
+            for k in range(newest + 1, num):
+                if edge[k] == least:
+                    lower, higher = min(source[k], k), max(source[k], k)
+                    if lower < low or (lower == low and higher < high):
+                        low, high, newest = lower, higher, k
+        joined[step], length[step] = newest, least
+        outside[newest] = 0
+        edge[newest] = _INFINITE_32
+
+    _keep_shortest(num, num - num_clusters, joined, length, source, kept)
+    component[0] = 0
+    for step in range(num - 1):
+        token = joined[step]
+        component[token] = component[source[token]] if kept[step] else token
+    clusters = 0
+    for k in range(num):
+        number[k] = -1
+    for k in range(num):
+        if number[component[k]] < 0:
+            number[component[k]] = clusters
+            clusters += 1
+        labels[k] = number[component[k]]
+
+
+@_compiled
+def _approach(
+    row: Integers, outside: Integers, edge: Integers, source: Integers, newest: int, num: int
+) -> None:
+    """Corrects the edges to the tree, which `newest` has joined. Distances are given by bits."""
+    token = np.int32(newest)
+    for c in range(num):
+        distance = row[c] if outside[c] == 1 else _INFINITE_32
+        closer = (distance < edge[c]) | ((distance == edge[c]) & (token < source[c]))
+        # A token of the tree has an infinite edge for ever; its source must stay what it is.
+        source[c] = token if closer & (outside[c] == 1) else source[c]
+        edge[c] = min(distance, edge[c])
+
+
+@_compiled
+def _keep_shortest(
+    num: int,
+    wanted: int,
+    joined: Integers,
+    length: Integers,
+    source: Integers,
+    kept: Integers,
+) -> None:
+    """Marks the `wanted` least edges of the tree, by (length, token, later token).
+
+    No sort is needed: the length of the last one is found by halving an interval of integers, and
+    so is the last pair of tokens among the edges of that length.
+    """
+    edges = num - 1
+    low, high = np.int64(0), np.int64(_INFINITE_32)
+    while low < high:
+        middle = (low + high) // 2
+        if _count_to(length, edges, np.int32(middle)) >= wanted:
+            high = middle
+        else:
+            low = middle + 1
+    longest = low
+    shorter = 0
+    for step in range(edges):
+        shorter += length[step] < longest
+
+    low, high = np.int64(-1), np.int64(num) * num
+    while low < high:
+        middle = (low + high) // 2
+        count = 0
+        for step in range(edges):
+            count += length[step] == longest and _pair(joined, source, step, num) <= middle
+        if shorter + count >= wanted:
+            high = middle
+        else:
+            low = middle + 1
+    for step in range(edges):
+        last = length[step] == longest and _pair(joined, source, step, num) <= low
+        kept[step] = length[step] < longest or last
+
+
+@_compiled
+def _pair(joined: Integers, source: Integers, step: int, num: int) -> int:
+    """Orders the edges of one length: by their lower token, then by the other one."""
+    one, other = np.int64(joined[step]), np.int64(source[joined[step]])
+    return min(one, other) * num + max(one, other)
+
+
+@_compiled
+def _mirror(distance: Floats, near: Floats) -> None:
+    """Copies what is above the diagonal to both sides of it; the diagonal becomes infinite.
+
+    In tiles, whose cache lines are still there when the next of their columns is written; with
+    unsigned indices, which need not be tried for negative ones.
+    """
+    num, one, tile = np.uint64(distance.shape[0]), np.uint64(1), np.uint64(32)
+    zero = np.float32(0)
+    for top in range(np.uint64(0), num, tile):
+        bottom = min(top + tile, num)
+        for r in range(top, bottom):
+            near[r, r] = np.inf
+            for c in range(r + one, num):
+                near[r, c] = distance[r, c] + zero  # -0 becomes 0
+        for left in range(top, num, tile):
+            right = min(left + tile, num)
+            for r in range(top, bottom):
+                for c in range(max(left, r + one), right):
+                    near[c, r] = distance[r, c] + zero
+
+
+@_compiled
+def _least_32(bits: Integers, num: int) -> int:
+    """The least of the first `num` int32."""
+    least = _INFINITE_32
+    for c in range(num):
+        least = min(least, bits[c])
+    return least
+
+
+@_compiled
+def _least_64(bits: Integers, num: int) -> int:
+    """The least of the first `num` int64."""
+    least = _INFINITE_64
+    for c in range(num):
+        least = min(least, bits[c])
+    return least
+
+
+@_compiled
+def _find(bits: Integers, num: int, wanted: int) -> int:
+    """Where `wanted` stands first. A search that stops there would not be vectorised."""
+    nowhere = np.int32(num)
+    first = nowhere
+    for c in range(num):
+        first = min(first, np.int32(c) if bits[c] == wanted else nowhere)
+    return first
+
+
+@_compiled
+def _count(bits: Integers, num: int, wanted: int) -> int:
+    """How often `wanted` occurs."""
+    count = np.int32(0)
+    for c in range(num):
+        count += np.int32(bits[c] == wanted)
+    return count
+
+
+@_compiled
+def _count_to(bits: Integers, num: int, limit: int) -> int:
+    """How many are no greater than `limit`."""
+    count = np.int32(0)
+    for c in range(num):
+        count += np.int32(bits[c] <= limit)
+    return count
+
+
+@_compiled
+def _copy(source: Floats, target: Floats, num: int) -> None:
+    for c in range(num):
+        target[c] = source[c]
+
+
+@_compiled
+def _catch_up(
+    row: Floats, into: Integers, absorbed: Integers, start: int, stop: int, average: bool
+) -> None:
+    """Makes in one row the merges from `start` to `stop`."""
+    for merge in range(start, stop):
+        i, j = into[merge], absorbed[merge]
+        row[i] = row[i] + row[j] if average else max(row[i], row[j])
+        row[j] = np.inf
+
+
+@_compiled
+def _unite(row: Floats, other: Floats, num: int, average: bool) -> None:
+    """`row` becomes the row of both clusters. Infinite in either is infinite in both."""
+    if average:
+        for c in range(num):
+            row[c] += other[c]
+    else:
+        for c in range(num):
+            row[c] = other[c] if other[c] > row[c] else row[c]
+
+
+@_compiled
+def _divide(row: Floats, size: Floats, own_size: float, mean: Floats, num: int) -> None:
+    """From sums to means; the product of two sizes is exact, so that this rounds once."""
+    for c in range(num):
+        mean[c] = row[c] / (own_size * size[c])
+
+
+@_compiled
+def _redirect(
+    nearest: Integers,
+    height: Integers,
+    second: Integers,
+    current: Integers,
+    i: int,
+    j: int,
+    num: int,
+) -> None:
+    """Corrects the rows whose nearest neighbour was `i` or `j`, now that they are one.
+
+    The others are right still: the linkages are reducible, so that what two clusters become is
+    no nearer than the nearer one of them was. Distances are given by their bits.
+    """
+    for k in range(num):
+        hit = (nearest[k] == i) | (nearest[k] == j)
+        distance, bound = current[k], second[k]
+        nearer = np.int32(i) if distance < bound else np.int32(-1)
+        nearest[k] = nearer if hit else nearest[k]
+        height[k] = min(distance, bound) if hit else height[k]
