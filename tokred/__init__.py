@@ -13,7 +13,11 @@ from tokred.patching import applied, apply, remove
 from tokred.reducers import names as methods
 from tokred.reducers.atc import ATC
 from tokred.reducers.ats import ATS
+from tokred.reducers.dpc_knn import DPCKNN
 from tokred.reducers.evit import EViT
+from tokred.reducers.kmedoids import KMedoids
+from tokred.reducers.mutual import Mutual
+from tokred.reducers.pitome import PiToMe
 from tokred.reducers.random import Random
 from tokred.reducers.tome import ToMe
 from tokred.reducers.topk import TopK
@@ -21,17 +25,21 @@ from tokred.run import Reduction
 from tokred.schedule import Constant, Exactly, Linear, Stages
 from tokred.tracing import Trace, inspect
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ATC",
     "ATS",
+    "DPCKNN",
     "Bench",
     "Constant",
     "EViT",
     "Exactly",
     "Flops",
+    "KMedoids",
     "Linear",
+    "Mutual",
+    "PiToMe",
     "Random",
     "Reduction",
     "Stages",

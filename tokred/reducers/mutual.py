@@ -1,0 +1,134 @@
+"""Mutual pairs: merging tokens that are each other's nearest.
+
+Reciprocal nearest neighbours, a classic of hierarchical clustering (Murtagh, "A survey of recent
+advances in hierarchical clustering algorithms", The Computer Journal 26(4), 1983), with the cosine
+of the keys for similarity and the merged tokens' mean key for the next round. No token is forced
+to a partner that would rather have another one, as between the two sets of bipartite matching.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from tokred.maps import Clusters, in_order_of_first_member
+from tokred.reducers import Tokens, register
+from tokred.reducers.tome import mean_over_heads
+
+
+@register("mutual")
+@dataclass(frozen=True)
+class Mutual:
+    """Merges the most similar pairs of tokens that are each other's nearest.
+
+    Tokens are compared by the cosine of their keys, averaged over heads. If there are fewer such
+    pairs than tokens that must go, the merged tokens are matched again, as often as needed.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"key"})
+    bibtex: ClassVar[str] = ""
+
+    def __call__(self, tokens: Tokens, keep: int) -> Clusters:
+        assert tokens.key is not None
+        return Clusters(match(mean_over_heads(tokens.key), tokens.size, keep), keep)
+
+
+def match(
+    metric: Float[Tensor, "batch tokens dim"],
+    size: Float[Tensor, "batch tokens"],
+    num_clusters: int,
+) -> Int[Tensor, "batch tokens"]:
+    """Merges mutual pairs until `num_clusters` groups are left; returns the group of every token.
+
+    In one round, the most similar of all mutual pairs merge, as many as there are or as must go.
+    A merged token is the mean of its two, weighted by size, and takes the place of the first.
+    Groups are numbered in the order of their first tokens. Ties go to the lower index.
+
+    Args:
+        metric: what tokens are compared by; need not be normalised. A row of zeros is as far
+            from every token as an orthogonal one.
+        size: how much each token counts in a mean, above 0.
+        num_clusters: in [1, tokens].
+
+    Raises:
+        ValueError: `num_clusters` is out of range.
+    """
+    num = metric.shape[1]
+    if not 1 <= num_clusters <= num:
+        raise ValueError(f"num_clusters must be in [1, {num}] for {num} tokens, not {num_clusters}")
+    labels: Tensor = _match(metric, size, num_clusters)
+    return labels
+
+
+# An opaque operator: the number of rounds depends on the tokens, which no compiled graph can.
+@torch.library.custom_op(
+    "tokred::mutual_pairs",
+    mutates_args=(),
+    schema="(Tensor metric, Tensor size, int num_clusters) -> Tensor",
+)
+def _match(metric: Tensor, size: Tensor, num_clusters: int) -> Tensor:
+    batch, num, _ = metric.shape
+    mean = metric.detach().to(torch.promote_types(metric.dtype, torch.float32))
+    size = size.detach().to(mean.dtype)
+    label = torch.arange(num, device=metric.device).repeat(batch, 1)
+    # Samples need different numbers of rounds: those with fewer groups left than others are padded.
+    groups = label.new_full((batch,), num)
+    most = num
+    while most > num_clusters:
+        pairs = _merge_once(mean, groups, num_clusters)
+        label = pairs.gather(1, label)
+        groups = pairs.masked_fill(_padding(pairs, groups), -1).amax(1) + 1
+        most = int(groups.max())
+        once = Clusters(pairs, mean.shape[1])
+        # The mean of padding is 0 / 0; nothing looks at it.
+        mean, size = once.down(mean, size)[:, :most], once.total(size)[:, :most]
+    return label
+
+
+@_match.register_fake
+def _(metric: Tensor, size: Tensor, num_clusters: int) -> Tensor:
+    return metric.new_empty(metric.shape[:2], dtype=torch.int64)
+
+
+def _merge_once(
+    mean: Float[Tensor, "batch slots dim"], groups: Int[Tensor, " batch"], num_clusters: int
+) -> Int[Tensor, "batch slots"]:
+    """One round: the new group of every group.
+
+    Args:
+        mean: what groups are compared by.
+        groups: how many there are in each sample; what comes after them is padding, and stays.
+        num_clusters: how many shall be left.
+    """
+    padding = _padding(mean[..., 0], groups)
+    itself = torch.eye(mean.shape[1], dtype=torch.bool, device=mean.device)
+    unit = F.normalize(mean, dim=-1)
+    similarity = unit @ unit.transpose(1, 2)
+    # A matrix product is not always symmetric to the last bit. If it is, there always is a mutual
+    # pair: of the most similar tokens, the first one and the first that is so similar to it.
+    similarity = torch.maximum(similarity, similarity.transpose(1, 2))
+    nobody = itself | padding[:, None, :] | padding[:, :, None]
+    highest, nearest = similarity.masked_fill(nobody, -torch.inf).max(-1)
+
+    # The first of every mutual pair, and which place the pair has among all of them.
+    position = torch.arange(mean.shape[1], device=mean.device).expand_as(nearest)
+    mutual = nearest.gather(1, nearest) == position
+    first = mutual & (position < nearest)
+    order = highest.masked_fill(~first, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    place = torch.empty_like(order).scatter(1, order, position)
+
+    stays = first & (place < groups[:, None] - num_clusters)
+    joins = mutual & stays.gather(1, nearest)
+    return in_order_of_first_member(nearest.where(joins, position))
+
+
+def _padding(
+    slots: Shaped[Tensor, "batch slots"], groups: Int[Tensor, " batch"]
+) -> Bool[Tensor, "batch slots"]:
+    """Which slots stand for nothing: those after the groups of a sample."""
+    return torch.arange(slots.shape[1], device=slots.device) >= groups[:, None]
