@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -14,6 +15,7 @@ from PIL import Image
 import tokred
 from tokred import reducers
 from tokred.__main__ import HEAD, main
+from tokred.cost import Arm, Bench
 
 
 def test_list_names_every_method_and_host(capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,10 +33,63 @@ def test_the_demo_ends_with_the_table_and_the_picture(
     assert main(["demo", "--limit", "20", "--out", str(picture)]) == 0
     out = capsys.readouterr().out
     assert all(title in out for title in HEAD)
-    rows = [line for line in out.split("\n") if re.match(r"(atc|random|tome|topk)", line)]
+    known = "|".join(reducers.names())
+    rows = [line for line in out.split("\n") if re.match(rf"({known}) ", line)]
     assert len(rows) == 4 * (len(reducers.names()) + 1)
     assert re.search(r"^tome +0.5 +98 49 24 +[\d.]+% +[+-][\d.]+ +8\d\.\d +2\.1\dx", out, re.M)
     assert Image.open(picture).size[0] > 1000
+
+
+def test_the_suite_writes_json_and_tables(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = ["bench", "--suite", "vit", "--models", "vit_tiny_patch16_224:64", "--batches", "1",
+                 "--methods", "tome", "ats", "--keep-rates", "0.5", "0.25", "--rounds", "3",
+                 "--out", str(tmp_path)]  # fmt: skip
+    assert main(arguments) == 0
+    results = json.loads((tmp_path / "vit-cpu-float32.json").read_text())
+    (group,) = results["groups"]
+    assert [(cell["method"], cell["keep_rate"]) for cell in group["cells"]] == [
+        ("tome", 0.5), ("ats", 0.5), ("tome", 0.25), ("ats", 0.25)
+    ]  # fmt: skip
+    for cell in group["cells"]:
+        assert cell["efficiency"] == pytest.approx(cell["speed_up"] / cell["free_limit"])
+        assert cell["counts"][-1] <= 2
+    text = (tmp_path / "vit-cpu-float32.md").read_text()
+    assert text in capsys.readouterr().out
+    first = group["cells"][0]
+    assert f"{first['speed_up']:.2f} ({first['efficiency']:.2f})" in text
+
+
+def test_a_group_that_would_take_too_long_is_skipped_in_words(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["bench", "--suite", "vit", "--models", "vit_tiny_patch16_224:64", "--batches", "1",
+                 "--methods", "tome", "--seconds", "0.0001"]  # fmt: skip
+    assert main(arguments) == 0
+    assert "Not measured: three rounds would take about" in capsys.readouterr().out
+
+
+def test_the_suite_of_clustering_compares_backends_with_loops(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["bench", "--suite", "clustering", "--tokens", "16", "--rounds", "2"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    for data in ("smooth", "clustered", "hub-ridden"):
+        for what in ("SciPy, a loop", "scipy", "torch"):
+            assert f"| 16 | 8 | {data} | {what} |" in out
+
+
+def test_bench_says_in_words_when_nothing_is_gained() -> None:
+    arm = Arm((1.0, 1.0), None)
+    slow = {"dense": arm, "reduced": Arm((1.5, 1.5), None), "limit": arm}
+    rest = {field.name: None for field in dataclasses.fields(Bench) if field.name not in slow}
+    bench = Bench(**{**rest, **slow})  # type: ignore[arg-type]
+    (warning,) = bench.warnings()
+    assert "SLOWER than the dense model: even tokens cut off" in warning
+    fast = Bench(**{**rest, **slow, "limit": Arm((0.5, 0.5), None)})  # type: ignore[arg-type]
+    assert "deciding which tokens go costs more" in fast.warnings()[0]
 
 
 def test_bench_prints_ratios_first(capsys: pytest.CaptureFixture[str]) -> None:

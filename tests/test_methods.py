@@ -61,7 +61,7 @@ def test_tome_says_why_it_cannot_remove_more_than_half(merges: int) -> None:
         tome.match(torch.randn(1, 16, 8), merges)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)  # numba compiles at the first call
 @given(shapes, st.sampled_from(atc.LINKAGES), st.floats(0, 1))
 def test_atc_equals_scipy_cut_at_k(
     shape: tuple[int, int, int, int], linkage: str, share: float
@@ -110,7 +110,10 @@ def test_atc_names_the_possible_numbers(num_clusters: int) -> None:
     ("option", "message"),
     [
         ({"linkage": "ward"}, "linkage must be one of single, complete, average, not 'ward'"),
-        ({"backend": "cuda"}, "backend must be one of auto, scipy, not 'cuda'"),
+        (
+            {"backend": "cuda"},
+            "backend must be one of auto, numba, scipy, torch, triton, not 'cuda'",
+        ),
     ],
 )
 def test_atc_names_the_possible_options(option: dict[str, str], message: str) -> None:

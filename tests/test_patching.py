@@ -128,8 +128,18 @@ def test_exactly_the_asked_number_stays(
 
 @every_method
 def test_prefix_tokens_are_never_touched(vit: nn.Module, images: torch.Tensor, method: str) -> None:
-    """They enter the MLP as attention left them, in front, in their order."""
+    """They enter the MLP as attention left them, in front, in their order; or the block as the one
+    before has left them."""
     prefix = vit.num_prefix_tokens
+    if reducers.place(reducers.make(method)) == "before":
+        tokred.apply(vit, method, tokred.Exactly((vit.patch_embed.num_patches, 3, 3, 3)))
+        seen = {}
+        vit.blocks[0].register_forward_hook(lambda _, args, out: seen.update(x=out))
+        vit.blocks[1].norm1.register_forward_pre_hook(lambda _, args: seen.update(reduced=args[0]))
+        outputs(vit, images)
+        assert seen["reduced"].shape[1] == prefix + 3
+        assert torch.equal(seen["reduced"][:, :prefix], seen["x"][:, :prefix])
+        return
     tokred.apply(vit, method, tokred.Exactly((3, 3, 3, 3)))
     block, captured = vit.blocks[0], {}
     block.register_forward_pre_hook(lambda _, args: captured.update(x=args[0]))

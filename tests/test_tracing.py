@@ -104,6 +104,13 @@ def test_pictures_may_be_pictures(plain: nn.Module, images: torch.Tensor) -> Non
     assert strip.getpixel((drawing._GAP + 5, drawing._CAPTION + 5)) == (255, 0, 0)
 
 
+def test_the_trace_says_which_backend_was_used(plain: nn.Module, images: torch.Tensor) -> None:
+    tokred.apply(plain, "atc", keep_rate=0.5)
+    chosen = tokred.reducers.atc.choose(images.device)
+    assert chosen != "auto"
+    assert f"backend='{chosen}'" in str(tokred.inspect(plain, images))
+
+
 def test_the_wrong_pictures_are_noticed(plain: nn.Module, images: torch.Tensor) -> None:
     tokred.apply(plain, "tome", keep_rate=0.5)
     trace = tokred.inspect(plain, images)

@@ -12,7 +12,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 import tokred
-from tokred import drawing, host, reducers, suite, zoo
+from tokred import drawing, host, reducers, zoo
 from tokred.cost import Truncate
 from tokred.optional import require
 from tokred.reducers import Reducer
+from tokred.suites import clustering, vit
 
 KEEP_RATES = (0.9, 0.7, 0.5, 0.25)
 BATCH = 40
@@ -96,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
             many.add_argument("--batches", nargs="+", type=int)
             many.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all")
             many.add_argument("--keep-rates", nargs="+", type=float)
+            many.add_argument("--tokens", nargs="+", type=int, help="of the suite clustering")
             many.add_argument(
                 "--seconds", type=float, default=120, help="for each model and batch (default: 120)"
             )
@@ -159,47 +161,63 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _bench_suite(options: argparse.Namespace) -> None:
-    models = [
-        (name, int(pixels or 224))
-        for name, _, pixels in (given.partition(":") for given in options.models or ())
-    ]
     with _bar(0, "rounds") as bar:
-
-        def done(group: suite.Group) -> None:
-            what = f"{group.model}, {group.image_size} px, batch {group.batch}"
-            bar.write(f"{what}: {group.skipped or f'{group.rounds} rounds'}", file=sys.stderr)
 
         def lap(number: int, of: int) -> None:
             bar.total, bar.n = of, number
             bar.refresh()
 
-        results = suite.run(
-            models or suite.VIT,
-            options.batches or suite.BATCHES,
-            options.methods or reducers.names(),
-            options.keep_rates or suite.KEEP_RATES,
-            device=options.device,
-            dtype=getattr(torch, options.dtype),
-            compile=options.compile,
-            attention=options.attention,
-            rounds=options.rounds,
-            seconds=options.seconds,
-            on_group=done,
-            on_round=lap,
-        )
-    text = json.dumps(results, indent=1) if options.json else suite.markdown(results)
-    print(text)
+        if options.suite == "clustering":
+            results = clustering.run(
+                options.tokens or clustering.TOKENS,
+                device=options.device,
+                rounds=options.rounds,
+                on_round=lap,
+            )
+            text = clustering.markdown(results)
+        else:
+            results = _run_vit(options, bar, lap)
+            text = vit.markdown(results)
+    whole = json.dumps(results, indent=1)
+    print(whole if options.json else text)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         device = "cuda" if options.device.startswith("cuda") else "cpu"
-        stem = f"vit-{device}-{results['dtype']}" + ("-compiled" if options.compile else "")
-        for suffix, content in (
-            ("json", json.dumps(results, indent=1)),
-            ("md", suite.markdown(results)),
-        ):
+        stem = f"{options.suite}-{device}-{results['dtype']}"
+        stem += "-compiled" if options.compile else ""
+        stem += "-fastest" if options.attention == "fastest" else ""
+        for suffix, content in (("json", whole), ("md", text)):
             path = options.out / f"{stem}.{suffix}"
             path.write_text(content)
             print(f"wrote {path}", file=sys.stderr)
+
+
+def _run_vit(
+    options: argparse.Namespace, bar: Any, lap: Callable[[int, int], None]
+) -> dict[str, Any]:
+    models = [
+        (name, int(pixels or 224))
+        for name, _, pixels in (given.partition(":") for given in options.models or ())
+    ]
+
+    def done(group: vit.Group) -> None:
+        what = f"{group.model}, {group.image_size} px, batch {group.batch}"
+        bar.write(f"{what}: {group.skipped or f'{group.rounds} rounds'}", file=sys.stderr)
+
+    return vit.run(
+        models or vit.MODELS,
+        options.batches or vit.BATCHES,
+        options.methods or reducers.names(),
+        options.keep_rates or vit.KEEP_RATES,
+        device=options.device,
+        dtype=getattr(torch, options.dtype),
+        compile=options.compile,
+        attention=options.attention,
+        rounds=options.rounds,
+        seconds=options.seconds,
+        on_group=done,
+        on_round=lap,
+    )
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -361,7 +361,10 @@ class Step:
     def reduce(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch kept dim"]:
         """Between attention and MLP: as many tokens as the schedule asks for at this layer, if
         that is where the method stands."""
-        return self._change(x) if place(self.reduction.reducer) == "between" else x
+        if place(self.reduction.reducer) == "between":
+            return self._change(x)
+        self._receive()
+        return x
 
     def _change(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch kept dim"]:
         prefix, counts = self.reduction.layout.prefix, self.state.counts
@@ -404,8 +407,6 @@ class Step:
             assert state.size is not None
             padding = F.pad(state.size == 0, (reduction.layout.prefix, 0))
             x = x.masked_fill(padding[..., None], 0)
-        if not last:
-            state = self._receive(state)
         reduction.leave()
         if not last:
             reduction.carry(x, state)
@@ -446,16 +447,17 @@ class Step:
         key, bias = self.signals["key"].detach(), self.state.bias
         return mean_attention(query.detach(), key, self.scale, bias)
 
-    def _receive(self, state: State) -> State:
+    def _receive(self) -> None:
         """Keeps how much attention tokens got in this block, if the method stands before the next
         one and wants to know."""
-        reducer, counts = self.reduction.reducer, state.counts
+        reducer, state = self.reduction.reducer, self.state
         if "attention_received" not in reducer.needs or not self.wants_signals:
-            return state
+            return
         query, prefix = self.signals["query"], self.reduction.layout.prefix
         received = self._attention(query).sum(1)[:, prefix:] * query.shape[2]
-        return State(
-            counts, state.full, state.trail, state.size, state.bias, state.expanded, received
+        self.signals.clear()
+        self.state = State(
+            state.counts, state.full, state.trail, state.size, state.bias, received=received
         )
 
     def _went_down(

@@ -114,8 +114,12 @@ def inspect(
                 labels=labels.reshape(-1, *layout.grid),
             )
         )
+    # Some methods choose by device what they do ("auto"); here one wants to know what.
+    reducer = reduction.reducer
+    if hasattr(reducer, "on"):
+        reducer = reducer.on(images.device)
     return Trace(
-        method=str(reduction.reducer),
+        method=str(reducer),
         grid=layout.grid,
         prefix=layout.prefix,
         layers=layout.layers,

@@ -1,4 +1,4 @@
-"""Benchmark suites: many models and methods, measured against each other in one run.
+"""The suite `vit`: models, methods and keep rates, measured against each other in one run.
 
 A group is one model at one image size and batch: the dense model, every method at every keep
 rate, and the free limits, interleaved round by round. The result is one versioned dictionary,
@@ -26,7 +26,7 @@ from tokred.schedule import Exactly, Stages
 FORMAT = 1
 """Version of the dictionary's layout."""
 
-VIT = (
+MODELS = (
     ("deit_tiny_patch16_224", 224),
     ("deit_small_patch16_224", 224),
     ("deit_base_patch16_224", 224),
@@ -95,7 +95,7 @@ class Group:
 
 
 def run(
-    models: Iterable[tuple[str, int]] = VIT,
+    models: Iterable[tuple[str, int]] = MODELS,
     batches: Sequence[int] = BATCHES,
     methods: Sequence[str] = ("tome", "atc"),
     keep_rates: Sequence[float] = KEEP_RATES,

@@ -1,0 +1,1 @@
+"""Benchmark suites: much measured against each other in one run, as versioned dictionaries."""
