@@ -332,7 +332,7 @@ def test_distances_are_the_same_under_autocast() -> None:
 
 def test_auto_takes_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     found: set[str] = set()
-    monkeypatch.setattr(atc, "find_spec", lambda name: name in found or None)
+    monkeypatch.setattr(atc, "_installed", lambda name: name in found)
     assert atc.choose("cpu") == "scipy"
     assert atc.choose("cuda") == atc.choose("mps") == "torch"
     found |= {"numba", "triton"}
@@ -348,14 +348,14 @@ def test_a_missing_backend_names_the_cure(monkeypatch: pytest.MonkeyPatch) -> No
         ModuleNotFoundError, match=r'needs numba: run `pip install "tokred\[cpu\]"`'
     ):
         atc.cluster(torch.randn(1, 5, 3), 2, backend="numba")
-    monkeypatch.setattr(atc, "find_spec", lambda name: None)
+    monkeypatch.setattr(atc, "_installed", lambda name: False)
     with pytest.raises(ModuleNotFoundError, match="needs triton, which comes with torch for CUDA"):
         atc.cluster(torch.randn(1, 5, 3), 2, backend="triton")
 
 
 def test_triton_is_refused_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(atc, "find_spec", lambda name: True)
+    monkeypatch.setattr(atc, "_installed", lambda name: True)
     with pytest.raises(ValueError, match="needs features on a CUDA device, not on cpu"):
         atc.cluster(torch.randn(1, 5, 3), 2, backend="triton")
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import ClassVar
@@ -124,12 +125,12 @@ def choose(device: torch.device | str, backend: str = "auto") -> str:
     kind = torch.device(device).type
     if backend == "auto":
         if kind == "cpu":
-            return "numba" if find_spec("numba") else "scipy"
-        return "triton" if kind == "cuda" and find_spec("triton") else "torch"
+            return "numba" if _installed("numba") else "scipy"
+        return "triton" if kind == "cuda" and _installed("triton") else "torch"
     if backend == "numba":
         require("numba", "cpu")
     if backend == "triton":
-        if find_spec("triton") is None:
+        if not _installed("triton"):
             raise ModuleNotFoundError("this needs triton, which comes with torch for CUDA on Linux")
         if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(
@@ -137,6 +138,11 @@ def choose(device: torch.device | str, backend: str = "auto") -> str:
                 "or set TRITON_INTERPRET=1 to try it slowly"
             )
     return backend
+
+
+@cache  # looking takes longer than clustering a few tokens
+def _installed(library: str) -> bool:
+    return find_spec(library) is not None
 
 
 def cosine_distance(
@@ -152,8 +158,13 @@ def cosine_distance(
     """
     x = features.detach()
     x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return _cosine_distance(x, _largest(x))
+
+
+def _cosine_distance(
+    x: Float[Tensor, "batch tokens dim"], largest: Float[Tensor, "batch tokens 1"]
+) -> Float[Tensor, "batch tokens tokens"]:
     # Divided by the largest entry first: the squares of what is left cannot overflow or vanish.
-    largest = _largest(x)
     finite = largest.isfinite()
     unit = x / torch.where(largest == 0, 1, largest)
     unit /= torch.linalg.vector_norm(unit, dim=-1, keepdim=True).clamp_(min=1)
@@ -187,10 +198,11 @@ def _largest(x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch token
 )
 def _cluster(features: Tensor, num_clusters: int, linkage: str, backend: str) -> Tensor:
     chosen = choose(features.device, backend)
-    x = features.detach()
+    x = features.detach().to(torch.promote_types(features.dtype, torch.float32))
     if chosen in ("numba", "scipy"):
         x = x.cpu()
-    if x.device.type == "cpu" and not _largest(x).isfinite().all():
+    largest = _largest(x)
+    if x.device.type == "cpu" and not largest.isfinite().all():
         raise ValueError("features must be finite, but some are NaN or infinite")
     # Backends are imported when they are used: each needs a library of its own.
     kernel = import_module(f"tokred.kernels.agglomerative_{chosen}")
@@ -198,11 +210,12 @@ def _cluster(features: Tensor, num_clusters: int, linkage: str, backend: str) ->
     # just let go is fast to write to, fresh memory is not.
     num = max(1, x.shape[1])
     at_once = max(torch.get_num_threads(), _AT_ONCE // num**2) if x.device.type == "cpu" else len(x)
+    parts = zip(x.split(max(1, at_once)), largest.split(max(1, at_once)), strict=True)
     labels = [
-        kernel.cluster(cosine_distance(part), num_clusters, linkage)
-        for part in x.split(max(1, at_once))
+        kernel.cluster(_cosine_distance(part, its_largest), num_clusters, linkage)
+        for part, its_largest in parts
     ]
-    return torch.cat(labels).to(features.device)
+    return (labels[0] if len(labels) == 1 else torch.cat(labels)).to(features.device)
 
 
 @_cluster.register_fake

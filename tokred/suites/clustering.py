@@ -153,7 +153,12 @@ def _contestants(
 
     timers[SCIPY] = _on_host(by_scipy)
     cuda = torch.device(device).type == "cuda"
-    fitting = ("torch", "triton") if cuda else ("numba", "scipy", "torch")
+    if cuda:
+        fitting: tuple[str, ...] = ("torch", "triton")
+    elif x.shape[1] <= 1024:
+        fitting = ("numba", "scipy", "torch")
+    else:  # torch's rounds take seconds there, and are not what "auto" picks on a CPU
+        fitting = ("numba", "scipy")
     x = x.to(device)
     for backend in backends or fitting:
 
