@@ -86,10 +86,6 @@ def _parser() -> argparse.ArgumentParser:
             made.add_argument("--batch", type=int, default=8)
             made.add_argument("--rounds", type=int, default=20)
             made.add_argument("--compile", action="store_true", help="under torch.compile")
-            made.add_argument(
-                "--attention", default="host", choices=("host", "fastest"),
-                help="of the reduced side; dense and limit always call the host's (default: host)",
-            )  # fmt: skip
             made.add_argument("--json", action="store_true", help="print everything as JSON")
             many = made.add_argument_group("suites: many models and methods at once")
             many.add_argument("--suite", choices=("vit", "clustering"))
@@ -149,7 +145,6 @@ def _bench(options: argparse.Namespace) -> None:
             options.keep_rate,
             rounds=options.rounds,
             compile=options.compile,
-            attention=options.attention,
             on_round=lambda done, of: bar.update(),
         )
     if options.json:
@@ -185,7 +180,6 @@ def _bench_suite(options: argparse.Namespace) -> None:
         device = "cuda" if options.device.startswith("cuda") else "cpu"
         stem = f"{options.suite}-{device}-{results['dtype']}"
         stem += "-compiled" if options.compile else ""
-        stem += "-fastest" if options.attention == "fastest" else ""
         for suffix, content in (("json", whole), ("md", text)):
             path = options.out / f"{stem}.{suffix}"
             path.write_text(content)
@@ -212,7 +206,6 @@ def _run_vit(
         device=options.device,
         dtype=getattr(torch, options.dtype),
         compile=options.compile,
-        attention=options.attention,
         rounds=options.rounds,
         seconds=options.seconds,
         on_group=done,

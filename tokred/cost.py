@@ -90,7 +90,6 @@ class Bench:
     Attributes:
         model: class of the model.
         method: the method and its options.
-        attention: "host", or "fastest" if the reduced side could choose (see `tokred.apply`).
         counts: patch tokens after each layer; `tokens` enter the first.
         device, dtype, threads, compiled, versions: what it was measured on.
         dense, reduced, limit: the three arms.
@@ -98,7 +97,6 @@ class Bench:
 
     model: str
     method: str
-    attention: str
     tokens: int
     counts: tuple[int, ...]
     batch: int
@@ -194,7 +192,6 @@ def bench(
     *,
     schedule: Schedule | None = None,
     host: Host | None = None,
-    attention: str = "host",
     rounds: int = 20,
     warmup: int = 3,
     compile: bool = False,
@@ -213,8 +210,6 @@ def bench(
         keep_rate: as for `tokred.apply`; used with `method` only.
         schedule: as for `tokred.apply`; used with `method` only.
         host: as for `tokred.apply`.
-        attention: as for `tokred.apply`; used with `method` only. The dense model and the free
-            limit always call the host's.
         rounds: measured runs of each.
         warmup: runs of each before, which are not measured.
         compile: measure copies of the model under `torch.compile`, one per side.
@@ -229,7 +224,7 @@ def bench(
     host = host or find_host(model)
     with _put_back(model, host):
         if method is not None:
-            apply(model, method, keep_rate, schedule=schedule, host=host, attention=attention)
+            apply(model, method, keep_rate, schedule=schedule, host=host)
         reduction = reduction_of(model)
         if reduction is None:
             raise ValueError("method must be given: no reduction is applied to the model")
@@ -243,7 +238,6 @@ def bench(
     return Bench(
         model=type(model).__name__,
         method=str(reduction.reducer),
-        attention=reduction.attention,
         tokens=grid[0] * grid[1],
         counts=counts,
         batch=len(images),

@@ -37,12 +37,6 @@ MODELS = (
 )
 """Models and image sizes of the suite `vit`; patches are 16 pixels wide."""
 
-ATTENTION = {
-    "host": "All sides call the host's own attention.",
-    "fastest": "Dense models and free limits call the host's own attention; methods may choose "
-    "between its two ways, so that they can pass the limit.",
-}
-
 BATCHES = (1, 8, 32)
 KEEP_RATES = (0.9, 0.7, 0.5, 0.25)
 
@@ -103,7 +97,6 @@ def run(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     compile: bool = False,
-    attention: str = "host",
     rounds: int = 15,
     seconds: float = 120,
     on_group: Callable[[Group], None] | None = None,
@@ -121,8 +114,6 @@ def run(
         keep_rates: as for `tokred.apply`.
         device: "cpu" or "cuda".
         dtype: of model and images.
-        attention: of the reduced sides, as for `tokred.apply`; dense models and free limits always
-            call the host's.
         compile: put every side under `torch.compile` (those that can be).
         rounds: measured rounds of each group, at most.
         seconds: after which no further round of a group begins, but for three that are always
@@ -137,7 +128,7 @@ def run(
         versions = versions_of(model)
         for batch in batches:
             images = torch.randn(batch, 3, image_size, image_size).to(device, dtype)
-            arms = _arms(model, images, methods, keep_rates, compile, attention)
+            arms = _arms(model, images, methods, keep_rates, compile)
             dense_seconds = _once(model, images)
             need = 4 * dense_seconds * len(arms)
             if need > 3 * seconds:
@@ -159,7 +150,6 @@ def run(
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "compiled": compile,
-        "attention": attention,
         "python": platform.python_version(),
         "versions": versions,
         "groups": [asdict(group) for group in groups],
@@ -175,9 +165,8 @@ def markdown(results: dict[str, Any]) -> str:
         "",
         f"{results['threads']} threads, Python {results['python']}, {versions}. Speed-up over the "
         "dense model, and in brackets the share of the free limit (tokens cut off to the same "
-        "counts, at no cost) that it reaches. Medians of interleaved rounds. "
-        + ATTENTION[results["attention"]]
-        + " **Bold: slower than the dense model.**",
+        "counts, at no cost) that it reaches. Medians of interleaved rounds; all sides call the "
+        "host's own attention. **Bold: slower than the dense model.**",
     ]
     for group in results["groups"]:
         lines += ["", f"## {group['model']}, {group['image_size']} px, batch {group['batch']}", ""]
@@ -215,7 +204,6 @@ def _arms(
     methods: Sequence[str],
     keep_rates: Sequence[float],
     compile: bool,
-    attention: str,
 ) -> dict[str, tuple[Reduction | None, str]]:
     """Every side by name: its reduction, and the name of its free limit."""
     host = find_host(model)
@@ -227,9 +215,7 @@ def _arms(
             reducer: Reducer = make(method)
             if compile and varies(reducer):
                 continue
-            reduction = Reduction(
-                reducer, Stages(rate), layout, proportional(reducer), attention=attention
-            )
+            reduction = Reduction(reducer, Stages(rate), layout, proportional(reducer))
             counts = counts_of(model, host, images, reduction, tokens)
             limit = f"limit {place(reducer)} {counts}"
             cut = Reduction(Truncate(place(reducer)), Exactly(counts), layout, full_grid=False)
