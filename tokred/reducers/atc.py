@@ -14,6 +14,7 @@ import os
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import ClassVar
 
@@ -114,8 +115,9 @@ def cluster(
 def choose(device: torch.device | str, backend: str = "auto") -> str:
     """The backend that is used for features on a device: what "auto" stands for there.
 
-    On CUDA devices "triton" if it is installed, on the CPU "numba" if it is installed and
-    otherwise "scipy", in all other cases "torch". A backend that is named stays what it is.
+    On CUDA devices "triton" if it is installed (3.3 or later), on the CPU "numba" if it is
+    installed and otherwise "scipy", in all other cases "torch". A backend that is named stays what
+    it is.
 
     Raises:
         ValueError: no backend has that name, or it cannot run on that device.
@@ -131,7 +133,9 @@ def choose(device: torch.device | str, backend: str = "auto") -> str:
         require("numba", "cpu")
     if backend == "triton":
         if not _installed("triton"):
-            raise ModuleNotFoundError("this needs triton, which comes with torch for CUDA on Linux")
+            raise ModuleNotFoundError(
+                "this needs triton >= 3.3, which comes with torch >= 2.7 for CUDA on Linux"
+            )
         if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(
                 f'backend "triton" needs features on a CUDA device, not on {kind}: choose "auto", '
@@ -142,7 +146,14 @@ def choose(device: torch.device | str, backend: str = "auto") -> str:
 
 @cache  # looking takes longer than clustering a few tokens
 def _installed(library: str) -> bool:
-    return find_spec(library) is not None
+    if find_spec(library) is None:
+        return False
+    # The interpreter of Triton 3.2 (torch 2.6) writes where it must not when it runs our kernel.
+    return library != "triton" or _version("triton") >= (3, 3)
+
+
+def _version(library: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version(library).split(".")[:2])
 
 
 def cosine_distance(
