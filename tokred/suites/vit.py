@@ -125,7 +125,6 @@ def run(
     groups, versions = [], {}
     for name, image_size in models:
         model = timm.create_model(name, img_size=image_size).eval().to(device, dtype)
-        versions = versions_of(model)
         for batch in batches:
             images = torch.randn(batch, 3, image_size, image_size).to(device, dtype)
             arms = _arms(model, images, methods, keep_rates, compile)
@@ -142,6 +141,7 @@ def run(
             groups.append(group)
             if on_group:
                 on_group(group)
+        versions = versions_of(model)  # now that backends have been imported
     return {
         "format": FORMAT,
         "suite": "vit",
