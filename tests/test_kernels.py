@@ -261,9 +261,9 @@ def test_numba_takes_no_more_threads_than_torch_and_gives_them_back(
     parallel = agglomerative_numba._cluster_shares
     seen = []
 
-    def count(samples, num_clusters, linkage, near, *rest):  # type: ignore[no-untyped-def]
-        seen.append((numba.get_num_threads(), len(near)))
-        parallel(samples, num_clusters, linkage, near, *rest)
+    def count(shares, *rest):  # type: ignore[no-untyped-def]
+        seen.append((numba.get_num_threads(), shares))
+        parallel(shares, *rest)
 
     monkeypatch.setattr(agglomerative_numba, "_cluster_shares", count)
     distance, before = torch.rand(8, 200, 200), torch.get_num_threads()
@@ -279,6 +279,20 @@ def test_numba_takes_no_more_threads_than_torch_and_gives_them_back(
     assert torch.equal(one, two)
     assert seen == ([(2, 2)] if threads > 1 else [])
     assert numba.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("num", [100, 511, 512, 600])
+@every_linkage
+def test_numba_in_place_is_numba_on_a_copy(num: int, linkage: str) -> None:
+    pytest.importorskip("numba")
+    from tokred.kernels import agglomerative_numba
+
+    distance = torch.rand(3, num, num, generator=torch.Generator().manual_seed(num))
+    labels = agglomerative_numba.cluster(distance, num // 3, linkage)
+    work = agglomerative_numba.workspace(3, num).copy_(distance.triu())
+    assert torch.equal(agglomerative_numba.cluster(work, num // 3, linkage, overwrite=True), labels)
+    if num < 512:
+        assert torch.equal(work, distance.triu())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -307,6 +321,25 @@ def test_cosine_distance_is_that_of_float64(dtype: torch.dtype) -> None:
     assert distance.dtype == torch.float32
     torch.testing.assert_close(distance.double(), 1 - unit @ unit.mT, atol=5e-7, rtol=0)
     assert torch.equal(distance * 2**24, (distance * 2**24).round())
+
+
+def test_a_token_does_not_depend_on_the_others_of_its_batch() -> None:
+    x = torch.randn(4, 300, 24, generator=torch.Generator().manual_seed(0))
+    distance = atc.cosine_distance(x)
+    # Lengths that float32 cannot square are scaled first, in the whole batch.
+    for extreme in (0.0, 1e-30, 1e30):
+        y = torch.cat([x, x[:1]])
+        y[4, 7] *= extreme
+        assert torch.equal(atc.cosine_distance(y)[:4], distance)
+        assert torch.equal(atc.cluster(y, 100)[:4], atc.cluster(x, 100))
+
+
+def test_cosine_distance_refuses_nan_and_infinity() -> None:
+    for bad in (float("nan"), float("inf")):
+        x = torch.randn(2, 9, 8)
+        x[1, 3, 2] = bad
+        with pytest.raises(ValueError, match="finite"):
+            atc.cosine_distance(x)
 
 
 def test_cosine_distance_of_zeros_duplicates_and_extremes() -> None:

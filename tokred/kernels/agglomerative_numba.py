@@ -3,7 +3,7 @@
 Complete and average linkage follow the generic algorithm of Müllner, "Modern hierarchical,
 agglomerative clustering algorithms", 2011, https://arxiv.org/abs/1109.2378, section 3.1: every row
 remembers its nearest neighbour, or, once that one has merged, a lower bound of how far it can be.
-Four things are done differently, to be fast where only the first merges are wanted:
+Five things are done differently, to be fast where only the first merges are wanted:
 
 - It stops when as many clusters are left as asked for.
 - Merges are written down, and a row catches up with them when it is next read. Writing a column
@@ -11,6 +11,8 @@ Four things are done differently, to be fast where only the first merges are wan
   rows are read once or twice, and some never.
 - A row also remembers a lower bound of its second-nearest distance. If its nearest neighbour
   merges into something that is nearer than that, the row need not be searched again.
+- Sums of distances, which are wider than distances, are written where the two rows were of which
+  they are the sums: no memory is needed but that of the distances.
 - Average linkage keeps float64 sums of the distances, which are exact, and compares
   sum / (size * size), which is rounded once: the result does not depend on the order of merges.
 
@@ -36,6 +38,8 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokred.kernels.scratch import scratch
+
 F = TypeVar("F", bound=Callable[..., object])
 Floats = NDArray[np.floating[Any]]
 Integers = NDArray[np.integer[Any]]
@@ -56,7 +60,10 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 def cluster(
-    distance: Float[Tensor, "batch tokens tokens"], num_clusters: int, linkage: str
+    distance: Float[Tensor, "batch tokens tokens"],
+    num_clusters: int,
+    linkage: str,
+    overwrite: bool = False,
 ) -> Int[Tensor, "batch tokens"]:
     """Merges the closest clusters of every sample until `num_clusters` are left.
 
@@ -66,42 +73,60 @@ def cluster(
 
     Args:
         distance: float32 on the CPU, in [0, 2], without NaN. Only what is above the diagonal is
-            read; nothing is written.
+            read.
         num_clusters: in [1, tokens].
         linkage: "single", "complete" or "average".
+        overwrite: whether distances may be written to: those in a `workspace` need no copy then.
 
     Returns:
         The cluster of every token, int64; clusters are numbered in the order of their first tokens.
     """
-    samples = distance.detach().contiguous().numpy()
-    batch, num, _ = samples.shape
+    distance = distance.detach()
+    batch, num, _ = distance.shape
+    stride = _stride(num)
+    in_place = overwrite and distance.stride() == (num * stride, stride, 1)
+    if in_place:
+        whole = distance.as_strided((batch, num, stride), distance.stride())
+    else:
+        whole = distance.contiguous()
+    samples = whole.numpy()
     labels = np.empty((batch, num), dtype=np.int64)
 
     worth = batch * num * num // _DISTANCES_PER_THREAD
     threads = max(1, min(batch, worth, torch.get_num_threads(), numba.get_num_threads()))
     if os.getpid() != _PROCESS:
         threads = 1
-
-    lines = (num + 15) // 16
-    # An odd number of cache lines, so that a column is spread over the whole cache.
-    stride = 16 * (lines + 1 - lines % 2)
-    near = np.empty((threads, num, stride), dtype=np.float32)
-    # Pages of it that are never written are never there.
-    rows = np.empty((threads, num, stride), dtype=np.float64)
-    floats = np.empty((threads, 4, stride), dtype=np.float64)
-    integers = np.empty((threads, 8, stride), dtype=np.int32)
-    arguments = (samples, num_clusters, _CODE[linkage], near, rows, floats, integers, labels)
+    near = samples if in_place else scratch("near", (threads, num, stride), np.float32)
+    floats = scratch("floats", (threads, 6, stride), np.float64)
+    integers = scratch("integers", (threads, 8, stride), np.int32)
+    arguments = (num_clusters, _CODE[linkage], in_place, samples, near, floats, integers, labels)
     if threads == 1:
-        _cluster_share(0, *arguments)
+        _cluster_share(0, 1, *arguments)
     else:
         with _ONE_AT_A_TIME:
             before = numba.get_num_threads()  # of this Python thread alone
             numba.set_num_threads(threads)
             try:
-                _cluster_shares(*arguments)
+                _cluster_shares(threads, *arguments)
             finally:
                 numba.set_num_threads(before)
     return torch.from_numpy(labels)
+
+
+def workspace(batch: int, num: int) -> Float[Tensor, "batch tokens tokens"]:
+    """Where to write distances to, float32, for `cluster` to work on without a copy of them.
+
+    The memory is the same whenever a thread asks for it.
+    """
+    # A copy of few distances stays in a core's own cache, and products without gaps are faster.
+    stride = _stride(num) if num >= 512 else num
+    return torch.from_numpy(scratch("distance", (batch, num, stride), np.float32))[:, :, :num]
+
+
+def _stride(num: int) -> int:
+    """An odd number of cache lines, so that a column is spread over the whole cache."""
+    lines = (num + 15) // 16
+    return 16 * (lines + 1 - lines % 2)
 
 
 def _compile(function: F, **options: Any) -> F:
@@ -129,81 +154,87 @@ def _compiled_parallel(function: F) -> F:
 @_compiled
 def _cluster_share(
     share: int,
-    distance: Floats,
+    shares: int,
     num_clusters: int,
     linkage: int,
+    in_place: bool,
+    distance: Floats,
     near: Floats,
-    rows: Floats,
     floats: Floats,
     integers: Integers,
     labels: Integers,
 ) -> None:
-    """Clusters every n-th sample from `share` on, n being the number of workspaces."""
-    for sample in range(share, distance.shape[0], near.shape[0]):
+    """Clusters every n-th sample from `share` on, n being `shares`, in a workspace of its own."""
+    for sample in range(share, distance.shape[0], shares):
+        if in_place:
+            own = near[sample]
+            _reflect(own)
+        else:
+            own = near[share]
+            _mirror(distance[sample], own)
         if linkage == 0:
-            _cut_spanning_tree(
-                distance[sample], num_clusters, near[share], integers[share], labels[sample]
-            )
+            _cut_spanning_tree(own, num_clusters, integers[share], labels[sample])
         else:
             _merge_closest(
-                distance[sample], num_clusters, linkage == 2,
-                near[share], rows[share], floats[share], integers[share], labels[sample],
-            )  # fmt: skip
+                own, num_clusters, linkage == 2, floats[share], integers[share], labels[sample]
+            )
 
 
 @_compiled_parallel
 def _cluster_shares(
-    distance: Floats,
+    shares: int,
     num_clusters: int,
     linkage: int,
+    in_place: bool,
+    distance: Floats,
     near: Floats,
-    rows: Floats,
     floats: Floats,
     integers: Integers,
     labels: Integers,
 ) -> None:
-    """Clusters all samples, one thread for every workspace."""
-    for share in numba.prange(near.shape[0]):
-        _cluster_share(share, distance, num_clusters, linkage, near, rows, floats, integers, labels)
+    """Clusters all samples, every share on a thread of its own."""
+    for share in numba.prange(shares):
+        _cluster_share(
+            share, shares, num_clusters, linkage, in_place, distance, near, floats, integers, labels
+        )
 
 
 @_compiled
 def _merge_closest(
-    distance: Floats,
+    near: Floats,
     num_clusters: int,
     average: bool,
-    near: Floats,
-    rows: Floats,
     floats: Floats,
     integers: Integers,
     labels: Integers,
 ) -> None:
     """Complete and average linkage for one sample: fills `labels` [tokens].
 
-    A cluster goes by its first token. Row `k` of cluster `k` is `rows[place[k]]`: the sums
-    (average linkage) or maxima (complete) of its distances to the cluster of every column, infinite
-    for itself and for what was absorbed. A token that was not read yet has no row there, but the
-    one in `near`.
+    A cluster goes by its first token. Its row has the sums (average linkage) or maxima (complete)
+    of its distances to the cluster of every column, infinite for itself and for what was absorbed.
+    That of a single token is its row of `near`. A row of sums takes twice the memory, and gets that
+    of two tokens of its cluster: its first half is in place of the cluster's first token, the
+    second one in place of the token that was absorbed first.
 
     Args:
-        distance: [tokens, tokens], float32.
-        near: workspace [tokens, stride], float32.
-        rows: workspace [tokens, stride], float64.
-        floats: workspace [4, stride], float64.
-        integers: workspace [8, stride], of which seven rows are used, int32.
+        near: the distances [tokens, stride], float32, those of tokens to themselves infinite; is
+            written to.
+        floats: workspace [6, stride], float64.
+        integers: workspace [8, stride], of which six rows are used, int32.
     """
-    num = distance.shape[0]
+    num = near.shape[0]
+    wide = near.view(np.float64)
     # How far the nearest cluster is, the second-nearest, how many tokens each cluster has, and how
     # far the clusters are from the one that was read last. If `nearest[k]` is -1, `height[k]` is
     # only a lower bound; `second[k]` always is.
     height, second, size, current = floats[0], floats[1], floats[2], floats[3]
+    row, other = floats[4], floats[5]
     height_bits, second_bits = height.view(np.int64), second.view(np.int64)
     current_bits = current.view(np.int64)
-    nearest, parent, place, seen = integers[0], integers[1], integers[2], integers[3]
-    # The merges so far, of which row k has `seen[k]`; and places in `rows` that are free.
-    into, absorbed, free = integers[4], integers[5], integers[6]
+    nearest, parent, partner, seen = integers[0], integers[1], integers[2], integers[3]
+    # The merges so far, of which row k has `seen[k]`.
+    into, absorbed = integers[4], integers[5]
 
-    _mirror(distance, near)
     for k in range(num):
         bits = near[k].view(np.int32)
         least = _least_32(bits, num)
@@ -215,37 +246,31 @@ def _merge_closest(
         second[k] = near[k, nearest[k]]
         bits[nearest[k]] = least
         parent[k] = k
-        place[k] = -1
-        free[k] = num - 1 - k
+        partner[k] = -1
+        seen[k] = 0
         size[k] = 1
 
-    merges, num_free = 0, num
+    merges = 0
     least_height = _least_64(height_bits, num)
     while merges < num - num_clusters:
         # The first row of the least height; its nearest neighbour, if known, comes after it.
         i = _find(height_bits, num, least_height)
         j = nearest[i]
-        for k in (i, j):
-            if k < 0:
-                continue
-            if place[k] < 0:
-                num_free -= 1
-                place[k] = free[num_free]
-                seen[k] = 0
-                _copy(near[k], rows[place[k]], num)
-            _catch_up(rows[place[k]], into, absorbed, seen[k], merges, average)
-            seen[k] = merges
-
-        row = rows[place[i]]
+        _load(row, near, wide, i, partner[i], num)
+        _catch_up(row, into, absorbed, seen[i], merges, average)
         if j >= 0:
-            _unite(row, rows[place[j]], num, average)
+            _load(other, near, wide, j, partner[j], num)
+            _catch_up(other, into, absorbed, seen[j], merges, average)
+            _unite(row, other, num, average)
             into[merges], absorbed[merges] = i, j
             merges += 1
-            seen[i] = merges
             size[i] += size[j]
             parent[j] = i
-            num_free += 1
-            free[num_free - 1] = place[j]
+            if partner[i] < 0:
+                partner[i] = j
+        if partner[i] >= 0:
+            _store(row, wide, i, partner[i], num)
+            seen[i] = merges
 
         if average:
             _divide(row, size, size[i], current, num)
@@ -273,16 +298,15 @@ def _merge_closest(
 
 @_compiled
 def _cut_spanning_tree(
-    distance: Floats, num_clusters: int, near: Floats, integers: Integers, labels: Integers
+    near: Floats, num_clusters: int, integers: Integers, labels: Integers
 ) -> None:
     """Single linkage for one sample: fills `labels` [tokens].
 
     Args:
-        distance: [tokens, tokens], float32.
-        near: workspace [tokens, stride], float32.
+        near: the distances [tokens, stride], float32, those of tokens to themselves infinite.
         integers: workspace [8, stride], int32.
     """
-    num = distance.shape[0]
+    num = near.shape[0]
     # Of every token: whether it is outside of the tree, the bits of its distance to the nearest
     # token of the tree, and which that is (the earliest of equals).
     outside, edge, source = integers[0], integers[1], integers[2]
@@ -290,7 +314,6 @@ def _cut_spanning_tree(
     joined, length = integers[3], integers[4]
     kept, component, number = integers[5], integers[6], integers[7]
 
-    _mirror(distance, near)
     for k in range(num):
         outside[k] = 1
         edge[k] = _INFINITE_32
@@ -413,6 +436,21 @@ def _mirror(distance: Floats, near: Floats) -> None:
 
 
 @_compiled
+def _reflect(near: Floats) -> None:
+    """The same in place, for distances none of which is -0."""
+    num, one, tile = np.uint64(near.shape[0]), np.uint64(1), np.uint64(32)
+    for top in range(np.uint64(0), num, tile):
+        bottom = min(top + tile, num)
+        for left in range(top, num, tile):
+            right = min(left + tile, num)
+            for r in range(top, bottom):
+                for c in range(max(left, r + one), right):
+                    near[c, r] = near[r, c]
+        for r in range(top, bottom):
+            near[r, r] = np.inf
+
+
+@_compiled
 def _least_32(bits: Integers, num: int) -> int:
     """The least of the first `num` int32."""
     least = _INFINITE_32
@@ -462,6 +500,24 @@ def _count_to(bits: Integers, num: int, limit: int) -> int:
 def _copy(source: Floats, target: Floats, num: int) -> None:
     for c in range(num):
         target[c] = source[c]
+
+
+@_compiled
+def _load(row: Floats, near: Floats, wide: Floats, first: int, partner: int, num: int) -> None:
+    """Reads the row of the cluster of `first`; `partner` is -1 if that is a single token."""
+    if partner < 0:
+        _copy(near[first], row, num)
+    else:
+        half = min(num, wide.shape[1])
+        _copy(wide[first], row, half)
+        _copy(wide[partner], row[half:], num - half)
+
+
+@_compiled
+def _store(row: Floats, wide: Floats, first: int, partner: int, num: int) -> None:
+    half = min(num, wide.shape[1])
+    _copy(row, wide[first], half)
+    _copy(row[half:], wide[partner], num - half)
 
 
 @_compiled

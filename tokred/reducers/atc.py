@@ -162,43 +162,76 @@ def cosine_distance(
     """1 - cos of all pairs of tokens, float32, in [0, 2].
 
     Tokens are normalised, and multiplied, in at least float32, also under autocast. A token of
-    zeros is at distance 1 to all others; one with NaN or infinity at distance 2 (but at NaN on the
-    CPU, where `cluster` refuses it). Results are multiples of 2**-24, so that float64 sums of them
-    are exact. The diagonal means nothing, and what is below it may differ from what is above in
-    the last bit.
+    zeros is at distance 1 to all others; one with NaN or infinity is refused on the CPU and at
+    distance 2 elsewhere. Results are multiples of 2**-24, so that float64 sums of them are exact.
+    The diagonal means nothing, and what is below it may differ from what is above in the last bit.
+
+    Raises:
+        ValueError: a feature on the CPU is NaN or infinite.
     """
+    return _distance(_unit(features))
+
+
+def _unit(features: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
+    """Tokens of length 1, in at least float32; zeros stay zeros."""
     x = features.detach()
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return _cosine_distance(x, _largest(x))
+    # Lengths of rows with gaps between their entries take eight times as long.
+    x = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    if x.device.type == "cpu" and x.numel() > 0:
+        shortest, longest = torch.aminmax(length)
+        if shortest > 2**-40 and longest < 2**40:
+            unit: Tensor = x / length
+            return unit
+        if not x.isfinite().all():
+            raise ValueError("features must be finite, but some are NaN or infinite")
+    # The squares of some are too great or too small to be added. Divided by a power of two, which
+    # changes no bit of the result, so that a token does not depend on the others of its batch.
+    exponent = torch.frexp(x.abs().amax(-1, keepdim=True)).exponent.clamp(-100, 100)
+    x = torch.ldexp(x, -exponent)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / torch.where(length == 0, 1, length)
 
 
-def _cosine_distance(
-    x: Float[Tensor, "batch tokens dim"], largest: Float[Tensor, "batch tokens 1"]
+def _distance(
+    unit: Float[Tensor, "batch tokens dim"],
 ) -> Float[Tensor, "batch tokens tokens"]:
-    # Divided by the largest entry first: the squares of what is left cannot overflow or vanish.
-    finite = largest.isfinite()
-    unit = x / torch.where(largest == 0, 1, largest)
-    unit /= torch.linalg.vector_norm(unit, dim=-1, keepdim=True).clamp_(min=1)
-    if x.device.type != "cpu":  # there, `cluster` has refused them
-        unit = torch.where(finite, unit, 0)
-
     # The product is rounded before it is taken from 1: within one operation (`baddbmm`) results
     # need not be multiples of 2**-24. Equal tokens get equal products, as every entry is summed in
     # the same order by the libraries that we know; float64 products would make sure of it, but
     # take two to three times as long.
-    with torch.autocast(x.device.type, enabled=False):
-        distance = (unit @ unit.mT).float()
-    torch.sub(distance.new_ones(()), distance, out=distance)
-    distance.clamp_(0, 2)
-    if x.device.type != "cpu":
-        distance.masked_fill_(~(finite & finite.mT), 2)
+    finite = unit.isfinite().all(-1)
+    unit = torch.where(finite[..., None], unit, 0)
+    with torch.autocast(unit.device.type, enabled=False):
+        distance = _one_minus((unit @ unit.mT).float())
+    return distance.masked_fill_(~(finite[:, None] & finite[..., None]), 2)
+
+
+def _upper_distance(
+    unit: Float[Tensor, "batch tokens dim"], distance: Float[Tensor, "batch tokens tokens"]
+) -> Float[Tensor, "batch tokens tokens"]:
+    """Writes the same above the diagonal, for finite tokens on the CPU; anything below."""
+    batch, num, _ = unit.shape
+    # Some rows at a time, from the diagonal on: half of the work, and the next step finds them in
+    # the cache. Fewer would make small products, which are slow.
+    rows = max(256, _AT_ONCE // 2 // max(1, batch * num))
+    for start in range(0, num, rows):
+        block = distance[:, start : start + rows, start:]
+        left, right = unit[:, start : start + rows], unit[:, start:].mT
+        if unit.dtype == block.dtype:
+            torch.bmm(left, right, out=block)
+        else:
+            block.copy_(left @ right)
+        _one_minus(block)
     return distance
 
 
-def _largest(x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens 1"]:
-    """The largest absolute value of every token; NaN if one of them is."""
-    # Ten times as fast as torch.linalg.vector_norm of infinite order.
-    return x.abs().amax(-1, keepdim=True)
+def _one_minus(
+    cosine: Float[Tensor, "batch rows columns"],
+) -> Float[Tensor, "batch rows columns"]:
+    """In place, in [0, 2]."""
+    torch.sub(cosine.new_ones(()), cosine, out=cosine)
+    return cosine.clamp_(0, 2)
 
 
 # An opaque operator, so that a compiled model has no graph break here.
@@ -212,20 +245,24 @@ def _cluster(features: Tensor, num_clusters: int, linkage: str, backend: str) ->
     x = features.detach().to(torch.promote_types(features.dtype, torch.float32))
     if chosen in ("numba", "scipy"):
         x = x.cpu()
-    largest = _largest(x)
-    if x.device.type == "cpu" and not largest.isfinite().all():
-        raise ValueError("features must be finite, but some are NaN or infinite")
     # Backends are imported when they are used: each needs a library of its own.
     kernel = import_module(f"tokred.kernels.agglomerative_{chosen}")
-    # On the CPU as many samples at once as its threads need or its cache holds: memory that was
-    # just let go is fast to write to, fresh memory is not.
-    num = max(1, x.shape[1])
-    at_once = max(torch.get_num_threads(), _AT_ONCE // num**2) if x.device.type == "cpu" else len(x)
-    parts = zip(x.split(max(1, at_once)), largest.split(max(1, at_once)), strict=True)
-    labels = [
-        kernel.cluster(_cosine_distance(part, its_largest), num_clusters, linkage)
-        for part, its_largest in parts
-    ]
+    unit = _unit(x)
+    if unit.device.type != "cpu":
+        there: Tensor = kernel.cluster(_distance(unit), num_clusters, linkage)
+        return there
+    # As many samples at once as threads need or the cache holds.
+    num = unit.shape[1]
+    at_once = max(torch.get_num_threads(), _AT_ONCE // max(1, num) ** 2)
+    labels = []
+    for part in unit.split(max(1, at_once)):
+        size = (len(part), num, num)
+        if chosen == "numba":
+            distance = _upper_distance(part, kernel.workspace(*size[:2]))
+            labels.append(kernel.cluster(distance, num_clusters, linkage, overwrite=True))
+        else:
+            distance = _upper_distance(part, unit.new_empty(size, dtype=torch.float32))
+            labels.append(kernel.cluster(distance, num_clusters, linkage))
     return (labels[0] if len(labels) == 1 else torch.cat(labels)).to(features.device)
 
 

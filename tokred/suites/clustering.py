@@ -2,13 +2,15 @@
 
 What is timed is `tokred.reducers.atc.cluster`, from features to labels, distances included. The
 loops over SciPy and scikit-learn do the same with one image at a time. All contestants take turns,
-so that a change in the machine's speed meets them alike. On a CUDA device times are those of its
+so that a change in the machine's speed meets them alike; a turn is as many calls as take 20 ms, and
+counts with their mean. On a CUDA device times are those of its
 events, also from a captured graph: capturing fails where something waits for the device, so that a
 time there proves that nothing does.
 """
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +33,9 @@ DIM = 64
 
 TOKENS = (196, 576, 1024, 4096)
 BATCH = {"cpu": {196: 8, 576: 8, 1024: 8, 4096: 2}, "cuda": {196: 256, 576: 64, 1024: 64, 4096: 2}}
+_TURN = 0.02
+"""Seconds that every turn takes at least, in as many calls as it needs."""
+
 SCIPY, SKLEARN = "SciPy, a loop", "scikit-learn, a loop"
 Timer = Callable[[], float]
 
@@ -62,16 +67,19 @@ def run(
     for num in tokens:
         batch = BATCH[kind].get(num, 8)
         for data, draw in DRAW.items():
-            x = draw(batch, num, torch.Generator().manual_seed(0))
+            x = draw(batch, num, torch.Generator().manual_seed(0)).contiguous()
             keep = max(1, int(num * keep_rate))
             timers, trouble = _contestants(x, keep, linkage, device, backends)
             notes += [f"{num} tokens: {line}" for line in trouble]
             seconds: dict[str, list[float]] = {name: [] for name in timers}
+            calls = dict.fromkeys(timers, 1)
             for number in range(rounds + 1):
                 for name, timer in timers.items():
-                    passed = timer()
-                    if number > 0:  # the first round warms up
-                        seconds[name].append(passed)
+                    passed = [timer() for _ in range(calls[name])]
+                    if number > 0:
+                        seconds[name].append(sum(passed) / len(passed))
+                    else:  # the first round warms up
+                        calls[name] = max(1, math.ceil(_TURN / timer()))
                 done += 1
                 if on_round:
                     on_round(done, of)

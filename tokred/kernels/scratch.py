@@ -1,0 +1,42 @@
+"""Memory that kernels on the CPU write to and need no more when they return.
+
+Fresh memory is cleared by the operating system when it is first written to, a page at a time. For
+the distances of a few images this takes up to twice as long as the clustering itself, which is why
+they are kept from call to call.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+_MOST = 2**28
+"""Bytes of one array; where more are asked for, they are not kept."""
+
+_kept = threading.local()
+
+
+def scratch(name: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+    """An array of any content, the same memory whenever one of that name is asked for.
+
+    It is the calling thread's own, starts at a cache line, and may be written to until the next one
+    of that name is asked for. As much is kept as the largest one took, but larger ones than 256 MiB
+    are fresh; `release` gives it back.
+    """
+    wanted = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = getattr(_kept, name, None)
+    if memory is None or len(memory) < wanted + 64:
+        memory = np.empty(wanted + 64, dtype=np.uint8)
+        if wanted <= _MOST:
+            setattr(_kept, name, memory)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + wanted].view(dtype).reshape(shape)
+
+
+def release() -> None:
+    """Gives back what `scratch` has kept for the calling thread."""
+    vars(_kept).clear()
