@@ -101,8 +101,9 @@ def pool(
 
 def value(block: Block, qkv: Tensor) -> Tensor:
     """The values, from the output of the one projection that makes queries, keys and values."""
-    batch, tokens, _ = qkv.shape
-    return qkv.view(batch, tokens, 3, block.attn.num_heads, -1)[:, :, 2].transpose(1, 2)
+    return qkv.unflatten(-1, (3, block.attn.num_heads, block.attn.head_dim))[:, :, 2].transpose(
+        1, 2
+    )
 
 
 def refuse(model: VisionTransformer, signals: frozenset[str]) -> str | None:

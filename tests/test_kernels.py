@@ -25,18 +25,43 @@ from torch import Tensor
 from tokred import zoo
 from tokred.reducers import atc
 
-# A backend that keeps the rule for ties is tested by adding its name here.
-BACKENDS = ["numba"]
-
 Cluster = Callable[[Tensor, int, str], Tensor]
 every_linkage = pytest.mark.parametrize("linkage", atc.LINKAGES)
 
 
-@pytest.fixture(params=BACKENDS)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture(
+    params=[
+        "numba",
+        "torch",
+        pytest.param(
+            "torch on CUDA",
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+        ),
+        pytest.param(
+            "triton",
+            marks=pytest.mark.skipif(
+                not (torch.cuda.is_available() or INTERPRETED),
+                reason="needs a GPU, or TRITON_INTERPRET=1 and ten minutes or more",
+            ),
+        ),
+    ]
+)
 def cluster(request: pytest.FixtureRequest) -> Cluster:
-    pytest.importorskip(request.param)
-    kernel: Cluster = import_module(f"tokred.kernels.agglomerative_{request.param}").cluster
-    return kernel
+    backend, *on = request.param.split(" on ")
+    if backend != "torch" and not atc._installed(backend):
+        pytest.skip(f"needs {backend}")
+    kernel = import_module(f"tokred.kernels.agglomerative_{backend}").cluster
+    if not on and (backend != "triton" or INTERPRETED):
+        return kernel  # type: ignore[no-any-return]
+
+    def there(distance: Tensor, num_clusters: int, linkage: str) -> Tensor:
+        labels: Tensor = kernel(distance.to("cuda"), num_clusters, linkage)
+        return labels.cpu()
+
+    return there
 
 
 def gaussian(num: int, random: np.random.Generator) -> np.ndarray:
@@ -393,7 +418,7 @@ def test_triton_is_refused_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         atc.cluster(torch.randn(1, 5, 3), 2, backend="triton")
 
 
-@pytest.mark.parametrize("backend", ["scipy", "torch", *BACKENDS])
+@pytest.mark.parametrize("backend", ["scipy", "torch", "numba"])
 def test_one_operator_in_compiled_and_exported_programs(backend: str) -> None:
     if backend not in ("scipy", "torch"):
         pytest.importorskip(backend)

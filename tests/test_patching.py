@@ -404,6 +404,12 @@ def test_half_precision_runs(
 
 
 @every_method
+def test_a_batch_may_be_empty(vit: nn.Module, images: torch.Tensor, method: str) -> None:
+    expected = outputs(vit, images[:0])
+    tokred.apply(vit, method, 0.5)
+    assert outputs(vit, images[:0]).shape == expected.shape
+
+
 def test_autocast_runs(vit: nn.Module, images: torch.Tensor, method: str) -> None:
     tokred.apply(vit, method, keep_rate=0.5)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -52,6 +52,14 @@ def test_a_batch_gives_for_every_image_what_it_gives_alone(
     torch.testing.assert_close(features, torch.cat(one), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("reducer", METHODS, ids=str)
+def test_a_batch_may_be_empty(reducer: Reducer) -> None:
+    model = small("vit")
+    images = varied(model)
+    tokred.apply(model, reducer, 0.5)
+    assert outputs(model, images[:0]).shape == (0, *outputs(model, images).shape[1:])
+
+
 @pytest.mark.parametrize("reducer", [ATS(), ToMe(threshold=0.98)], ids=str)
 def test_images_do_differ_and_the_trace_says_so(reducer: Reducer, digits: Digits) -> None:
     model, images, _ = digits()

@@ -50,7 +50,8 @@ class ATS:
         counts = sampled.sum(1)
         # The sampled tokens in their order, and others behind them as padding.
         order = sampled.int().argsort(dim=-1, descending=True, stable=True)
-        return Kept(order[:, : int(counts.max())], sampled.shape[1], counts)
+        most = int(counts.max()) if len(counts) > 0 else keep
+        return Kept(order[:, :most], sampled.shape[1], counts)
 
 
 def sample(significance: Float[Tensor, "batch tokens"], num: int) -> Bool[Tensor, "batch tokens"]:

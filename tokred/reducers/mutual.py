@@ -78,7 +78,7 @@ def _match(metric: Tensor, size: Tensor, num_clusters: int) -> Tensor:
     label = torch.arange(num, device=metric.device).repeat(batch, 1)
     # Samples need different numbers of rounds: those with fewer groups left than others are padded.
     groups = label.new_full((batch,), num)
-    most = num
+    most = num if batch > 0 else num_clusters
     while most > num_clusters:
         pairs = _merge_once(mean, groups, num_clusters)
         label = pairs.gather(1, label)

@@ -125,7 +125,7 @@ def energy(
         unit: tokens of length 1. Each one is among its own neighbours, which adds the same to all.
         elements: how many cosines are kept at once; they are only ever needed for their mean.
     """
-    rows = max(1, elements // (unit.shape[0] * unit.shape[1]))
+    rows = max(1, elements // max(1, unit.shape[0] * unit.shape[1]))
     means = []
     for some in unit.split(rows, dim=1):
         cosine = some @ unit.transpose(1, 2)

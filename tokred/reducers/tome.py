@@ -78,7 +78,7 @@ class ToMe:
             once = match_similar(metric, size > 0, most, threshold, tokens.before)
             clusters = clusters.then(once)
             merged = once.total(size)
-            if int(((size > 0).sum(1) - (merged > 0).sum(1)).max()) == 0:
+            if bool(((size > 0).sum(1) == (merged > 0).sum(1)).all()):
                 return clusters
             metric, size = once.down(metric, size), merged
 
@@ -158,7 +158,8 @@ def match_similar(
         label = label.scatter(1, even + 2 * order, joined)
     # Padding goes along with the first token, which it does not change, having no size.
     label = in_order_of_first_member(torch.where(valid, label, label[:, :1]))
-    return Clusters(label, int(label.max()) + 1, ragged=True)
+    groups = int(label.max()) + 1 if batch > 0 else num
+    return Clusters(label, groups, ragged=True)
 
 
 def _halve_at_most(metric: Float[Tensor, "batch tokens dim"], keep: int, before: int) -> Clusters:
@@ -185,7 +186,7 @@ def _best(
     The products are only ever reduced by their maximum, so they are never all kept at once:
     `elements` bounds how many are.
     """
-    rows = max(1, elements // (a.shape[0] * b.shape[1]))
+    rows = max(1, elements // max(1, a.shape[0] * b.shape[1]))
     invalid = None if valid is None else ~valid[:, None]
     parts = []
     for part in a.split(rows, dim=1):
