@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import platform
+import random
 import statistics
 import sys
 import time
@@ -199,7 +200,7 @@ def bench(
 ) -> Bench:
     """Measures the model dense, reduced, and cut off (the free limit), in one run.
 
-    Every round runs the batch once through each, in rotating order; medians are compared. All
+    Every round runs the batch once through each, in shuffled order; medians are compared. All
     three call the model's own attention, fused where the host fuses it. The model is left as it
     was.
 
@@ -326,7 +327,7 @@ def measure(
     on_round: Callable[[int, int], None] | None = None,
     limit: float = float("inf"),
 ) -> dict[str, Arm]:
-    """Runs the batch once through every side in each round, in rotating order.
+    """Runs the batch once through every side in each round, in shuffled order.
 
     Args:
         sides: what `sides` has made.
@@ -344,8 +345,8 @@ def measure(
     for number in range(-warmup, rounds):
         if number >= 3 and time.perf_counter() - start > limit:
             break
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
+        # Shuffled, because a side may gain or lose by which one came before it.
+        for name in random.Random(number).sample(names, len(names)):
             target, prepare = sides[name]
             prepare()
             if cuda:
