@@ -306,6 +306,32 @@ def test_numba_takes_no_more_threads_than_torch_and_gives_them_back(
     assert numba.get_num_threads() == threads
 
 
+def test_scratch_is_kept_up_to_a_limit_and_by_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokred.kernels import scratch
+
+    monkeypatch.setattr(scratch, "_MOST", 4000)
+    scratch.release()
+    first = scratch.scratch("a", (10, 10), np.float64)
+    first[:] = 7
+    smaller = scratch.scratch("a", (5, 20), np.float32)
+    assert smaller.shape == (5, 20) and smaller.dtype == np.float32
+    assert np.shares_memory(first, smaller) and smaller.ctypes.data % 64 == 0
+    assert not np.shares_memory(first, scratch.scratch("b", (10, 10), np.float64))
+    # What is larger than the limit is fresh, and what was kept stays.
+    large = scratch.scratch("a", (1001,), np.float32)
+    assert not np.shares_memory(large, scratch.scratch("a", (1001,), np.float32))
+    assert np.shares_memory(first, scratch.scratch("a", (10, 10), np.float64))
+    elsewhere: list[np.ndarray] = []
+    caller = threading.Thread(
+        target=lambda: elsewhere.append(scratch.scratch("a", (10, 10), np.float64))
+    )
+    caller.start()
+    caller.join()
+    assert not np.shares_memory(first, elsewhere[0])
+    scratch.release()
+    assert not np.shares_memory(first, scratch.scratch("a", (10, 10), np.float64))
+
+
 @pytest.mark.parametrize("num", [100, 511, 512, 600])
 @every_linkage
 def test_numba_in_place_is_numba_on_a_copy(num: int, linkage: str) -> None:

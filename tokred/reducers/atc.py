@@ -185,10 +185,13 @@ def _unit(features: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch t
             return unit
         if not x.isfinite().all():
             raise ValueError("features must be finite, but some are NaN or infinite")
-    # The squares of some are too great or too small to be added. Divided by a power of two, which
-    # changes no bit of the result, so that a token does not depend on the others of its batch.
-    exponent = torch.frexp(x.abs().amax(-1, keepdim=True)).exponent.clamp(-100, 100)
-    x = torch.ldexp(x, -exponent)
+    # The squares of some are too great or too small to be added, so they are scaled first. On the
+    # CPU by a power of two, which changes no bit of the result: a token does not depend on whether
+    # there are others like that in its batch.
+    scale = x.abs().amax(-1, keepdim=True)
+    if x.device.type == "cpu":
+        scale = torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent.clamp(-100, 100))
+    x = x / torch.where(scale == 0, 1, scale)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x / torch.where(length == 0, 1, length)
 
