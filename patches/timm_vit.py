@@ -5,9 +5,10 @@ Tokens are reduced between attention and MLP, as in ToMe (figure 1) and ATC (sec
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import GlobalResponseNormMlp
@@ -35,7 +36,8 @@ def forward(
     if is_causal:
         raise ValueError("is_causal=True is not supported: merged tokens have no place in an order")
     mask = step.bias(x, attn_mask)
-    x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x), attn_mask=mask)))
+    attention = step.attend(block.attn, x, block.attn.num_heads)
+    x = x + block.drop_path1(block.ls1(attention(block.norm1(x), attn_mask=mask)))
     x = step.reduce(x)
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
@@ -99,6 +101,15 @@ def pool(
     return original(model, x, *args, **kwargs)
 
 
+def explicit(block: Block) -> nn.Module | None:
+    """timm's own attention with its switch turned; weights, submodules and hooks are shared."""
+    if not getattr(block.attn, "fused_attn", False):
+        return None
+    twin = copy.copy(block.attn)
+    twin.fused_attn = False
+    return cast(nn.Module, twin)
+
+
 def value(block: Block, qkv: Tensor) -> Tensor:
     """The values, from the output of the one projection that makes queries, keys and values."""
     return qkv.unflatten(-1, (3, block.attn.num_heads, block.attn.head_dim))[:, :, 2].transpose(
@@ -136,6 +147,7 @@ HOST = Host(
         "value": lambda block: block.attn.qkv,
     },
     reads={"value": value},
+    explicit=explicit,
     scale=lambda block: float(block.attn.scale),
     passes=_passes,
     methods={"forward_intermediates": forward_intermediates, "pool": pool},

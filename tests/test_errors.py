@@ -148,6 +148,11 @@ def test_a_host_that_cannot_be_read_refuses_the_method() -> None:
         tokred.apply(model, "topk", keep_rate=0.5)
 
 
+def test_an_unknown_attention_is_named(plain: nn.Module) -> None:
+    with pytest.raises(ValueError, match="attention must be 'host' or 'fastest', not 'flash'"):
+        tokred.apply(plain, attention="flash")
+
+
 def test_a_mask_is_refused_rather_than_misread(plain: nn.Module, images: torch.Tensor) -> None:
     mask = torch.zeros(2, 1, 17, 17)
     tokred.apply(plain, "tome", keep_rate=0.5)

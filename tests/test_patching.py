@@ -410,6 +410,7 @@ def test_a_batch_may_be_empty(vit: nn.Module, images: torch.Tensor, method: str)
     assert outputs(vit, images[:0]).shape == expected.shape
 
 
+@every_method
 def test_autocast_runs(vit: nn.Module, images: torch.Tensor, method: str) -> None:
     tokred.apply(vit, method, keep_rate=0.5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -522,6 +523,31 @@ def test_compiles_in_one_graph_without_recompiling(method: str, name: str) -> No
         images = images_for(model)
         torch.testing.assert_close(outputs(compiled, images), outputs(model, images))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2, registers", "QK-norm"])
+def test_the_fastest_attention_is_the_same_attention(name: str) -> None:
+    model = small(name).bfloat16()
+    size = 8 * model.patch_embed.patch_size[0]  # long enough to make a difference
+    model.set_input_size((size, size))
+    images = torch.randn(2, 3, size, size).bfloat16()
+    before = traces(model)
+    tokred.apply(model, "tome", keep_rate=0.8)
+    fused = outputs(model, images)
+    tokred.apply(model, "tome", keep_rate=0.8, attention="fastest")
+    calls = []
+    for block in model.blocks:
+        block.attn.attn_drop.register_forward_hook(lambda *_: calls.append(1))  # explicit only
+    explicit = outputs(model, images)
+    assert calls
+    torch.testing.assert_close(explicit, fused, rtol=0.05, atol=0.05)
+    for block in model.blocks:
+        block.attn.attn_drop._forward_hooks.clear()
+    twin = copy.deepcopy(model)
+    assert twin.blocks[0].forward.explicit.qkv is twin.blocks[0].attn.qkv
+    assert torch.equal(outputs(twin, images), explicit)
+    tokred.remove(model)
+    assert traces(model) == before
 
 
 def test_what_varies_by_image_computes_the_same_in_a_compiled_model(digits: Digits) -> None:

@@ -39,6 +39,9 @@ class Host:
             of a module, because they are pickled with the model.
         scale: what attention multiplies its logits by, in a block.
         passes: modules of the model that tokens pass after the last block, one by one.
+        explicit: makes, of a block, its attention computed without a fused kernel: a module that
+            shares everything with the block's own; None if the host knows only one way, or the
+            model is set up for that one.
         methods: methods of the model that must know of the reduction, and what is called instead:
             `method(reduction, original, model, *args, **kwargs)`, `original` being the function of
             the model's class.
@@ -55,6 +58,7 @@ class Host:
     scale: Callable[[Any], float]
     passes: Callable[[Any], Sequence[nn.Module]] = lambda model: ()
     reads: Mapping[str, Callable[[Any, Tensor], Tensor]] = field(default_factory=dict)
+    explicit: Callable[[Any], nn.Module | None] = lambda block: None
     methods: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     refuse: Callable[[Any, frozenset[str]], str | None] = lambda model, signals: None
     summary: str = ""

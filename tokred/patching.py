@@ -31,6 +31,7 @@ def apply(
     host: Host | None = None,
     proportional_attention: bool | None = None,
     full_grid: bool = True,
+    attention: str = "host",
 ) -> Reduction:
     """Makes `model` merge or drop tokens from its next forward pass on, in place.
 
@@ -55,6 +56,9 @@ def apply(
             copies for merged tokens and the last value for dropped ones. If not, they come out
             reduced (where images end with different numbers of tokens, with zeros at the end).
             Class scores are the same.
+        attention: "host" leaves attention as the host computes it. "fastest" may compute it the
+            host's other way (fused or not) where that is faster, which rounds differently: on
+            CPUs in bfloat16.
 
     Returns:
         The reduction, which now hangs on the model.
@@ -66,6 +70,8 @@ def apply(
     """
     reducer = make(method)
     chosen = _schedule(keep_rate, schedule)
+    if attention not in ("host", "fastest"):
+        raise ValueError(f"attention must be 'host' or 'fastest', not {attention!r}")
     model = unwrap(model)
     host = host or find_host(model)
     host.check(model, _signals(reducer))
@@ -76,7 +82,7 @@ def apply(
         warnings.warn(f"{chosen} keeps all {tokens} tokens: nothing is reduced", stacklevel=2)
     if proportional_attention is None:
         proportional_attention = proportional(reducer)
-    reduction = Reduction(reducer, chosen, layout, proportional_attention, full_grid)
+    reduction = Reduction(reducer, chosen, layout, proportional_attention, full_grid, attention)
     hang(model, host, reduction)
     return reduction
 
@@ -130,7 +136,8 @@ def hang(model: nn.Module, host: Host, reduction: Reduction) -> None:
         for signal in sorted(_signals(reduction.reducer)):
             tap = Tap(reduction, signal, host.reads.get(signal), block)
             host.taps[signal](block).register_forward_hook(tap)
-        patched = Patched(block, host.forward, reduction, layer, host.scale(block))
+        explicit = host.explicit(block) if reduction.attention == "fastest" else None
+        patched = Patched(block, host.forward, reduction, layer, host.scale(block), explicit)
         vars(block)["forward"] = patched
     for module in host.passes(model):
         module.register_forward_hook(Carry(reduction))
@@ -164,6 +171,7 @@ class Patched:
     reduction: Reduction
     layer: int
     scale: float
+    explicit: nn.Module | None = None
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -172,7 +180,7 @@ class Patched:
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if torch.compiler.is_compiling() and varies(self.reduction.reducer):
             return cast(Tensor, _eagerly(self, x, *args, **kwargs))
-        step = self.reduction.enter(self.layer, self.scale, x)
+        step = self.reduction.enter(self.layer, self.scale, x, self.explicit)
         return step.close(self.call(self.block, step, step.open(x), *args, **kwargs))
 
 

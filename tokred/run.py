@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tokred.maps import Clusters, TokenMap, take
@@ -121,6 +121,8 @@ class Reduction:
         layout: how the model lays out its tokens.
         proportional_attention: whether a token that stands for s tokens counts s times as a key.
         full_grid: whether features that leave the model are on the full grid again.
+        attention: "host" calls the host's attention as it is set up; "fastest" may take the
+            host's other way of computing it, see `explicit_is_faster`.
     """
 
     reducer: Reducer
@@ -128,6 +130,7 @@ class Reduction:
     layout: Layout
     proportional_attention: bool = True
     full_grid: bool = True
+    attention: str = "host"
     # Runtime state: by activation, and by thread. (An attribute of the tensor would do as well as
     # a weak dictionary, but would be saved and copied with features that leave the model.) Code
     # that is being compiled can see neither, and has a plain dictionary instead.
@@ -153,10 +156,16 @@ class Reduction:
         tokens = x.shape[1] - self.layout.prefix
         return State(plan(self.schedule, tokens, self.layout.layers), tokens)
 
-    def enter(self, layer: int, scale: float, x: Float[Tensor, "batch tokens dim"]) -> Step:
+    def enter(
+        self,
+        layer: int,
+        scale: float,
+        x: Float[Tensor, "batch tokens dim"],
+        explicit: nn.Module | None = None,
+    ) -> Step:
         """Called when a patched block begins. The first block starts a pass, whoever called it."""
         state = self.start(x) if layer == 0 else self.carried(x) or self._alone(layer, x)
-        step = Step(self, layer, scale, state)
+        step = Step(self, layer, scale, state, explicit)
         # Keys that nobody is going to read would be kept from being freed.
         self._put("signals", step.signals if step.wants_signals else None)
         return step
@@ -301,6 +310,7 @@ class Step:
     layer: int
     scale: float
     state: State
+    explicit: nn.Module | None = None
     signals: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -341,6 +351,14 @@ class Step:
         # In the dtype of x: with float64 queries and a float32 mask, torch's fused attention on
         # the CPU is silently wrong.
         return self.state.bias.to(x.dtype)
+
+    def attend(
+        self, attention: nn.Module, x: Float[Tensor, "batch tokens dim"], heads: int
+    ) -> nn.Module:
+        """The attention to call on `x`: the host's, or the same one computed the other way."""
+        if self.explicit is not None and explicit_is_faster(x, heads):
+            return self.explicit
+        return attention
 
     def reduce(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch kept dim"]:
         """Between attention and MLP: as many tokens as the schedule asks for at this layer, if
@@ -483,6 +501,17 @@ class Step:
         x = _up_behind(self.reduction.layout.prefix, x, tuple(undone))
         self.state = State(self.state.counts, self.state.full, trail, size, bias)
         return x
+
+
+def explicit_is_faster(x: Float[Tensor, "batch tokens dim"], heads: int) -> bool:
+    """Whether attention is faster as two matrix products and a softmax than fused.
+
+    It is on CPUs, in bfloat16, where sequences are of middling length and all weights of one block
+    together few enough to stay in the cache (measured on AVX-512).
+    """
+    batch, tokens, _ = x.shape
+    few = batch * heads * tokens**2 <= 2**20
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and tokens >= 40 and few
 
 
 def needed_for_pooling(state: State) -> bool:
