@@ -201,8 +201,8 @@ def bench(
     """Measures the model dense, reduced, and cut off (the free limit), in one run.
 
     Every round runs the batch once through each, in shuffled order; medians are compared. All
-    three call the model's own attention, fused where the host fuses it. The model is left as it
-    was.
+    three call the model's own attention, fused where the host fuses it; only a model that was
+    patched with `attention="fastest"` is reduced with that. The model is left as it was.
 
     Args:
         model: a supported model, with or without a reduction.

@@ -1,8 +1,8 @@
 """Memory that kernels on the CPU write to and need no more when they return.
 
 Fresh memory is cleared by the operating system when it is first written to, a page at a time. For
-the distances of a few images this takes up to twice as long as the clustering itself, which is why
-they are kept from call to call.
+the distances of a few images this can take longer than the clustering itself, which is why they are
+kept from call to call.
 """
 
 from __future__ import annotations

@@ -245,9 +245,7 @@ def _one_minus(
 )
 def _cluster(features: Tensor, num_clusters: int, linkage: str, backend: str) -> Tensor:
     chosen = choose(features.device, backend)
-    x = features.detach().to(torch.promote_types(features.dtype, torch.float32))
-    if chosen in ("numba", "scipy"):
-        x = x.cpu()
+    x = features.cpu() if chosen in ("numba", "scipy") else features
     # Backends are imported when they are used: each needs a library of its own.
     kernel = import_module(f"tokred.kernels.agglomerative_{chosen}")
     unit = _unit(x)
@@ -259,12 +257,12 @@ def _cluster(features: Tensor, num_clusters: int, linkage: str, backend: str) ->
     at_once = max(torch.get_num_threads(), _AT_ONCE // max(1, num) ** 2)
     labels = []
     for part in unit.split(max(1, at_once)):
-        size = (len(part), num, num)
         if chosen == "numba":
-            distance = _upper_distance(part, kernel.workspace(*size[:2]))
+            distance = _upper_distance(part, kernel.workspace(len(part), num))
             labels.append(kernel.cluster(distance, num_clusters, linkage, overwrite=True))
         else:
-            distance = _upper_distance(part, unit.new_empty(size, dtype=torch.float32))
+            fresh = part.new_empty((len(part), num, num), dtype=torch.float32)
+            distance = _upper_distance(part, fresh)
             labels.append(kernel.cluster(distance, num_clusters, linkage))
     return (labels[0] if len(labels) == 1 else torch.cat(labels)).to(features.device)
 

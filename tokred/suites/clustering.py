@@ -3,9 +3,8 @@
 What is timed is `tokred.reducers.atc.cluster`, from features to labels, distances included. The
 loops over SciPy and scikit-learn do the same with one image at a time. All contestants take turns,
 so that a change in the machine's speed meets them alike; a turn is as many calls as take 20 ms, and
-counts with their mean. On a CUDA device times are those of its
-events, also from a captured graph: capturing fails where something waits for the device, so that a
-time there proves that nothing does.
+counts with their mean. On a CUDA device times are those of its events, also from a captured graph:
+capturing fails where something waits for the device, so that a time there proves that nothing does.
 """
 
 from __future__ import annotations
