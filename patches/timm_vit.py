@@ -136,16 +136,11 @@ def _passes(model: VisionTransformer) -> list[nn.Module]:
 
 
 HOST = Host(
-    model=VisionTransformer,
-    block=Block,
+    models=("timm.models.vision_transformer.VisionTransformer",),
+    forwards={"timm.models.vision_transformer.Block": forward},
     blocks=lambda model: list(model.blocks),
     layout=layout,
-    forward=forward,
-    taps={
-        "key": lambda block: block.attn.k_norm,
-        "query": lambda block: block.attn.q_norm,
-        "value": lambda block: block.attn.qkv,
-    },
+    taps={"key": "attn.k_norm", "query": "attn.q_norm", "value": "attn.qkv"},
     reads={"value": value},
     explicit=explicit,
     scale=lambda block: float(block.attn.scale),

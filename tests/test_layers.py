@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from tokred.host import library_of
+
 ROOT = Path(__file__).parent.parent
-HOSTS = {"timm", "transformers", "diffusers"}
+HOSTS = {"timm", "transformers", "diffusers", "torchvision", "open_clip"}
 RANK = {
     "maps": 0, "schedule": 0, "optional": 0, "kernels": 0.5,
-    "reducers": 1, "run": 2, "host": 3, "patching": 4, "tracing": 5,
+    "reducers": 1, "inputs": 1, "run": 2, "host": 3, "patching": 4, "tracing": 5,
     "cost": 5, "citing": 5, "zoo": 5, "drawing": 6, "suites": 6, "__init__": 7, "__main__": 8,
 }  # fmt: skip
 
@@ -48,9 +50,10 @@ def test_imports_point_one_way(file: Path) -> None:
 @pytest.mark.parametrize("file", sorted((ROOT / "patches").glob("[a-z]*.py")), ids=lambda f: f.stem)
 def test_a_patch_knows_one_library_and_the_seam(file: Path) -> None:
     own = imports(file)
-    assert {name.split(".")[0] for name in own} & HOSTS == {file.stem.split("_")[0]}
+    assert {name.split(".")[0] for name in own} & HOSTS <= {library_of(file.stem)}
     ours = {name.split(".")[1] for name in own if name.startswith("tokred.")}
-    assert ours <= {"host", "run"}
+    assert ours <= {"host", "run", "patches"}
+    assert not any(name.startswith("tokred.patches.") and "._" not in name for name in own)
 
 
 @pytest.mark.parametrize(

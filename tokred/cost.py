@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from tokred.host import Host, find_host
+from tokred.inputs import Inputs, call, pixels
 from tokred.maps import Kept
-from tokred.patching import apply, hang, reduction_of, remove, unwrap
+from tokred.patching import apply, hang, reduction_of, remove, uncompiled
 from tokred.reducers import Reducer, Tokens, place, varies
 from tokred.run import Reduction
 from tokred.schedule import Exactly, Schedule, plan
@@ -164,7 +165,7 @@ class Bench:
 
 def flops(
     model: nn.Module,
-    images: Float[Tensor, "batch channels height width"],
+    images: Inputs,
     host: Host | None = None,
 ) -> Flops:
     """Counts multiply-adds per image, with and without the reduction that is applied.
@@ -174,7 +175,7 @@ def flops(
         images: what the model takes.
         host: the host it was applied with, if one was given to `tokred.apply`.
     """
-    model = unwrap(model)
+    model = uncompiled(model)
     reduction = reduction_of(model)
     reduced = _count(model, images)
     if reduction is None:
@@ -187,7 +188,7 @@ def flops(
 
 def bench(
     model: nn.Module,
-    images: Float[Tensor, "batch channels height width"],
+    images: Inputs,
     method: str | Reducer | None = None,
     keep_rate: float | Schedule = 0.7,
     *,
@@ -221,16 +222,16 @@ def bench(
     """
     if rounds < 1 or warmup < 0:
         raise ValueError(f"rounds must be at least 1 and warmup 0, not {rounds} and {warmup}")
-    model = unwrap(model)
-    host = host or find_host(model)
+    model = uncompiled(model)
+    host, tower = find_host(model, host)
     with _put_back(model, host):
         if method is not None:
             apply(model, method, keep_rate, schedule=schedule, host=host)
         reduction = reduction_of(model)
         if reduction is None:
             raise ValueError("method must be given: no reduction is applied to the model")
-        height, width = images.shape[-2:]
-        grid = host.layout(model, (height, width)).grid
+        height, width = pixels(images).shape[-2:]
+        grid = host.layout(tower, (height, width)).grid
         counts = counts_of(model, host, images, reduction, grid[0] * grid[1])
         cut = Truncate(place(reduction.reducer))
         free = Reduction(cut, Exactly(counts), reduction.layout, full_grid=False)
@@ -241,10 +242,10 @@ def bench(
         method=str(reduction.reducer),
         tokens=grid[0] * grid[1],
         counts=counts,
-        batch=len(images),
+        batch=len(pixels(images)),
         image_size=(height, width),
-        device=device_name(images.device),
-        dtype=str(images.dtype).removeprefix("torch."),
+        device=device_name(pixels(images).device),
+        dtype=str(pixels(images).dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         compiled=compile,
         versions=versions_of(model),
@@ -278,7 +279,7 @@ class Truncate:
 
 
 def counts_of(
-    model: nn.Module, host: Host, images: Tensor, reduction: Reduction, tokens: int
+    model: nn.Module, host: Host, images: Inputs, reduction: Reduction, tokens: int
 ) -> tuple[int, ...]:
     """Patch tokens after each layer: what the schedule asks for, or, of a method whose images
     vary, what came of it (of the image that has the most; the others are padded to that)."""
@@ -286,7 +287,7 @@ def counts_of(
         return plan(reduction.schedule, tokens, reduction.layout.layers)
     hang(model, host, reduction)
     with torch.no_grad(), reduction.recording() as records:
-        model(images)
+        call(model, images)
     remove(model)
     left = {record.layer: record.map.num_coarse for record in records}
     counts = []
@@ -321,7 +322,7 @@ def sides(
 
 def measure(
     sides: dict[str, tuple[nn.Module, Callable[[], None]]],
-    images: Float[Tensor, "batch channels height width"],
+    images: Inputs,
     rounds: int,
     warmup: int,
     on_round: Callable[[int, int], None] | None = None,
@@ -341,7 +342,7 @@ def measure(
     start = time.perf_counter()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     memory: dict[str, int | None] = dict.fromkeys(names)
-    cuda = images.device.type == "cuda"
+    cuda = pixels(images).device.type == "cuda"
     for number in range(-warmup, rounds):
         if number >= 3 and time.perf_counter() - start > limit:
             break
@@ -350,18 +351,18 @@ def measure(
             target, prepare = sides[name]
             prepare()
             if cuda:
-                torch.cuda.synchronize(images.device)
-                torch.cuda.reset_peak_memory_stats(images.device)
+                torch.cuda.synchronize(pixels(images).device)
+                torch.cuda.reset_peak_memory_stats(pixels(images).device)
             begin = time.perf_counter()
             with torch.no_grad():
-                target(images)
+                call(target, images)
             if cuda:
-                torch.cuda.synchronize(images.device)
+                torch.cuda.synchronize(pixels(images).device)
             took = time.perf_counter() - begin
             if number >= 0:
                 seconds[name].append(took)
                 if cuda:
-                    peak = torch.cuda.max_memory_allocated(images.device)
+                    peak = torch.cuda.max_memory_allocated(pixels(images).device)
                     memory[name] = max(memory[name] or 0, peak)
         if on_round and number >= 0:
             on_round(number + 1, rounds)
@@ -376,10 +377,10 @@ def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
 _FUSED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
 
 
-def _count(model: nn.Module, images: Tensor) -> float:
+def _count(model: nn.Module, images: Inputs) -> float:
     with FlopCounterMode(display=False, custom_mapping=_FUSED) as counter, torch.no_grad():
-        model(images)
-    return float(counter.get_total_flops()) / 2 / len(images)
+        call(model, images)
+    return float(counter.get_total_flops()) / 2 / len(pixels(images))
 
 
 @contextmanager
@@ -391,7 +392,7 @@ def _put_back(model: nn.Module, host: Host | None) -> Iterator[None]:
     finally:
         remove(model)
         if former is not None:
-            hang(model, host or find_host(model), former)
+            hang(model, find_host(model, host)[0], former)
 
 
 def versions_of(model: nn.Module) -> dict[str, str]:

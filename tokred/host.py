@@ -10,6 +10,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tokred.run import Layout
@@ -25,43 +26,72 @@ class UnsupportedModelError(TypeError):
 class Host:
     """A model family, as tokred sees it. Written once per family, in a file of `patches/`.
 
+    Classes are named in full ("timm.models.vision_transformer.Block"), so that a patch can speak
+    of classes that the installed version lacks, and imports no model for the sake of another.
+    Functions that are called by a patched model (all but those marked *) are functions of a module,
+    because they are pickled with it.
+
     Attributes:
-        model: instances of this class are patched by this host.
-        block: the class whose `forward` the patch restates.
-        blocks: the blocks of a model, in the order they run.
-        layout: the layout of a model, for images of (height, width) pixels, or for the model's
+        models: the classes of the models whose blocks these are: a vision tower, where it is part
+            of something larger.
+        forwards: for every class of block, its own forward with the seam: `forward(block, step, x,
+            ...)`, the same parameters after `x` as the block's.
+        blocks: * the blocks of a model, in the order they run.
+        layout: * the layout of a model, for images of (height, width) pixels, or for the model's
             own image size if that is None.
-        forward: the block's own forward, with the seam: `forward(block, step, x, ...)`, the same
-            parameters after `x` as the block's.
-        taps: where in a block a signal can be read: the submodule whose output it is. "key",
-            "query" and "value" are [batch, heads, tokens, head_dim], as attention compares them.
-        reads: `read(block, output)`, for signals that are only a part of that output. Functions
-            of a module, because they are pickled with the model.
-        scale: what attention multiplies its logits by, in a block.
-        passes: modules of the model that tokens pass after the last block, one by one.
-        explicit: makes, of a block, its attention computed without a fused kernel: a module that
+        scale: * what attention multiplies its logits by, in a block.
+        taps: where in a block a signal can be read: the path of the submodule whose output it is.
+            "key", "query" and "value" are [batch, heads, tokens, head_dim], as attention compares
+            them, but without rotary positions.
+        reads: `read(block, output)`, for signals that have to be made of that output.
+        attention: * the part of a block whose own forward is restated too, because it takes no
+            mask or hides its keys; None if attention is called as it is.
+        attend: that forward: `attend(attention, step, x, ...)`, the same parameters after `x`.
+        shows: the signals that `attend` shows by `step.see`.
+        explicit: * makes, of a block, its attention computed without a fused kernel: a module that
             shares everything with the block's own; None if the host knows only one way, or the
             model is set up for that one.
+        passes: * modules of the model that tokens pass after the last block, one by one.
+        pools: * modules of the model that are given the features and pool them; they see merged
+            tokens as often as what they stand for, and no dropped ones.
+        averages: * `averages(root, model)`: whether the patch tokens that leave the last block are
+            pooled elsewhere, where dropped ones could not be told apart. They are left out then.
         methods: methods of the model that must know of the reduction, and what is called instead:
             `method(reduction, original, model, *args, **kwargs)`, `original` being the function of
             the model's class.
-        refuse: why a model (given the signals that are needed) cannot be patched; None if it can.
+        tapped: `tapped(layers)`: the layers whose output the host is going to hand out during the
+            call that runs.
+        checkpoint: what the block's own forward would call itself through for gradient
+            checkpointing; None if it would not, now.
+        pads: whether images of a batch may come with different numbers of tokens, and a mask.
+        refuse: * why a model (given the signals that are needed) cannot be patched; None if it can.
         summary: one clause for lists.
     """
 
-    model: type[nn.Module]
-    block: type[nn.Module]
+    models: tuple[str, ...]
+    forwards: Mapping[str, Callable[..., Any]]
     blocks: Callable[[Any], Sequence[nn.Module]]
     layout: Callable[[Any, tuple[int, int] | None], Layout]
-    forward: Callable[..., Tensor]
-    taps: Mapping[str, Callable[[Any], nn.Module]]
     scale: Callable[[Any], float]
-    passes: Callable[[Any], Sequence[nn.Module]] = lambda model: ()
+    taps: Mapping[str, str] = field(default_factory=dict)
     reads: Mapping[str, Callable[[Any, Tensor], Tensor]] = field(default_factory=dict)
+    attention: Callable[[Any], nn.Module] | None = None
+    attend: Callable[..., Any] | None = None
+    shows: frozenset[str] = frozenset()
     explicit: Callable[[Any], nn.Module | None] = lambda block: None
+    passes: Callable[[Any], Sequence[nn.Module]] = lambda model: ()
+    pools: Callable[[Any], Sequence[nn.Module]] = lambda model: ()
+    averages: Callable[[Any, Any], bool] = lambda root, model: False
     methods: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    tapped: Callable[[int], frozenset[int]] | None = None
+    checkpoint: Callable[[Any], Callable[..., Any] | None] | None = None
+    pads: bool = False
     refuse: Callable[[Any, frozenset[str]], str | None] = lambda model, signals: None
     summary: str = ""
+
+    def forward_of(self, block: nn.Module) -> Callable[..., Any]:
+        """The restated forward of a block, by its class."""
+        return self.forwards[named(block, self.forwards)[0]]
 
     def check(self, model: nn.Module, signals: frozenset[str]) -> None:
         """Raises unless this model's blocks are the ones that the patch was written for.
@@ -70,34 +100,34 @@ class Host:
             UnsupportedModelError: naming what stands in the way.
         """
         cls = _name(type(model))
-        if not isinstance(model, self.model):
-            raise UnsupportedModelError(f"{cls} is not a {_name(self.model)}, which was expected")
+        if not is_a(model, self.models):
+            raise UnsupportedModelError(
+                f"{cls} is not a {' or a '.join(self.models)}, which was expected"
+            )
         blocks = self.blocks(model)
         if not blocks:
             raise UnsupportedModelError(f"{cls} has no blocks to reduce tokens in")
         for layer, block in enumerate(blocks):
-            if type(block).forward is not self.block.forward:
+            if not is_a(block, self.forwards):
                 raise UnsupportedModelError(
                     f"{cls}: block {layer} is a {_name(type(block))}, but only "
-                    f"{_name(self.block)} is supported here; {ADDING_A_HOST}"
+                    f"{', '.join(self.forwards)} is supported here; {ADDING_A_HOST}"
                 )
-            there = vars(block).get("forward")
-            if there is not None and not getattr(there, "is_tokred", False):
-                raise UnsupportedModelError(
-                    f"{cls}: the forward of block {layer} was replaced, by {there!r}; "
-                    "undo that, and apply it again after tokred if you need it"
-                )
+            known, theirs = named(block, self.forwards)
+            _check_forward(f"{cls}: block {layer}", block, theirs, self.forwards[known])
+            if self.attention is not None and self.attend is not None:
+                part = self.attention(block)
+                what = f"{cls}: the attention of block {layer}"
+                _check_forward(what, part, type(part), self.attend)
+            for signal in sorted(signals & self.taps.keys()):
+                if submodule(block, self.taps[signal]) is None:
+                    raise UnsupportedModelError(
+                        f"{cls}: block {layer} has no {self.taps[signal]}, where its {signal} "
+                        "would be read"
+                    )
         if len({id(block) for block in blocks}) < len(blocks):
             raise UnsupportedModelError(f"{cls}: some blocks are one and the same module")
-        theirs = list(inspect.signature(self.block.forward).parameters)[1:]
-        ours = list(inspect.signature(self.forward).parameters)[2:]
-        # Older versions of a library lack the last parameters; an unknown one we cannot honour.
-        if theirs != ours[: len(theirs)]:
-            raise UnsupportedModelError(
-                f"{_name(self.block)}.forward takes {theirs} in the installed version of its "
-                f"library, but the patch was written for {ours}"
-            )
-        unread = signals - self.taps.keys()
+        unread = signals - self.taps.keys() - self.shows
         if unread:
             raise UnsupportedModelError(f"{cls}: this patch cannot read {sorted(unread)}")
         reason = self.refuse(model, signals)
@@ -112,9 +142,14 @@ def hosts() -> dict[str, Host]:
     """
     found = {}
     for name in patch_names():
-        if name.split("_")[0] in sys.modules:
+        if library_of(name) in sys.modules:
             found[name] = import_module(f"tokred.patches.{name}").HOST
     return found
+
+
+def library_of(patch: str) -> str:
+    """The library that a patch is for, as it is imported."""
+    return {"openclip": "open_clip"}.get(patch.split("_")[0], patch.split("_")[0])
 
 
 def patch_names() -> list[str]:
@@ -126,27 +161,140 @@ def patch_names() -> list[str]:
             "tokred.patches is missing: this is a source tree that is not installed; "
             "run `pip install -e .` in it"
         ) from error
-    return sorted(module.name for module in iter_modules(patches.__path__))
+    names = (module.name for module in iter_modules(patches.__path__))
+    return sorted(name for name in names if not name.startswith("_"))
 
 
-def find_host(model: nn.Module) -> Host:
-    """The host of a model.
+def find_host(model: nn.Module, host: Host | None = None) -> tuple[Host, nn.Module]:
+    """The host of a model, and the part of the model that it is for: the model itself, or the one
+    vision tower somewhere inside.
+
+    Args:
+        model: the model.
+        host: the host to look for; any, if not given.
 
     Raises:
-        UnsupportedModelError: no patch knows the model's class.
+        UnsupportedModelError: no patch knows the model's class, or there are several towers.
         TypeError: it is no model at all.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {model!r}")
-    known = hosts()
-    for host in known.values():
-        if isinstance(model, host.model):
-            return host
-    supported = ", ".join(f"{name} ({_name(host.model)})" for name, host in known.items())
+    if isinstance(model, torch.fx.GraphModule | torch.jit.ScriptModule):
+        raise UnsupportedModelError(
+            f"{_name(type(model))} is a graph that was exported or traced already: tokens cannot "
+            "be reduced in it any more. Apply tokred to the model that it was made from, and "
+            "export that"
+        )
+    known = hosts() if host is None else {"given": host}
+    towers = _towers(model, list(known.values()))
+    if len(towers) == 1:
+        return towers[0][1:]
+    if towers:
+        paths = ", ".join(f"{path} ({_name(type(tower))})" for path, _, tower in towers)
+        raise UnsupportedModelError(
+            f"{_name(type(model))} has {len(towers)} vision towers: {paths}; apply tokred to each "
+            "one that you mean"
+        )
+    if host is not None:
+        raise UnsupportedModelError(
+            f"{_name(type(model))} is not a {' or a '.join(host.models)}, which was expected"
+        )
+    supported = ", ".join(f"{name} ({one.summary})" for name, one in known.items())
     raise UnsupportedModelError(
         f"no patch for {_name(type(model))}; supported: "
         f"{supported or 'none of the imported libraries'}; {ADDING_A_HOST}"
     )
+
+
+def _towers(model: nn.Module, known: list[Host]) -> list[tuple[str, Host, nn.Module]]:
+    """The outermost modules that a host is for, and their paths."""
+    found: list[tuple[str, Host, nn.Module]] = []
+    inside: set[int] = set()
+    for path, module in model.named_modules():
+        if id(module) in inside:
+            continue
+        for host in known:
+            if is_a(module, host.models):
+                found.append((path, host, module))
+                inside.update(id(part) for part in module.modules())
+                break
+    return found
+
+
+def named(module: nn.Module, names: Mapping[str, Any] | Sequence[str]) -> tuple[str, type]:
+    """Which of the named classes a module is an instance of: the name and the class."""
+    for cls in type(module).__mro__:
+        if _name(cls) in names:
+            return _name(cls), cls
+    raise KeyError(_name(type(module)))
+
+
+def submodule(module: nn.Module, path: str) -> nn.Module | None:
+    """The submodule at a path; None if there is none."""
+    found: Any = module
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found if isinstance(found, nn.Module) else None
+
+
+def is_a(module: nn.Module, names: Mapping[str, Any] | Sequence[str]) -> bool:
+    """Whether a module is an instance of one of the named classes."""
+    return any(_name(cls) in names for cls in type(module).__mro__)
+
+
+def _check_forward(what: str, module: nn.Module, cls: type, restated: Callable[..., Any]) -> None:
+    """Raises unless the module's forward is the one of `cls`, with the restated parameters."""
+    # Wrapped ones too: fully sharded layers are of a class of their own, whose forward
+    # transformers wraps once more.
+    if inspect.unwrap(type(module).forward) is not inspect.unwrap(cls.forward):  # type: ignore[attr-defined]
+        raise UnsupportedModelError(
+            f"{what} is a {_name(type(module))}, which has a forward of its own; only that of "
+            f"{_name(cls)} is supported; {ADDING_A_HOST}"
+        )
+    there = innermost(module)
+    if there is not None and not getattr(there, "is_tokred", False):
+        raise UnsupportedModelError(
+            f"{what}: its forward was replaced, by {there!r}; undo that, and apply it again after "
+            "tokred if you need it"
+        )
+    theirs = list(inspect.signature(cls.forward).parameters)[1:]  # type: ignore[attr-defined]
+    ours = list(inspect.signature(restated).parameters)[2:]
+    # Older versions of a library lack the last parameters; an unknown one we cannot honour.
+    keywords = [name for name in theirs if name in _VARIADIC]
+    plain = [name for name in theirs if name not in _VARIADIC]
+    if plain != [name for name in ours if name not in _VARIADIC][: len(plain)] or (
+        keywords and keywords[-1] not in ours
+    ):
+        raise UnsupportedModelError(
+            f"{_name(cls)}.forward takes {theirs} in the installed version of its library, but the "
+            f"patch was written for {ours}"
+        )
+
+
+_VARIADIC = ("args", "kwargs")
+
+
+def innermost_slot(module: nn.Module) -> tuple[dict[str, Any], str]:
+    """The dictionary and the name under which a module's forward is kept, inside of what
+    accelerate and the hooks of diffusers have put around it."""
+    own = vars(module)
+    references = getattr(own.get("_diffusers_hook"), "_fn_refs", ())
+    if "_old_forward" in own:  # accelerate
+        wrapped = own["_old_forward"]
+        if not references or inspect.ismethod(wrapped) or getattr(wrapped, "is_tokred", False):
+            return own, "_old_forward"
+    if references:
+        first = vars(references[0])
+        return first, "forward" if first["original_forward"] is None else "original_forward"
+    return own, "forward"
+
+
+def innermost(module: nn.Module) -> Any:
+    """What was put in place of a module's forward; None if that is its class's own."""
+    where, name = innermost_slot(module)
+    there = where.get(name)
+    own = inspect.ismethod(there) and there.__func__ is type(module).forward
+    return None if own else there
 
 
 def _name(cls: type) -> str:

@@ -11,6 +11,7 @@ tokens) are kept out of them; see `tokred.run`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -58,6 +59,11 @@ class TokenMap(Protocol):
 
     def labels(self) -> Int[Tensor, "batch fine"]:
         """The coarse token that each fine token went into; -1 for a token that was dropped."""
+        ...
+
+    def representatives(self) -> Int[Tensor, "batch coarse"]:
+        """A fine token for each coarse one to take the place of: its first member. (For padding,
+        any.)"""
         ...
 
 
@@ -134,6 +140,12 @@ class Clusters:
     def labels(self) -> Int[Tensor, "batch fine"]:
         return self.index
 
+    def representatives(self) -> Int[Tensor, "batch coarse"]:
+        last = self.index.shape[1] - 1
+        first = self.index.new_full((self.index.shape[0], self.num_coarse), last)
+        position = torch.arange(last + 1, device=self.index.device).expand_as(self.index)
+        return first.scatter_reduce(1, self.index, position, "amin")
+
     def then(self, other: Clusters) -> Clusters:
         """Where the members of this map end up after `other`, as one map (without shares)."""
         index = other.index.gather(1, self.index)
@@ -194,9 +206,70 @@ class Kept:
             index = torch.where(self._meant(), index, self.num_fine)
         return none.scatter(1, index, number.expand_as(index))[:, :-1]
 
+    def representatives(self) -> Int[Tensor, "batch coarse"]:
+        return self.index
+
     def _meant(self) -> Bool[Tensor, "batch coarse"]:
         assert self.counts is not None
         return torch.arange(self.num_coarse, device=self.index.device) < self.counts[:, None]
+
+
+def side_by_side(
+    parts: Sequence[tuple[Int[Tensor, " rows"], Int[Tensor, "rows tokens"], TokenMap | None]],
+    size: Float[Tensor, "batch fine"],
+) -> TokenMap:
+    """One map of a batch whose samples were mapped apart.
+
+    Args:
+        parts: groups of samples that are alike: which samples of the batch these are; which of
+            their tokens are meant, rising (the others are padding); and the map of those, None if
+            they stay as they are.
+        size: how many original tokens each fine one stands for; 0 for padding.
+
+    Raises:
+        TypeError: the maps are not all of one kind, of the two that this file has.
+    """
+    maps = [part for _, _, part in parts if part is not None]
+    if all(isinstance(part, Kept) for part in maps):
+        return _kept_side_by_side(parts, size)
+    if not all(isinstance(part, Clusters) for part in maps):
+        kinds = sorted({type(part).__name__ for part in maps})
+        raise TypeError(f"padded images can be mapped by Clusters or by Kept alone, not {kinds}")
+    index = torch.zeros_like(size, dtype=torch.long)
+    share = torch.zeros_like(size)
+    num_coarse = 0
+    for rows, columns, part in parts:
+        mine = size[rows[:, None], columns]
+        if part is None:
+            part = Clusters(_counted(columns), columns.shape[1])
+        assert isinstance(part, Clusters)
+        parted = part.share
+        if parted is None:
+            parted = mine / part.total(mine).gather(1, part.index)
+        index[rows[:, None], columns] = part.index
+        share[rows[:, None], columns] = parted.to(share.dtype)
+        num_coarse = max(num_coarse, part.num_coarse)
+    return Clusters(index, num_coarse, share, ragged=True)
+
+
+def _kept_side_by_side(
+    parts: Sequence[tuple[Int[Tensor, " rows"], Int[Tensor, "rows tokens"], TokenMap | None]],
+    size: Float[Tensor, "batch fine"],
+) -> Kept:
+    batch, num_fine = size.shape
+    most = max(part.num_coarse if part else columns.shape[1] for _, columns, part in parts)
+    index = torch.zeros(batch, most, dtype=torch.long, device=size.device)
+    counts = torch.zeros(batch, dtype=torch.long, device=size.device)
+    for rows, columns, part in parts:
+        chosen = columns if part is None else columns.gather(1, part.representatives())
+        index[rows, : chosen.shape[1]] = chosen
+        own = part.counts if isinstance(part, Kept) else None
+        counts[rows] = chosen.shape[1] if own is None else own
+    return Kept(index, num_fine, counts)
+
+
+def _counted(like: Int[Tensor, "rows tokens"]) -> Int[Tensor, "rows tokens"]:
+    return torch.arange(like.shape[1], device=like.device).expand_as(like)
 
 
 def in_order_of_first_member(labels: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:

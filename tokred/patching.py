@@ -6,19 +6,21 @@ submodules whose output a method wants to see. Class, weights and state dict sta
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import MethodType
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from tokred.host import Host, UnsupportedModelError, find_host
+from tokred.host import Host, UnsupportedModelError, find_host, innermost, innermost_slot, submodule
 from tokred.reducers import Reducer, make, proportional, varies
-from tokred.run import Reduction
+from tokred.run import Reduction, needed_for_pooling
 from tokred.schedule import Schedule, Stages, check_keep_rate, plan
 
 
@@ -68,34 +70,48 @@ def apply(
         TypeError: an option is of the wrong type.
         UnsupportedModelError: the model, or one of its blocks, is not one we know.
     """
+    if torch.compiler.is_compiling():
+        raise RuntimeError("tokred.apply cannot be compiled: call it outside torch.compile's code")
     reducer = make(method)
     chosen = _schedule(keep_rate, schedule)
     if attention not in ("host", "fastest"):
         raise ValueError(f"attention must be 'host' or 'fastest', not {attention!r}")
-    model = unwrap(model)
-    host = host or find_host(model)
-    host.check(model, _signals(reducer))
-    layout = host.layout(model, None)
-    tokens = layout.grid[0] * layout.grid[1]
-    counts = plan(chosen, tokens, layout.layers)
-    if min(counts) == tokens:
-        warnings.warn(f"{chosen} keeps all {tokens} tokens: nothing is reduced", stacklevel=2)
+    host, tower = find_host(model, host)
+    host.check(tower, signals_of(reducer))
+    layout = host.layout(tower, None)
+    counts = plan(chosen, layout.patches, layout.layers)
+    if min(counts) == layout.patches:
+        warnings.warn(
+            f"{chosen} keeps all {layout.patches} tokens: nothing is reduced", stacklevel=2
+        )
     if proportional_attention is None:
         proportional_attention = proportional(reducer)
-    reduction = Reduction(reducer, chosen, layout, proportional_attention, full_grid, attention)
+    reduction = Reduction(
+        reducer,
+        chosen,
+        layout,
+        proportional_attention,
+        full_grid,
+        attention,
+        host.tapped,
+        host.averages(model, tower),
+    )
     hang(model, host, reduction)
     return reduction
 
 
 def remove(model: nn.Module) -> None:
     """Takes the reduction away; the model is again as it was. Does nothing if there is none."""
-    for module in unwrap(model).modules():
+    for module in model.modules():
+        if isinstance(innermost(module), Patched | PatchedAttention):
+            _set_innermost(module, None)
         for name, value in list(vars(module).items()):
-            if isinstance(value, Patched | PatchedMethod):
+            if isinstance(value, PatchedMethod):
                 delattr(module, name)
-        for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, Tap | Carry):
-                del module._forward_hooks[key]
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, Tap | Carry | Pool):
+                    del hooks[key]
 
 
 @contextmanager
@@ -117,13 +133,13 @@ def applied(
     finally:
         remove(model)
         if former is not None:
-            hang(unwrap(model), options.get("host") or find_host(unwrap(model)), former)
+            hang(model, find_host(model, options.get("host"))[0], former)
 
 
 def reduction_of(model: nn.Module) -> Reduction | None:
     """The reduction that is applied to the model, if there is one."""
-    for module in unwrap(model).modules():
-        patched = vars(module).get("forward")
+    for module in model.modules():
+        patched = innermost(module)
         if isinstance(patched, Patched):
             return patched.reduction
     return None
@@ -132,21 +148,60 @@ def reduction_of(model: nn.Module) -> Reduction | None:
 def hang(model: nn.Module, host: Host, reduction: Reduction) -> None:
     """Hangs a checked reduction on the model, in place of what hung there."""
     remove(model)
-    for layer, block in enumerate(host.blocks(model)):
-        for signal in sorted(_signals(reduction.reducer)):
-            tap = Tap(reduction, signal, host.reads.get(signal), block)
-            host.taps[signal](block).register_forward_hook(tap)
-        explicit = host.explicit(block) if reduction.attention == "fastest" else None
-        patched = Patched(block, host.forward, reduction, layer, host.scale(block), explicit)
-        vars(block)["forward"] = patched
-    for module in host.passes(model):
+    _, tower = find_host(model, host)
+    signals = signals_of(reduction.reducer) - host.shows
+    for layer, block in enumerate(host.blocks(tower)):
+        forward = host.forward_of(block)
+        patched = Patched(
+            block,
+            forward,
+            reduction,
+            layer,
+            layer == 0,
+            host.scale(block),
+            host.explicit(block) if reduction.attention == "fastest" else None,
+            tuple((signal, host.taps[signal], host.reads.get(signal)) for signal in signals),
+            host.checkpoint,
+            _mask_of(forward),
+            host.pads,
+        )
+        patched.tap()
+        _set_innermost(block, patched)
+        if host.attention is not None and host.attend is not None:
+            part = host.attention(block)
+            _set_innermost(part, PatchedAttention(part, host.attend, reduction))
+    for module in host.passes(tower):
         module.register_forward_hook(Carry(reduction))
+    for module in host.pools(tower):
+        module.register_forward_pre_hook(Pool(reduction))
     for name, call in host.methods.items():
-        original = getattr(type(model), name)
-        vars(model)[name] = PatchedMethod(model, original, call, reduction)
+        original = getattr(type(tower), name, None)
+        if original is not None:  # not every version has every method
+            vars(tower)[name] = PatchedMethod(tower, original, call, reduction)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def _set_innermost(module: nn.Module, stand_in: Any) -> None:
+    """Puts something in place of a module's own forward, inside of what wraps it; None puts its
+    own back."""
+    where, name = innermost_slot(module)
+    if stand_in is not None:
+        where[name] = stand_in
+    elif where is vars(module) and name == "forward":
+        where.pop(name, None)
+    else:
+        where[name] = MethodType(type(module).forward, module)
+
+
+def _mask_of(forward: Callable[..., Any]) -> tuple[str, int] | None:
+    """The name of the mask that a block is given, and which argument behind the tokens it is."""
+    names = list(inspect.signature(forward).parameters)[3:]
+    for name in ("attn_mask", "attention_mask"):
+        if name in names:
+            return name, names.index(name)
+    return None
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
     """The model inside `torch.compile` or DistributedDataParallel."""
     while True:
         inner = getattr(model, "_orig_mod", None)
@@ -165,23 +220,97 @@ class Patched:
     """Stands in for `block.forward`."""
 
     is_tokred: ClassVar[bool] = True
+    __name__: ClassVar[str] = "forward"
 
     block: nn.Module
-    call: Callable[..., Tensor]
+    call: Callable[..., Any]
     reduction: Reduction
     layer: int
+    first: bool
     scale: float
-    explicit: nn.Module | None = None
+    explicit: nn.Module | None
+    taps: tuple[tuple[str, str, Callable[[Any, Tensor], Tensor] | None], ...]
+    checkpoint: Callable[[Any], Callable[..., Any] | None] | None
+    mask: tuple[str, int] | None
+    pads: bool
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
         return MethodType(type(self.block).forward, self.block)  # for inspect.signature
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if torch.compiler.is_compiling() and varies(self.reduction.reducer):
-            return cast(Tensor, _eagerly(self, x, *args, **kwargs))
-        step = self.reduction.enter(self.layer, self.scale, x, self.explicit)
-        return step.close(self.call(self.block, step, step.open(x), *args, **kwargs))
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() and self._varies(args, kwargs):
+            return _eagerly(self, *args, **kwargs)
+        if self.checkpoint is not None:
+            through = self.checkpoint(self.block)
+            if through is not None:
+                return through(partial(self.run, **kwargs), *args)
+        return self.run(*args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The block with fewer tokens, whatever it is called through."""
+        if not args:
+            name = next(iter(inspect.signature(type(self.block).forward).parameters.values()))
+            raise TypeError(f"the tokens must be the first argument, not given by name ({name})")
+        x, *others = args
+        mask = self._given_mask(others, kwargs) if self.first else None
+        step = self.reduction.enter(self.layer, self.first, self.scale, x, mask, self.explicit)
+        if self.taps and not torch.compiler.is_compiling() and step.wants_signals:
+            self.tap()
+        y = self.call(self.block, step, step.open(x), *others, **kwargs)
+        if isinstance(y, tuple):
+            return (step.close(y[0]), *y[1:])
+        return step.close(y)
+
+    def tap(self) -> None:
+        """Reads signals where they are now: a submodule may have been replaced since last time,
+        by an adapter around it for example."""
+        for signal, path, read in self.taps:
+            module = submodule(self.block, path)
+            if module is None or any(
+                isinstance(hook, Tap) for hook in module._forward_hooks.values()
+            ):
+                continue
+            for part in module.modules():
+                for key, hook in list(part._forward_hooks.items()):
+                    if isinstance(hook, Tap):
+                        del part._forward_hooks[key]
+            module.register_forward_hook(Tap(self.reduction, signal, read, self.block))
+
+    def _varies(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether how many tokens there will be depends on the images."""
+        if varies(self.reduction.reducer):
+            return True
+        return self.pads and self._given_mask(args[1:], kwargs) is not None
+
+    def _given_mask(self, others: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
+        if self.mask is None:
+            return None
+        name, at = self.mask
+        mask: Tensor | None = others[at] if at < len(others) else kwargs.get(name)
+        return mask
+
+
+@dataclass(eq=False)
+class PatchedAttention:
+    """Stands in for the forward of a block's attention, while the block runs."""
+
+    is_tokred: ClassVar[bool] = True
+    __name__: ClassVar[str] = "forward"
+
+    attention: nn.Module
+    call: Callable[..., Any]
+    reduction: Reduction
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        return MethodType(type(self.attention).forward, self.attention)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        step = self.reduction.running
+        if step is None:
+            return type(self.attention).forward(self.attention, *args, **kwargs)
+        return self.call(self.attention, step, *args, **kwargs)
 
 
 @dataclass(eq=False)
@@ -230,13 +359,36 @@ class Carry:
             self.reduction.pass_on(args[0], output)
 
 
+@dataclass(eq=False)
+class Pool:
+    """A forward pre-hook of a module that pools features: shows it merged tokens as often as the
+    tokens they stand for, and no dropped ones."""
+
+    reduction: Reduction
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        x = args[0]
+        state = self.reduction.carried(x)
+        if state is None or not needed_for_pooling(state):
+            return None
+        if not state.prunes:
+            return (self.reduction.expand(x, state), *args[1:])
+        if state.size is not None and bool((state.size == 0).any()):
+            raise ValueError(
+                f"{self.reduction.reducer} keeps different numbers of tokens in different images, "
+                f"and {type(module).__name__} pools without a mask: use a method that merges, or "
+                "images one by one"
+            )
+        return (self.reduction.compress(x, state), *args[1:])
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _eagerly(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Leaves the graph that is being compiled: how many tokens there will be is not known yet."""
     return call(*args, **kwargs)
 
 
-def _signals(reducer: Reducer) -> frozenset[str]:
+def signals_of(reducer: Reducer) -> frozenset[str]:
     """What must be read off a block for the signals that a method needs."""
     attention = {"key", "query"}
     read = {

@@ -9,49 +9,89 @@ forward passes before a backward.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tokred.maps import Clusters, TokenMap, take
+from tokred.maps import Clusters, TokenMap, side_by_side, take
 from tokred.reducers import Reducer, Tokens, place, varies
 from tokred.schedule import Schedule, plan
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model lays out its sequence: prefix tokens in front, then a grid of patch tokens.
+    """How a model lays out its sequence: prefix tokens, a grid of patch tokens, suffix tokens.
 
     Attributes:
-        prefix: how many prefix tokens there are (class, distillation, register tokens).
+        prefix: how many tokens stand in front (class, distillation, register tokens).
         layers: how many blocks there are.
-        grid: (height, width) of the patch tokens, for the model's own image size.
+        grid: (height, width) of the patch tokens, for the model's own image size. Of a video,
+            the frames are stacked: (frames * height, width).
         class_token: whether the first token is a class token.
+        suffix: how many tokens stand at the end (detection tokens).
+        by_position: whether blocks are given anything by position (rotary tables, relative
+            position biases), so that we have to know where tokens stand.
+        raster: whether patch tokens run row by row; not where the model shuffles them.
     """
 
     prefix: int
     layers: int
     grid: tuple[int, int]
     class_token: bool
+    suffix: int = 0
+    by_position: bool = False
+    raster: bool = True
+
+    @property
+    def patches(self) -> int:
+        """Patch tokens, for the model's own image size."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def others(self) -> int:
+        """Tokens that are never touched."""
+        return self.prefix + self.suffix
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What a pass has still to do: this block, and those behind it.
+
+    A chain rather than a tuple: no block then depends on which number it has, and blocks that are
+    compiled one by one can share their code.
+
+    Attributes:
+        keep: patch tokens that leave this block.
+        tapped: whether somebody is going to see what this block puts out.
+        left: blocks from this one on.
+        rest: the blocks behind this one; None at the last.
+    """
+
+    keep: int
+    tapped: bool
+    left: int
+    rest: Ahead | None
 
 
 @dataclass(frozen=True)
 class Reduced:
-    """One reduction that has happened: its map, how many tokens were asked for, and what is needed
-    to undo it."""
+    """One reduction that has happened: its map, how many tokens were asked for, what is needed to
+    undo it, and the reduction before it."""
 
     map: TokenMap
     asked: int
     size: Float[Tensor, "batch fine"] | None
-    bias: Float[Tensor, "batch 1 1 fine_and_prefix"] | None
+    bias: Float[Tensor, "batch 1 1 fine_and_others"] | None
+    index: Int[Tensor, "batch fine"] | None
     stale: Float[Tensor, "batch fine dim"] | None
+    former: Reduced | None
 
 
 @dataclass(frozen=True)
@@ -59,47 +99,89 @@ class State:
     """What the tokens of one activation stand for.
 
     Attributes:
-        counts: the plan of the pass: patch tokens after each layer.
+        ahead: what the pass has still to do; None behind the last block.
         full: patch tokens of the full grid.
-        trail: the reductions so far, the last one at the end.
+        trail: the last reduction so far, which knows the one before it.
         size: how many original tokens each patch token stands for, 0 for padding; None if each
             one for itself.
-        bias: what is added to attention, zeros for the prefix tokens: the logarithm of the size
+        bias: what is added to attention, zeros for the other tokens: the logarithm of the size
             where attention is proportional, -inf for padding.
         expanded: whether the activation is on the full grid again, copies for merged tokens.
         received: the attention that each patch token got in the block before, if a method before
             the next block wants to know.
+        index: where on the full grid each patch token stands (a merged one: its first member);
+            None if all stand in their places, or nobody asks.
+        lengths: where the images of a batch came padded: how many patch tokens each has.
     """
 
-    counts: tuple[int, ...]
+    ahead: Ahead | None
     full: int
-    trail: tuple[Reduced, ...] = ()
+    trail: Reduced | None = None
     size: Float[Tensor, "batch tokens"] | None = None
-    bias: Float[Tensor, "batch 1 1 tokens_and_prefix"] | None = None
+    bias: Float[Tensor, "batch 1 1 tokens_and_others"] | None = None
     expanded: bool = False
     received: Float[Tensor, "batch tokens"] | None = None
+    index: Int[Tensor, "batch tokens"] | None = None
+    lengths: tuple[int, ...] | None = None
 
     # Written out, because older versions of torch.compile cannot follow dataclasses.replace.
     def seen(self, expanded: bool) -> State:
         """The same tokens, on the full grid or few again."""
         return State(
-            self.counts, self.full, self.trail, self.size, self.bias, expanded, self.received
+            self.ahead,
+            self.full,
+            self.trail,
+            self.size,
+            self.bias,
+            expanded,
+            self.received,
+            self.index,
+            self.lengths,
         )
+
+    def at(self, ahead: Ahead | None) -> State:
+        """The same tokens, in front of another block."""
+        return State(
+            ahead,
+            self.full,
+            self.trail,
+            self.size,
+            self.bias,
+            self.expanded,
+            self.received,
+            self.index,
+            self.lengths,
+        )
+
+    @property
+    def few(self) -> int:
+        """Patch tokens after the last reduction."""
+        return self.full if self.trail is None else self.trail.map.num_coarse
 
     @property
     def tokens(self) -> int:
         """Patch tokens of the activation."""
-        return self.trail[-1].map.num_coarse if self.trail and not self.expanded else self.full
+        return self.full if self.expanded else self.few
 
     @property
     def prunes(self) -> bool:
         """Whether tokens were dropped, rather than merged."""
-        return any(not reduced.map.merges for reduced in self.trail)
+        return any(not reduced.map.merges for reduced in _unrolled(self.trail))
 
     @property
     def ragged(self) -> bool:
         """Whether samples differ in their number of tokens, and some are padded."""
-        return not self.expanded and any(reduced.map.ragged for reduced in self.trail)
+        return not self.expanded and any(reduced.map.ragged for reduced in _unrolled(self.trail))
+
+    def positions(self) -> Int[Tensor, "batch tokens"] | None:
+        """Where on the full grid each patch token stands; None if all stand in their places."""
+        if self.trail is None or self.index is not None:
+            return self.index
+        index: Tensor | None = None
+        for reduced in _unrolled(self.trail):
+            chosen = reduced.map.representatives()
+            index = chosen if index is None else index.gather(1, chosen)
+        return index
 
 
 @dataclass(frozen=True)
@@ -123,6 +205,9 @@ class Reduction:
         full_grid: whether features that leave the model are on the full grid again.
         attention: "host" calls the host's attention as it is set up; "fastest" may take the
             host's other way of computing it, see `explicit_is_faster`.
+        tapped_by: the host's own word on which layers are seen during the running call.
+        averages: whether the model averages the patch tokens that leave its last block, where it
+            cannot be told which of them were dropped.
     """
 
     reducer: Reducer
@@ -131,6 +216,8 @@ class Reduction:
     proportional_attention: bool = True
     full_grid: bool = True
     attention: str = "host"
+    tapped_by: Callable[[int], frozenset[int]] | None = None
+    averages: bool = False
     # Runtime state: by activation, and by thread. (An attribute of the tensor would do as well as
     # a weak dictionary, but would be saved and copied with features that leave the model.) Code
     # that is being compiled can see neither, and has a plain dictionary instead.
@@ -139,7 +226,7 @@ class Reduction:
     _traced: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
-        tokens = self.layout.grid[0] * self.layout.grid[1]
+        tokens = self.layout.patches
         counts = plan(self.schedule, tokens, self.layout.layers)
         return f"{self.reducer}, patch tokens per layer: {tokens} -> {', '.join(map(str, counts))}"
 
@@ -151,40 +238,71 @@ class Reduction:
         self.__dict__.update(state)
         self._riding, self._local, self._traced = WeakTensorKeyDictionary(), threading.local(), {}
 
-    def start(self, x: Float[Tensor, "batch tokens dim"]) -> State:
-        """The state of tokens that nothing has been done to."""
-        tokens = x.shape[1] - self.layout.prefix
-        return State(plan(self.schedule, tokens, self.layout.layers), tokens)
+    def start(self, x: Float[Tensor, "batch tokens dim"], mask: Tensor | None = None) -> State:
+        """The state of tokens that nothing has been done to.
+
+        Args:
+            x: the tokens.
+            mask: the attention mask that the first block was given. Tokens that no query may see
+                are padding, and are never merged with others.
+        """
+        layout = self.layout
+        tokens = x.shape[1] - layout.others
+        counts, tapped = plan(self.schedule, tokens, layout.layers), self.tapped()
+        ahead: Ahead | None = None
+        for layer in reversed(range(layout.layers)):
+            ahead = Ahead(counts[layer], layer in tapped, layout.layers - layer, ahead)
+        if mask is None or torch.compiler.is_compiling():
+            return State(ahead, tokens)
+        valid = visible(mask, len(x))[:, layout.prefix : x.shape[1] - layout.suffix]
+        if bool(valid.all()):
+            return State(ahead, tokens)
+        lengths = tuple(valid.sum(1).tolist())
+        return State(ahead, tokens, size=valid.float(), lengths=lengths)
 
     def enter(
         self,
         layer: int,
+        first: bool,
         scale: float,
         x: Float[Tensor, "batch tokens dim"],
+        mask: Tensor | None = None,
         explicit: nn.Module | None = None,
     ) -> Step:
         """Called when a patched block begins. The first block starts a pass, whoever called it."""
-        state = self.start(x) if layer == 0 else self.carried(x) or self._alone(layer, x)
+        state = self.start(x, mask) if first else self.carried(x, layer) or self._alone(layer, x)
         step = Step(self, layer, scale, state, explicit)
-        # Keys that nobody is going to read would be kept from being freed.
-        self._put("signals", step.signals if step.wants_signals else None)
+        self._put("step", step)
         return step
 
     def leave(self) -> None:
         """Called when a patched block ends: what was read off its submodules is let go."""
-        self._put("signals", None)
+        self._put("step", None)
+
+    @property
+    def running(self) -> Step | None:
+        """The block of this thread that is running, if there is one."""
+        step: Step | None = self._get("step")
+        return step
 
     def _alone(self, layer: int, x: Float[Tensor, "batch tokens dim"]) -> State:
         """The state of tokens that come from nowhere into a later block: only a full grid can be
         told from tokens whose sizes were lost."""
-        full = self.layout.prefix + self.layout.grid[0] * self.layout.grid[1]
+        full = self.layout.others + self.layout.patches
         if x.shape[1] != full:
             raise RuntimeError(
                 f"block {layer} got {x.shape[1]} tokens of which nothing is known; only a full "
                 f"grid ({full} with prefix tokens) can enter in the middle. Under reentrant "
                 "gradient checkpointing, use use_reentrant=False"
             )
-        return self.start(x)
+        return self._from(layer, self.start(x))
+
+    def _from(self, layer: int, state: State) -> State:
+        """The state in front of `layer`, if blocks before it were left out."""
+        ahead, left = state.ahead, self.layout.layers - layer
+        while ahead is not None and ahead.left > left:
+            ahead = ahead.rest
+        return state.at(ahead)
 
     def carry(self, x: Tensor, state: State) -> None:
         """Lets `state` ride on `x`."""
@@ -194,13 +312,19 @@ class Reduction:
             self._riding[x] = state
 
     def remember(self, state: State) -> None:
-        """Keeps the state for the next block of this thread, in case its activation loses it."""
+        """Keeps the state for the next block, in case its activation loses it, or the next block
+        is compiled and this one is not."""
         if not torch.compiler.is_compiling():
             self._local.state = state
+            self._traced["state"] = state
 
-    def carried(self, x: Tensor) -> State | None:
+    def carried(self, x: Tensor, layer: int | None = None) -> State | None:
         """The state that rides on `x`. If `x` has lost it (it was moved, detached, or computed
         with), the last state of this thread, provided that it fits.
+
+        Args:
+            x: the activation.
+            layer: the block that it enters; None behind the last one.
 
         Raises:
             RuntimeError: tokens were added or taken away between two blocks.
@@ -210,15 +334,28 @@ class Reduction:
             return traced
         state: State | None = self._riding.get(x)
         if state is None:
-            state = getattr(self._local, "state", None)
-        if state is not None and x.shape[1] != state.tokens + self.layout.prefix:
+            # Of this thread; or of the block before, if that one is compiled.
+            for last in (getattr(self._local, "state", None), self._traced.get("state")):
+                if last is not None and (layer is None or self._left(last) == self._behind(layer)):
+                    state = last
+                    break
+        if state is not None and x.shape[1] != state.tokens + self.layout.others:
             raise RuntimeError(
                 f"a patched block got {x.shape[1]} tokens, but the one before it has put out "
-                f"{state.tokens + self.layout.prefix}. Tokens cannot be added or taken away "
+                f"{state.tokens + self.layout.others}. Tokens cannot be added or taken away "
                 "between blocks while a reduction is applied; tokred.remove(model) takes it out. "
                 "(A pass that was broken off is forgotten when the first block runs again.)"
             )
+        if state is not None and layer is not None and self._left(state) != self._behind(layer):
+            return self._from(layer, state)
         return state
+
+    def _behind(self, layer: int) -> int:
+        return self.layout.layers - layer
+
+    @staticmethod
+    def _left(state: State) -> int:
+        return 0 if state.ahead is None else state.ahead.left
 
     def pass_on(self, x: Tensor, y: Tensor) -> None:
         """Lets the state of `x` ride on `y` too, the same tokens after a norm."""
@@ -229,25 +366,29 @@ class Reduction:
 
     def forget(self) -> None:
         """Drops the last state of this thread: the pass is over."""
-        if torch.compiler.is_compiling():
-            self._traced.clear()
-        else:
+        if not torch.compiler.is_compiling():
             self._local.state = None
+        self._traced.clear()
 
     def see(self, signal: str, value: Tensor) -> None:
         """Called when a tapped submodule of the running block has put something out."""
-        signals = self._get("signals")
-        if signals is not None:
-            signals[signal] = value
+        step = self.running
+        if step is not None and step.wants_signals:
+            step.signals[signal] = value
 
     def set_tapped(self, layers: frozenset[int]) -> None:
         """Says at which layers the host hands out tokens during this call, and so wants the full
         grid."""
-        self._put("tapped", layers)
+        if not torch.compiler.is_compiling():
+            self._local.tapped = layers
+        if layers:
+            self._traced["tapped"] = layers
+        else:
+            self._traced.pop("tapped", None)
 
     def tapped(self) -> frozenset[int]:
-        layers: frozenset[int] | None = self._get("tapped")
-        return layers or frozenset()
+        layers: frozenset[int] = self._get("tapped") or frozenset()
+        return layers if self.tapped_by is None else layers | self.tapped_by(self.layout.layers)
 
     @contextmanager
     def recording(self) -> Iterator[list[Record]]:
@@ -270,25 +411,24 @@ class Reduction:
     ) -> Float[Tensor, "batch full dim"]:
         """The full grid from reduced tokens: copies for merged ones, the last value for dropped
         ones."""
-        if state.expanded or not state.trail:
+        if state.expanded or state.trail is None:
             return x
-        return _up_behind(self.layout.prefix, x, state.trail)
+        return _up(self.layout, x, _unrolled(state.trail))
 
     def compress(
         self, x: Float[Tensor, "batch full dim"], state: State
     ) -> Float[Tensor, "batch tokens dim"]:
         """Reduced tokens from the full grid that `expand` has made. Merged tokens are copies of
         each other there, so that their mean is what they were."""
-        if not state.expanded or not state.trail:
+        if not state.expanded or state.trail is None:
             return x
-        prefix = self.layout.prefix
-        tokens = x[:, prefix:]
-        for reduced in state.trail:
+        tokens = patches(self.layout, x)
+        for reduced in _unrolled(state.trail):
             size = reduced.size
             if size is None:
                 size = torch.ones(tokens.shape[:2], dtype=torch.float32, device=x.device)
             tokens = reduced.map.down(tokens, size)
-        return torch.cat([x[:, :prefix], tokens], 1)
+        return _between(self.layout, x, tokens)
 
     def _put(self, name: str, value: Any) -> None:
         if torch.compiler.is_compiling():
@@ -312,18 +452,31 @@ class Step:
     state: State
     explicit: nn.Module | None = None
     signals: dict[str, Tensor] = field(default_factory=dict)
+    mask: Tensor | None = None
+    rotate: Callable[[Tensor], Tensor] | None = None
 
     @property
     def wants_signals(self) -> bool:
         """Whether something is read off this block: the method stands in it and is going to
         reduce, or before the next block, and is going to reduce there."""
-        reducer, state = self.reduction.reducer, self.state
-        if not reducer.needs:
+        reducer, ahead = self.reduction.reducer, self.state.ahead
+        if not reducer.needs or ahead is None:
             return False
         if place(reducer) == "before":
-            return min(state.counts[self.layer : self.layer + 2]) < state.counts[self.layer]
-        few = state.trail[-1].map.num_coarse if state.trail else state.full
-        return state.counts[self.layer] < few
+            return ahead.rest is not None and ahead.rest.keep < ahead.keep
+        return ahead.keep < self.state.few
+
+    @property
+    def reduces(self) -> bool:
+        """Whether this pass reduces, has reduced or is going to reduce tokens."""
+        if self.state.trail is not None:
+            return True
+        ahead = self.state.ahead
+        while ahead is not None:
+            if ahead.keep < self.state.full:
+                return True
+            ahead = ahead.rest
+        return False
 
     def open(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch kept dim"]:
         """Before the block: few tokens again, if they were expanded for somebody to see, and fewer
@@ -334,23 +487,95 @@ class Step:
         return self._change(x) if place(self.reduction.reducer) == "before" else x
 
     def bias(self, x: Tensor, mask: Tensor | None = None) -> Tensor | None:
-        """Proportional attention: a token that stands for s tokens counts s times as a key
-        (ToMe, equation 1: log s is added to its logits). Just `mask` as long as no token stands
-        for more than itself.
+        """What to add to the logits of attention: the host's own mask, of the tokens that are
+        left; and, where attention is proportional, the logarithm of how many tokens each key
+        stands for (ToMe, equation 1). None if there is neither.
+
+        Args:
+            x: the tokens; what is returned has their dtype.
+            mask: the host's mask or bias, bool (True: may be seen) or added to the logits;
+                [batch or 1, heads or 1, tokens or 1, tokens], or without the batch, of the full
+                sequence.
+        """
+        if mask is not None:
+            mask = self.rows_and_columns(mask)
+        self.mask = mask
+        if self.state.bias is not None:
+            # In the dtype of x: with float64 queries and a float32 mask, torch's fused attention
+            # on the CPU is silently wrong.
+            self.mask = added(self.state.bias.to(x.dtype), mask)
+        return self.mask
+
+    def rows_and_columns(self, mask: Tensor) -> Tensor:
+        """A mask over the full sequence, re-indexed for the tokens that are left; itself as long
+        as all are.
 
         Raises:
-            ValueError: there is a mask, and this pass reduces tokens.
+            ValueError: it is no mask over the full sequence.
         """
-        if mask is not None and min(self.state.counts) < self.state.full:
+        layout, state = self.reduction.layout, self.state
+        if mask.ndim == 3:
+            mask = mask[None]
+        full = state.full + layout.others
+        if mask.ndim != 4 or mask.shape[3] != full or mask.shape[2] not in (1, full):
             raise ValueError(
-                "attn_mask cannot be combined with token reduction here: it names positions "
-                "that are merged or dropped. Call the model without it, or tokred.remove(model)"
+                f"a mask of shape {tuple(mask.shape)} cannot be used while tokens are reduced: "
+                f"[batch, heads, {full} or 1, {full}] is expected, for the full grid of "
+                f"{state.full} patches and {layout.others} other tokens"
             )
-        if self.state.bias is None:
+        at = self._sequence()
+        if at is None:
             return mask
-        # In the dtype of x: with float64 queries and a float32 mask, torch's fused attention on
-        # the CPU is silently wrong.
-        return self.state.bias.to(x.dtype)
+        mask = mask.expand(len(at), -1, -1, -1)
+        mask = mask.gather(3, at[:, None, None].expand(-1, *mask.shape[1:3], -1))
+        if mask.shape[2] == full:
+            mask = mask.gather(2, at[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+        return mask
+
+    def rows(
+        self, table: Float[Tensor, "*lead positions dim"]
+    ) -> Float[Tensor, "*lead tokens dim"] | Float[Tensor, "batch heads tokens dim"]:
+        """A table with a row for every position (rotary embeddings), for the tokens that are left;
+        itself as long as all are.
+
+        A merged token takes the place of its first member.
+
+        Args:
+            table: [positions, dim], [heads, positions, dim] or [batch, heads, positions, dim], of
+                the patch tokens or of the whole sequence.
+
+        Returns:
+            [batch, 1 or heads, tokens, dim], of the patch tokens or the whole sequence.
+        """
+        layout, state = self.reduction.layout, self.state
+        positions = table.shape[-2]
+        if positions == state.full:
+            at = state.positions()
+        elif positions == state.full + layout.others:
+            at = self._sequence()
+        else:
+            raise ValueError(
+                f"a table of {positions} positions fits neither {state.full} patch tokens nor the "
+                f"sequence of {state.full + layout.others}"
+            )
+        if at is None:
+            return table
+        if table.ndim == 2:
+            return take(table.expand(len(at), *table.shape), at)[:, None]
+        table = table.expand(len(at), *table.shape[-3:])
+        index = at[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3])
+        return table.gather(2, index)
+
+    def _sequence(self) -> Int[Tensor, "batch tokens_and_others"] | None:
+        """Where each token of the sequence stood; None if all stand in their places."""
+        layout, state = self.reduction.layout, self.state
+        index = state.positions()
+        if index is None:
+            return None
+        around = torch.arange(state.full + layout.others, device=index.device)
+        around = around.expand(len(index), -1)
+        front, back = around[:, : layout.prefix], around[:, layout.prefix + state.full :]
+        return torch.cat([front, index + layout.prefix, back], 1)
 
     def attend(
         self, attention: nn.Module, x: Float[Tensor, "batch tokens dim"], heads: int
@@ -359,6 +584,12 @@ class Step:
         if self.explicit is not None and explicit_is_faster(x, heads):
             return self.explicit
         return attention
+
+    def see(self, **signals: Tensor) -> None:
+        """For attention that is restated: shows the "key", "query" or "value" that it computes,
+        [batch, heads, tokens, head_dim]."""
+        if self.wants_signals:
+            self.signals.update(signals)
 
     def reduce(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch kept dim"]:
         """Between attention and MLP: as many tokens as the schedule asks for at this layer, if
@@ -369,23 +600,29 @@ class Step:
         return x
 
     def _change(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch kept dim"]:
-        prefix, counts = self.reduction.layout.prefix, self.state.counts
-        num, keep = x.shape[1] - prefix, counts[self.layer]
+        state, layout = self.state, self.reduction.layout
+        assert state.ahead is not None
+        num, keep = x.shape[1] - layout.others, state.ahead.keep
         # What there should be. A method whose samples vary may have left more or fewer.
-        exact = not varies(self.reduction.reducer)
-        asked = num if exact else (self.state.full, *counts)[self.layer]
+        exact = not varies(self.reduction.reducer) and state.lengths is None
+        asked = num
+        if not exact:
+            asked = state.full if state.trail is None else state.trail.asked
         if keep > asked:
             return self._rise(x, keep)
         if keep == asked or keep >= num:
             return x
-        tokens = x[:, prefix:]
-        size = self.state.size
+        tokens = patches(layout, x)
+        size = state.size
         if size is None:
             size = torch.ones(tokens.shape[:2], dtype=torch.float32, device=x.device)
         view = self._tokens(tokens, size)
         # Autocast would compare tokens in half precision.
         with torch.autocast(x.device.type, enabled=False):
-            token_map = self.reduction.reducer(view, keep)
+            if state.lengths is None:
+                token_map = self.reduction.reducer(view, keep)
+            else:
+                token_map = self._apart(view, state.lengths)
             if exact and token_map.num_coarse != keep:
                 raise ValueError(
                     f"{self.reduction.reducer} returned {token_map.num_coarse} tokens of {num} "
@@ -396,20 +633,49 @@ class Step:
         del view
         self.reduction.record(Record(self.layer, num, token_map))
         self._went_down(token_map, keep, tokens, size)
-        return torch.cat([x[:, :prefix], fewer], 1)
+        return _between(layout, x, fewer)
+
+    def _apart(self, view: Tokens, lengths: tuple[int, ...]) -> TokenMap:
+        """The map of a batch whose images were padded to the same length: every image is reduced
+        as if it came alone, and padding is left out."""
+        reduction = self.reduction
+        valid = view.size > 0
+        there = valid.sum(1).tolist()
+        order = valid.int().argsort(dim=1, descending=True, stable=True)  # padding last
+        alike: dict[tuple[int, int], list[int]] = {}
+        for sample, (length, now) in enumerate(zip(lengths, there, strict=True)):
+            keep = plan(reduction.schedule, length, reduction.layout.layers)[self.layer]
+            alike.setdefault((now, min(keep, now)), []).append(sample)
+        parts: list[tuple[Tensor, Tensor, TokenMap | None]] = []
+        for (now, keep), samples in alike.items():
+            rows = torch.tensor(samples, device=order.device)
+            columns = order[rows, :now]
+            part = None if keep == now else reduction.reducer(view.part(rows, columns), keep)
+            parts.append((rows, columns, part))
+        return side_by_side(parts, view.size)
 
     def close(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch out dim"]:
         """After the block: the full grid, if somebody is going to see it."""
         reduction, state = self.reduction, self.state
-        last = self.layer == reduction.layout.layers - 1
-        if self.layer in reduction.tapped() or (last and reduction.full_grid):
+        ahead = state.ahead
+        assert ahead is not None
+        last = ahead.rest is None
+        averaged = last and reduction.averages and state.prunes
+        if averaged and state.ragged:
+            raise ValueError(
+                f"{reduction.reducer} keeps different numbers of tokens in different images, and "
+                "this model averages its tokens without a mask: use a method that merges, or "
+                "images one by one"
+            )
+        if (ahead.tapped or (last and reduction.full_grid)) and not averaged:
             x = reduction.expand(x, state)
             state = state.seen(expanded=True)
         elif last and state.ragged:
             assert state.size is not None
-            padding = F.pad(state.size == 0, (reduction.layout.prefix, 0))
+            padding = F.pad(state.size == 0, (reduction.layout.prefix, reduction.layout.suffix))
             x = x.masked_fill(padding[..., None], 0)
         reduction.leave()
+        state = state.at(ahead.rest)
         if not last:
             reduction.carry(x, state)
             reduction.remember(state)
@@ -417,25 +683,32 @@ class Step:
         reduction.forget()
         if needed_for_pooling(state):
             # The maps suffice for that; what was dropped need not live on with the features.
-            trail = tuple(Reduced(r.map, r.asked, r.size, r.bias, None) for r in state.trail)
-            rest = (state.size, state.bias, state.expanded)
-            reduction.carry(x, State(state.counts, state.full, trail, *rest))
+            reduction.carry(x, _without_stale(state))
         return x
 
     def _tokens(
         self, x: Float[Tensor, "batch tokens dim"], size: Float[Tensor, "batch tokens"]
     ) -> Tokens:
         needs, layout, read = self.reduction.reducer.needs, self.reduction.layout, self.signals
-        key, value = read.get("key"), read.get("value")
+        wanted = {"key", "value"} & needs
+        if "class_attention" in needs:
+            wanted |= {"key", "query"}
+        missing = wanted - read.keys()
+        if missing:
+            raise RuntimeError(
+                f"block {self.layer}: {sorted(missing)} could not be read. A submodule of its "
+                "attention was replaced or is left out since tokred.apply; call tokred.apply again"
+            )
         attention = None
         if "class_attention" in needs:
-            rows = read["query"][:, :, :1] if layout.class_token else read["query"]
-            attention = self._attention(rows)[:, :, layout.prefix :]
+            rows = slice(0, 1) if layout.class_token else slice(None)
+            attention = patches(layout, self._attention(rows), 2)
+        key, value = read.get("key"), read.get("value")
         return Tokens(
             x=x,
             size=size,
-            key=key.detach()[:, :, layout.prefix :] if key is not None and "key" in needs else None,
-            value=value.detach()[:, :, layout.prefix :] if value is not None else None,
+            key=None if key is None or "key" not in needs else patches(layout, key.detach(), 2),
+            value=None if value is None else patches(layout, value.detach(), 2),
             class_attention=attention,
             attention_received=self.state.received,
             layer=self.layer,
@@ -443,11 +716,15 @@ class Step:
             before=layout.prefix,
         )
 
-    def _attention(
-        self, query: Float[Tensor, "batch heads rows head_dim"]
-    ) -> Float[Tensor, "batch heads tokens"]:
-        key, bias = self.signals["key"].detach(), self.state.bias
-        return mean_attention(query.detach(), key, self.scale, bias)
+    def _attention(self, rows: slice) -> Float[Tensor, "batch heads tokens"]:
+        """The attention that every key gets from the queries at `rows`."""
+        query, key = self.signals["query"].detach(), self.signals["key"].detach()
+        if self.rotate is not None:
+            query, key = self.rotate(query), self.rotate(key)
+        mask = self.mask
+        if mask is not None and mask.shape[2] > 1:
+            mask = mask[:, :, rows]
+        return mean_attention(query[:, :, rows], key, self.scale, mask)
 
     def _receive(self) -> None:
         """Keeps how much attention tokens got in this block, if the method stands before the next
@@ -455,11 +732,18 @@ class Step:
         reducer, state = self.reduction.reducer, self.state
         if "attention_received" not in reducer.needs or not self.wants_signals:
             return
-        query, prefix = self.signals["query"], self.reduction.layout.prefix
-        received = self._attention(query).sum(1)[:, prefix:] * query.shape[2]
+        queries = self.signals["query"].shape[2]
+        received = patches(self.reduction.layout, self._attention(slice(None)).sum(1)) * queries
         self.signals.clear()
         self.state = State(
-            state.counts, state.full, state.trail, state.size, state.bias, received=received
+            state.ahead,
+            state.full,
+            state.trail,
+            state.size,
+            state.bias,
+            received=received,
+            index=state.index,
+            lengths=state.lengths,
         )
 
     def _went_down(
@@ -471,35 +755,50 @@ class Step:
     ) -> None:
         state = self.state
         stale = None if token_map.merges else tokens
-        reduced = Reduced(token_map, asked, state.size, state.bias, stale)
-        new, bias = None, None
+        reduced = Reduced(token_map, asked, state.size, state.bias, state.index, stale, state.trail)
+        new, bias, index = None, None, None
         if token_map.merges or token_map.ragged or state.size is not None:
             new = token_map.total(size)
-            bias = self._bias_of(new, token_map.ragged or state.ragged)
-        self.state = State(state.counts, state.full, (*state.trail, reduced), new, bias)
+            bias = self._bias_of(new, token_map.ragged)
+        if self.reduction.layout.by_position:
+            index = token_map.representatives()
+            if state.index is not None:
+                index = state.index.gather(1, index)
+        self.state = State(
+            state.ahead,
+            state.full,
+            reduced,
+            new,
+            bias,
+            index=index,
+            lengths=state.lengths,
+        )
 
     def _bias_of(
         self, size: Float[Tensor, "batch tokens"], ragged: bool
-    ) -> Float[Tensor, "batch 1 1 tokens_and_prefix"] | None:
+    ) -> Float[Tensor, "batch 1 1 tokens_and_others"] | None:
         if self.reduction.proportional_attention:
             bias = size.log()  # -inf for padding
-        elif ragged:
+        elif ragged or self.state.ragged:
             bias = torch.zeros_like(size).masked_fill(size == 0, -torch.inf)
         else:
             return None
-        return F.pad(bias, (self.reduction.layout.prefix, 0))[:, None, None, :]
+        layout = self.reduction.layout
+        return F.pad(bias, (layout.prefix, layout.suffix))[:, None, None, :]
 
     def _rise(self, x: Float[Tensor, "batch tokens dim"], to: int) -> Float[Tensor, "batch to dim"]:
-        trail = self.state.trail
+        state = self.state
+        trail = state.trail
         undone: list[Reduced] = []
-        size, bias = self.state.size, self.state.bias
-        while trail and trail[-1].asked < to:
-            *rest, reduced = trail
-            trail = tuple(rest)
-            undone.insert(0, reduced)
-            size, bias = reduced.size, reduced.bias
-        x = _up_behind(self.reduction.layout.prefix, x, tuple(undone))
-        self.state = State(self.state.counts, self.state.full, trail, size, bias)
+        size, bias, index = state.size, state.bias, state.index
+        while trail is not None and trail.asked < to:
+            undone.insert(0, trail)
+            size, bias, index = trail.size, trail.bias, trail.index
+            trail = trail.former
+        x = _up(self.reduction.layout, x, undone)
+        self.state = State(
+            state.ahead, state.full, trail, size, bias, index=index, lengths=state.lengths
+        )
         return x
 
 
@@ -517,49 +816,125 @@ def explicit_is_faster(x: Float[Tensor, "batch tokens dim"], heads: int) -> bool
 def needed_for_pooling(state: State) -> bool:
     """Whether a pooled head must know what the tokens stand for: some were dropped, or they are
     still few."""
-    return len(state.trail) > 0 and (state.prunes or not state.expanded)
+    return state.trail is not None and (state.prunes or not state.expanded)
 
 
 def mean_attention(
     query: Float[Tensor, "batch heads rows head_dim"],
     key: Float[Tensor, "batch heads tokens head_dim"],
     scale: float,
-    bias: Float[Tensor, "batch 1 1 tokens"] | None = None,
+    bias: Tensor | None = None,
 ) -> Float[Tensor, "batch heads tokens"]:
     """The attention that each key gets from the given queries: softmax(scale * q k^T + bias), mean
     over the queries, float32. Head by head if the queries are many, so that the whole map of all
-    heads never exists."""
+    heads never exists.
+
+    Args:
+        query: of whom.
+        key: of all tokens.
+        scale: what logits are multiplied by.
+        bias: what is added to them, or bool (True: may be seen); [batch or 1, heads or 1,
+            rows or 1, tokens].
+    """
     query, key = query.float(), key.float()
+    if bias is not None and bias.dtype == torch.bool:
+        bias = torch.zeros_like(bias, dtype=torch.float32).masked_fill(~bias, -torch.inf)
     if query.shape[2] == 1:
         logits = (query @ key.transpose(2, 3)) * scale
         return (logits if bias is None else logits + bias).softmax(-1).squeeze(2)
     heads = []
     for head in range(query.shape[1]):
         logits = (query[:, head] @ key[:, head].transpose(1, 2)) * scale
-        heads.append((logits if bias is None else logits + bias[:, 0]).softmax(-1).mean(1))
+        if bias is not None:
+            logits = logits + bias[:, min(head, bias.shape[1] - 1)]
+        heads.append(logits.softmax(-1).mean(1))
     return torch.stack(heads, 1)
 
 
-def _up_behind(
-    prefix: int, x: Float[Tensor, "batch coarse dim"], trail: tuple[Reduced, ...]
+def added(bias: Tensor, mask: Tensor | None) -> Tensor:
+    """A bias and a mask (bool, True: may be seen; or added to the logits) in one."""
+    if mask is None:
+        return bias
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, -torch.inf)
+    return bias + mask
+
+
+def visible(mask: Tensor, batch: int) -> Bool[Tensor, "batch tokens"]:
+    """Which tokens any query may see, by an attention mask: [batch or 1, heads or 1, queries or 1,
+    tokens], without the batch, or just [batch, tokens]; bool, of integers (0: hidden) or added to
+    the logits."""
+    if mask.is_floating_point():
+        mask = mask > torch.finfo(mask.dtype).min / 2
+    seen = mask != 0
+    if seen.ndim == 3:
+        seen = seen[None]
+    if seen.ndim == 4:
+        seen = seen.flatten(1, 2).any(1)
+    return seen.expand(batch, -1)
+
+
+def patches(layout: Layout, x: Tensor, dim: int = 1) -> Tensor:
+    """The patch tokens of a sequence, whose tokens run along `dim`."""
+    return x.narrow(dim, layout.prefix, x.shape[dim] - layout.others)
+
+
+def _between(
+    layout: Layout, x: Float[Tensor, "batch tokens dim"], patch_tokens: Tensor
+) -> Float[Tensor, "batch new dim"]:
+    """The sequence with other patch tokens."""
+    if not layout.suffix:
+        return torch.cat([x[:, : layout.prefix], patch_tokens], 1)
+    return torch.cat([x[:, : layout.prefix], patch_tokens, x[:, -layout.suffix :]], 1)
+
+
+def _unrolled(trail: Reduced | None) -> list[Reduced]:
+    """The reductions of a trail, the first one first."""
+    found: list[Reduced] = []
+    while trail is not None:
+        found.insert(0, trail)
+        trail = trail.former
+    return found
+
+
+def _without_stale(state: State) -> State:
+    trail: Reduced | None = None
+    for r in _unrolled(state.trail):
+        trail = Reduced(r.map, r.asked, r.size, r.bias, r.index, None, trail)
+    return State(
+        state.ahead,
+        state.full,
+        trail,
+        state.size,
+        state.bias,
+        state.expanded,
+        index=state.index,
+        lengths=state.lengths,
+    )
+
+
+def _up(
+    layout: Layout, x: Float[Tensor, "batch coarse dim"], undone: list[Reduced]
 ) -> Float[Tensor, "batch fine dim"]:
-    """Undoes the reductions of a trail, for tokens behind prefix tokens. Runs of merges are undone
-    by one copy."""
+    """Undoes reductions, given first to last. Runs of merges are undone by one copy."""
     clusters: Clusters | None = None
-    for reduced in reversed(trail):
+    for reduced in reversed(undone):
         if type(reduced.map) is Clusters:
             clusters = reduced.map.then(clusters) if clusters else reduced.map
             continue
         if clusters:
-            x, clusters = _copies(prefix, x, clusters), None
-        x = torch.cat([x[:, :prefix], reduced.map.up(x[:, prefix:], reduced.stale)], 1)
-    return _copies(prefix, x, clusters) if clusters else x
+            x, clusters = _copies(layout, x, clusters), None
+        x = _between(layout, x, reduced.map.up(patches(layout, x), reduced.stale))
+    return _copies(layout, x, clusters) if clusters else x
 
 
 def _copies(
-    prefix: int, x: Float[Tensor, "batch coarse dim"], clusters: Clusters
+    layout: Layout, x: Float[Tensor, "batch coarse dim"], clusters: Clusters
 ) -> Float[Tensor, "batch fine dim"]:
-    """`clusters.up` behind prefix tokens. Those are copied along, which spares a second copy of
-    everything to put the two together."""
-    front = torch.arange(prefix, device=x.device).expand(x.shape[0], prefix)
-    return take(x, torch.cat([front, clusters.index + prefix], 1))
+    """`clusters.up` between the other tokens. Those are copied along, which spares a second copy
+    of everything to put the parts together."""
+    around = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+    parts = [around[:, : layout.prefix], clusters.index + layout.prefix]
+    if layout.suffix:
+        parts.append(around[:, -layout.suffix :])
+    return take(x, torch.cat(parts, 1))

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from tokred.host import Host, find_host
+from tokred.inputs import Inputs, call, pixels
 from tokred.maps import TokenMap
-from tokred.patching import reduction_of, unwrap
+from tokred.patching import reduction_of, uncompiled
 
 
 @dataclass(frozen=True)
@@ -75,31 +76,31 @@ class Trace:
         return "\n".join(lines)
 
 
-def inspect(
-    model: nn.Module, images: Float[Tensor, "batch channels height width"], host: Host | None = None
-) -> Trace:
+def inspect(model: nn.Module, images: Inputs, host: Host | None = None) -> Trace:
     """Runs the model on the images and tells what its reduction does to their tokens.
 
     The model is run as it is (uncompiled, without gradients); its outputs are discarded.
 
     Args:
         model: a model to which a reduction is applied.
-        images: what the model takes, on its device and in its dtype.
+        images: what the model takes, on its device and in its dtype: images, or a mapping of
+            inputs by name.
         host: the host it was applied with, if one was given to `tokred.apply`.
 
     Raises:
         ValueError: no reduction is applied to the model.
     """
-    inner = unwrap(model)
-    reduction = reduction_of(inner)
+    reduction = reduction_of(model)
     if reduction is None:
         raise ValueError("model has no reduction to inspect; call tokred.apply(model, ...) first")
-    height, width = images.shape[-2:]
-    layout = (host or find_host(inner)).layout(inner, (height, width))
+    batch = pixels(images)
+    height, width = batch.shape[-2:]
+    host, tower = find_host(model, host)
+    layout = host.layout(tower, (height, width))
     with torch.no_grad(), reduction.recording() as records:
-        inner(images)
+        call(uncompiled(model), images)
     cells = layout.grid[0] * layout.grid[1]
-    labels = torch.arange(cells, device=images.device).expand(len(images), cells)
+    labels = torch.arange(cells, device=batch.device).expand(len(batch), cells)
     stages = []
     for record in records:
         onward = record.map.labels()
@@ -117,7 +118,7 @@ def inspect(
     # Some methods choose by device what they do ("auto"); here one wants to know what.
     reducer = reduction.reducer
     if hasattr(reducer, "on"):
-        reducer = reducer.on(images.device)
+        reducer = reducer.on(batch.device)
     return Trace(
         method=str(reducer),
         grid=layout.grid,

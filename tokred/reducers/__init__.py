@@ -9,7 +9,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import ClassVar, Protocol, TypeVar, runtime_checkable
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tokred.maps import TokenMap
@@ -48,6 +48,27 @@ class Tokens:
     layer: int = 0
     layers: int = 1
     before: int = 0
+
+    def part(self, rows: Int[Tensor, " rows"], columns: Int[Tensor, "rows chosen"]) -> Tokens:
+        """The same of some samples, and of some of their tokens."""
+        at = rows[:, None]
+
+        def heads(signal: Tensor | None) -> Tensor | None:
+            return None if signal is None else signal.transpose(1, 2)[at, columns].transpose(1, 2)
+
+        return Tokens(
+            x=self.x[at, columns],
+            size=self.size[at, columns],
+            key=heads(self.key),
+            value=heads(self.value),
+            class_attention=heads(self.class_attention),
+            attention_received=(
+                None if self.attention_received is None else self.attention_received[at, columns]
+            ),
+            layer=self.layer,
+            layers=self.layers,
+            before=self.before,
+        )
 
 
 @runtime_checkable

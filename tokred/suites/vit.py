@@ -135,7 +135,7 @@ def run(
                 group = Group(name, image_size, batch, dense_seconds * 1e3, 0.0, 0, (), why)
             else:
                 reductions = {arm: reduction for arm, (reduction, _) in arms.items()}
-                made = sides(model, find_host(model), reductions, compile)
+                made = sides(model, find_host(model)[0], reductions, compile)
                 measured = measure(made, images, rounds, 1, on_round, seconds)
                 group = _group(name, image_size, batch, measured, arms)
             groups.append(group)
@@ -206,8 +206,8 @@ def _arms(
     compile: bool,
 ) -> dict[str, tuple[Reduction | None, str]]:
     """Every side by name: its reduction, and the name of its free limit."""
-    host = find_host(model)
-    layout = host.layout(model, None)
+    host, tower = find_host(model)
+    layout = host.layout(tower, None)
     tokens = layout.grid[0] * layout.grid[1]
     arms: dict[str, tuple[Reduction | None, str]] = {"dense": (None, "")}
     for rate in keep_rates:

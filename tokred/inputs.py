@@ -1,0 +1,34 @@
+"""What a model is called with: images alone, or several inputs by name, as processors give them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+Inputs: TypeAlias = Tensor | Mapping[str, Any]
+"""[batch, channels, height, width], or a mapping with such a tensor and what else there is."""
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    """Runs the model on them."""
+    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+
+
+def pixels(inputs: Inputs) -> Tensor:
+    """The images among them: [batch, (frames,) channels, height, width], or patches.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if isinstance(inputs, Tensor):
+        return inputs
+    for name in ("pixel_values", "images", "pixel_values_videos"):
+        if name in inputs:
+            found: Tensor = inputs[name]
+            return found
+    images = [x for x in inputs.values() if isinstance(x, Tensor) and x.ndim >= 4]
+    if not images:
+        raise ValueError(f"there are no images among the inputs {sorted(inputs)}")
+    return images[0]
