@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import is_flash_attention_requested
 from transformers.utils.output_capturing import _active_collector
 
 from tokred.host import is_a
+from tokred.run import Step
 
 # Since transformers 5.23 a layer is checkpointed in its forward, which a stand-in replaces, and
 # not in its `__call__` any more.
@@ -59,3 +67,81 @@ def grid(config: Any, image_size: tuple[int, int] | None) -> tuple[int, int]:
 def contains(root: nn.Module, names: Sequence[str]) -> bool:
     """Whether a model is, or wraps, an instance of one of the named classes."""
     return any(is_a(module, names) for module in root.modules())
+
+
+# Attention by functions that take no mask (flash attention)
+
+WEIGHED = "tokred_weighed"
+
+
+def attend(attention: Any, step: Step, *args: Any, **kwargs: Any) -> Any:
+    """An attention's own forward. Where the model is set up for a function that takes no mask, what
+    merged tokens stand for goes in with the values instead, see `weighed`."""
+    if not takes_no_mask(attention.config) or step.mask is None or step.mask.ndim != 4:
+        return type(attention).forward(attention, *args, **kwargs)
+    twin = copy.copy(attention)  # weights, submodules and hooks are shared
+    twin.config = SetUp(attention.config, attention)
+    return type(attention).forward(twin, *args, **kwargs)
+
+
+def takes_no_mask(config: Any) -> bool:
+    return is_flash_attention_requested(config)
+
+
+class SetUp:
+    """A configuration that says that attention is to be weighed, and everything else as before."""
+
+    _attn_implementation = WEIGHED
+
+    def __init__(self, config: Any, attention: nn.Module) -> None:
+        self.original, self.attention = config, attention
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.original, name)
+
+
+def weighed(
+    module: Any,
+    query: Float[Tensor, "batch heads queries head_dim"],
+    key: Float[Tensor, "batch heads tokens head_dim"],
+    value: Float[Tensor, "batch heads tokens head_dim"],
+    attention_mask: Float[Tensor, "batch 1 1 tokens"],
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention in which key j counts exp(mask_j) times, by a function that takes no mask.
+
+    With one channel more in the values, softmax(q k^T) [w v, w] = [sum p_j w_j v_j, sum p_j w_j],
+    and the quotient of the two is softmax(q k^T + log w) v. Head sizes are padded to a multiple of
+    8, which the kernels ask for.
+    """
+    if attention_mask.shape[1:3] != (1, 1):
+        raise ValueError(
+            f"{module.config.original._attn_implementation} takes no mask that differs by head or "
+            "query: call model.set_attn_implementation('sdpa')"
+        )
+    width = value.shape[-1]
+    more = 8 - width % 8  # at least one
+    scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
+    weight = attention_mask.exp().to(value.dtype).transpose(2, 3).expand(*value.shape[:3], 1)
+    value = F.pad(torch.cat([value * weight, weight], -1), (0, more - 1))
+    # Channels of zeros leave the logits as they are.
+    query, key = F.pad(query, (0, more)), F.pad(key, (0, more))
+    attention = module.config.attention
+    function = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
+    output, _ = function(attention, query, key, value, None, scaling=scaling, **kwargs)
+    # In the order that all functions return: [batch, queries, heads, head_dim].
+    return output[..., :width] / output[..., width : width + 1], None
+
+
+AttentionInterface.register(WEIGHED, weighed)
+
+
+def refuse(model: Any, signals: frozenset[str]) -> str | None:
+    implementation = model.config._attn_implementation
+    if implementation == "flex_attention":
+        return (
+            "flex_attention takes its masks compiled, for the full grid alone: call "
+            "model.set_attn_implementation('sdpa')"
+        )
+    return None

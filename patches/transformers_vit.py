@@ -74,8 +74,11 @@ HOST = Host(
         "value": "attention.v_proj",
     },
     reads={"key": heads, "query": heads, "value": heads},
+    attention=lambda layer: layer.attention,
+    attend=common.attend,
     tapped=common.tapped,
     checkpoint=common.checkpoint,
+    refuse=common.refuse,
     averages=lambda root, model: common.contains(root, _AVERAGES),
     summary="ViT, DeiT (distilled), ViT-MAE, ViT-MSN, I-JEPA",
 )

@@ -30,9 +30,23 @@ SMALL: dict[str, Small] = {
 
 METHODS = ["tome", "atc", "topk", "evit"]
 
+# What takes seconds is tried on one model of every family, and on all of them with `-m slow`.
+FIRST = {
+    family: next(name for name in SMALL if name.startswith(f"{family}-")) for family in FAMILIES
+}
+SOME = [
+    name if name in FIRST.values() else pytest.param(name, marks=pytest.mark.slow) for name in SMALL
+]
+
 
 @pytest.fixture(params=SMALL)
 def small(request: pytest.FixtureRequest) -> Iterator[Small]:
+    torch.manual_seed(0)
+    yield SMALL[request.param]
+
+
+@pytest.fixture(params=SOME)
+def some(request: pytest.FixtureRequest) -> Iterator[Small]:
     torch.manual_seed(0)
     yield SMALL[request.param]
 
@@ -191,22 +205,22 @@ def test_what_is_refused_says_why(small: Small) -> None:
         assert traces(model) == was
 
 
-def test_copies_and_saved_models_stand_on_their_own(small: Small) -> None:
-    model, inputs = small.build(), small.inputs(2)
-    dense = answered(small, model, inputs)
+def test_copies_and_saved_models_stand_on_their_own(some: Small) -> None:
+    model, inputs = some.build(), some.inputs(2)
+    dense = answered(some, model, inputs)
     tokred.apply(model, "tome", keep_rate=0.5)
-    reduced = answered(small, model, inputs)
+    reduced = answered(some, model, inputs)
     twin = copy.deepcopy(model)
     tokred.remove(model)
-    assert torch.equal(answered(small, twin, inputs), reduced)
-    assert torch.equal(answered(small, model, inputs), dense)
+    assert torch.equal(answered(some, twin, inputs), reduced)
+    assert torch.equal(answered(some, model, inputs), dense)
     # A fresh one: what transformers hooks on at the first run cannot be pickled.
     torch.manual_seed(0)
-    model = small.build()
+    model = some.build()
     tokred.apply(model, "tome", keep_rate=0.5)
     file = io.BytesIO()
     try:
-        torch.save(small.build(), io.BytesIO())
+        torch.save(some.build(), io.BytesIO())
     except Exception:
         pytest.skip("the dense model cannot be pickled either")
     torch.save(model, file)
@@ -214,30 +228,36 @@ def test_copies_and_saved_models_stand_on_their_own(small: Small) -> None:
     back = torch.load(file, weights_only=False)
     model.load_state_dict(twin.state_dict())
     back.load_state_dict(twin.state_dict())
-    assert torch.equal(answered(small, back, inputs), answered(small, model, inputs))
+    assert torch.equal(answered(some, back, inputs), answered(some, model, inputs))
 
 
-def test_compiles_in_one_graph_without_recompiling(small: Small) -> None:
+def test_compiles_in_one_graph_without_recompiling(some: Small) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch._dynamo.reset()
-    model, inputs = small.build(), small.inputs(2)
+    model, inputs = some.build(), some.inputs(2)
     try:
         call(torch.compile(model, fullgraph=True, backend="eager"), inputs)
     except Exception as error:
         pytest.skip(f"the dense model does not compile in one graph: {type(error).__name__}")
     torch._dynamo.reset()
     tokred.apply(model, "tome", keep_rate=0.5)
-    expected = answered(small, model, inputs)
+    expected = answered(some, model, inputs)
+    if find_host(model)[0].pads:
+        # Where a mask is given, the compiler cannot know what is padding, and the graph is left.
+        compiled = torch.compile(model, backend="aot_eager")
+        torch.testing.assert_close(answered(some, compiled, inputs), expected)
+        torch._dynamo.reset()
+        return
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    torch.testing.assert_close(answered(small, compiled, inputs), expected)
-    answered(small, compiled, small.inputs(2))
+    torch.testing.assert_close(answered(some, compiled, inputs), expected)
+    answered(some, compiled, some.inputs(2))
     assert counter.frame_count == 1
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(small: Small) -> None:
-    model, inputs = small.build(), small.inputs(2)
+def test_gradient_checkpointing_gives_the_same_gradients(some: Small) -> None:
+    model, inputs = some.build(), some.inputs(2)
     enable = getattr(model, "gradient_checkpointing_enable", None) or getattr(
         model, "set_grad_checkpointing", None
     )
@@ -250,12 +270,12 @@ def test_gradient_checkpointing_gives_the_same_gradients(small: Small) -> None:
     model.train()
     runs: list[int] = []
     block = find_host(model)[0].blocks(find_host(model)[1])[1]
-    submodule(block, small.counted).register_forward_pre_hook(lambda *_: runs.append(1))
+    submodule(block, some.counted).register_forward_pre_hook(lambda *_: runs.append(1))
 
     def gradients() -> list[Tensor | None]:
         model.zero_grad()
         torch.manual_seed(2)
-        small.answer(call(model, inputs)).square().mean().backward()
+        some.answer(call(model, inputs)).square().mean().backward()
         return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
 
     expected = gradients()
@@ -271,15 +291,15 @@ def test_gradient_checkpointing_gives_the_same_gradients(small: Small) -> None:
             torch.testing.assert_close(a, b)
 
 
-def test_every_supported_method_of_the_library_runs(small: Small) -> None:
+def test_every_supported_method_of_the_library_runs(some: Small) -> None:
     """Methods outside METHODS too: either refused with a reason, or finite."""
-    model, inputs = small.build(), small.inputs(2)
+    model, inputs = some.build(), some.inputs(2)
     for method in reducers.names():
         try:
             tokred.apply(model, method, keep_rate=0.5)
         except tokred.UnsupportedModelError:
             continue
         try:
-            assert answered(small, model, inputs).isfinite().all(), method
+            assert answered(some, model, inputs).isfinite().all(), method
         except ValueError as error:
             assert "different numbers of tokens in different images" in str(error)

@@ -199,10 +199,10 @@ def find_host(model: nn.Module, host: Host | None = None) -> tuple[Host, nn.Modu
         raise UnsupportedModelError(
             f"{_name(type(model))} is not a {' or a '.join(host.models)}, which was expected"
         )
-    supported = ", ".join(f"{name} ({one.summary})" for name, one in known.items())
+    supported = ", ".join(known) or "none of the imported libraries"
     raise UnsupportedModelError(
-        f"no patch for {_name(type(model))}; supported: "
-        f"{supported or 'none of the imported libraries'}; {ADDING_A_HOST}"
+        f"no patch for {_name(type(model))}; supported: {supported} (docs/hosts.md lists their "
+        f"models); {ADDING_A_HOST}"
     )
 
 
@@ -260,6 +260,8 @@ def _check_forward(what: str, module: nn.Module, cls: type, restated: Callable[.
     theirs = list(inspect.signature(cls.forward).parameters)[1:]  # type: ignore[attr-defined]
     ours = list(inspect.signature(restated).parameters)[2:]
     # Older versions of a library lack the last parameters; an unknown one we cannot honour.
+    if ours == list(_VARIADIC):  # passes on whatever it is given
+        return
     keywords = [name for name in theirs if name in _VARIADIC]
     plain = [name for name in theirs if name not in _VARIADIC]
     if plain != [name for name in ours if name not in _VARIADIC][: len(plain)] or (

@@ -17,7 +17,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 
@@ -283,6 +283,15 @@ def in_order_of_first_member(labels: Int[Tensor, "batch tokens"]) -> Int[Tensor,
     first = first.scatter_reduce(1, labels, position, "amin").gather(1, labels)
     number = (first == position).cumsum(1) - 1
     return number.gather(1, first)
+
+
+def ranked(score: Shaped[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
+    """The tokens of every sample by falling score; of equals, the one with the lower index first."""
+    if torch.onnx.is_in_onnx_export():
+        # ONNX knows no stable sort by that name: its TopK is one ("the element with the lower index
+        # will appear first").
+        return score.argsort(dim=-1, descending=True)
+    return score.argsort(dim=-1, descending=True, stable=True)
 
 
 def take(

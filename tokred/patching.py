@@ -16,6 +16,7 @@ from types import MethodType
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokred.host import Host, UnsupportedModelError, find_host, innermost, innermost_slot, submodule
@@ -249,9 +250,8 @@ class Patched:
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The block with fewer tokens, whatever it is called through."""
-        if not args:
-            name = next(iter(inspect.signature(type(self.block).forward).parameters.values()))
-            raise TypeError(f"the tokens must be the first argument, not given by name ({name})")
+        if not args:  # given by name
+            args = (kwargs.pop(next(iter(inspect.signature(self).parameters))),)
         x, *others = args
         mask = self._given_mask(others, kwargs) if self.first else None
         step = self.reduction.enter(self.layer, self.first, self.scale, x, mask, self.explicit)
@@ -267,9 +267,10 @@ class Patched:
         by an adapter around it for example."""
         for signal, path, read in self.taps:
             module = submodule(self.block, path)
-            if module is None or any(
-                isinstance(hook, Tap) for hook in module._forward_hooks.values()
-            ):
+            if module is None:
+                continue
+            hooks = module._forward_hooks.values()
+            if any(isinstance(hook, Tap) and hook.reduction is self.reduction for hook in hooks):
                 continue
             for part in module.modules():
                 for key, hook in list(part._forward_hooks.items()):
@@ -373,13 +374,20 @@ class Pool:
             return None
         if not state.prunes:
             return (self.reduction.expand(x, state), *args[1:])
+        fewer = self.reduction.compress(x, state)
+        if len(args) > 1 and isinstance(args[1], Tensor):  # says which tokens are there
+            there = torch.ones(fewer.shape[:2], dtype=torch.bool, device=x.device)
+            if state.size is not None:
+                layout = self.reduction.layout
+                there = F.pad(state.size > 0, (layout.prefix, layout.suffix), value=True)
+            return (fewer, there.to(args[1].dtype), *args[2:])
         if state.size is not None and bool((state.size == 0).any()):
             raise ValueError(
                 f"{self.reduction.reducer} keeps different numbers of tokens in different images, "
                 f"and {type(module).__name__} pools without a mask: use a method that merges, or "
                 "images one by one"
             )
-        return (self.reduction.compress(x, state), *args[1:])
+        return (fewer, *args[1:])
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tokred.maps import Clusters, TokenMap, side_by_side, take
+from tokred.maps import Clusters, TokenMap, ranked, side_by_side, take
 from tokred.reducers import Reducer, Tokens, place, varies
 from tokred.schedule import Schedule, plan
 
@@ -254,7 +254,7 @@ class Reduction:
             ahead = Ahead(counts[layer], layer in tapped, layout.layers - layer, ahead)
         if mask is None or torch.compiler.is_compiling():
             return State(ahead, tokens)
-        valid = visible(mask, len(x))[:, layout.prefix : x.shape[1] - layout.suffix]
+        valid = visible(mask, x.shape[0])[:, layout.prefix : x.shape[1] - layout.suffix]
         if bool(valid.all()):
             return State(ahead, tokens)
         lengths = tuple(valid.sum(1).tolist())
@@ -336,7 +336,7 @@ class Reduction:
         if state is None:
             # Of this thread; or of the block before, if that one is compiled.
             for last in (getattr(self._local, "state", None), self._traced.get("state")):
-                if last is not None and (layer is None or self._left(last) == self._behind(layer)):
+                if last is not None and self._left(last) == self._behind(layer):
                     state = last
                     break
         if state is not None and x.shape[1] != state.tokens + self.layout.others:
@@ -350,8 +350,8 @@ class Reduction:
             return self._from(layer, state)
         return state
 
-    def _behind(self, layer: int) -> int:
-        return self.layout.layers - layer
+    def _behind(self, layer: int | None) -> int:
+        return 0 if layer is None else self.layout.layers - layer
 
     @staticmethod
     def _left(state: State) -> int:
@@ -493,9 +493,9 @@ class Step:
 
         Args:
             x: the tokens; what is returned has their dtype.
-            mask: the host's mask or bias, bool (True: may be seen) or added to the logits;
-                [batch or 1, heads or 1, tokens or 1, tokens], or without the batch, of the full
-                sequence.
+            mask: the host's mask or bias of the full sequence, bool (True: may be seen) or added
+                to the logits: [batch or 1, heads or 1, tokens or 1, tokens], or without the batch;
+                or [batch, tokens] that says which tokens are there.
         """
         if mask is not None:
             mask = self.rows_and_columns(mask)
@@ -514,6 +514,12 @@ class Step:
             ValueError: it is no mask over the full sequence.
         """
         layout, state = self.reduction.layout, self.state
+        if not isinstance(mask, Tensor):
+            raise ValueError(f"a mask that is a {type(mask).__name__} cannot be re-indexed")
+        if mask.ndim == 2 and state.trail is None:
+            return mask
+        if mask.ndim == 2:
+            mask = (mask != 0)[:, None, None]
         if mask.ndim == 3:
             mask = mask[None]
         full = state.full + layout.others
@@ -526,7 +532,7 @@ class Step:
         at = self._sequence()
         if at is None:
             return mask
-        mask = mask.expand(len(at), -1, -1, -1)
+        mask = mask.expand(at.shape[0], -1, -1, -1)
         mask = mask.gather(3, at[:, None, None].expand(-1, *mask.shape[1:3], -1))
         if mask.shape[2] == full:
             mask = mask.gather(2, at[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
@@ -561,8 +567,8 @@ class Step:
         if at is None:
             return table
         if table.ndim == 2:
-            return take(table.expand(len(at), *table.shape), at)[:, None]
-        table = table.expand(len(at), *table.shape[-3:])
+            return take(table.expand(at.shape[0], *table.shape), at)[:, None]
+        table = table.expand(at.shape[0], *table.shape[-3:])
         index = at[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3])
         return table.gather(2, index)
 
@@ -573,7 +579,7 @@ class Step:
         if index is None:
             return None
         around = torch.arange(state.full + layout.others, device=index.device)
-        around = around.expand(len(index), -1)
+        around = around.expand(index.shape[0], -1)
         front, back = around[:, : layout.prefix], around[:, layout.prefix + state.full :]
         return torch.cat([front, index + layout.prefix, back], 1)
 
@@ -641,7 +647,7 @@ class Step:
         reduction = self.reduction
         valid = view.size > 0
         there = valid.sum(1).tolist()
-        order = valid.int().argsort(dim=1, descending=True, stable=True)  # padding last
+        order = ranked(valid.int())  # padding last
         alike: dict[tuple[int, int], list[int]] = {}
         for sample, (length, now) in enumerate(zip(lengths, there, strict=True)):
             keep = plan(reduction.schedule, length, reduction.layout.layers)[self.layer]
@@ -722,9 +728,20 @@ class Step:
         if self.rotate is not None:
             query, key = self.rotate(query), self.rotate(key)
         mask = self.mask
+        if mask is not None and mask.ndim == 2:
+            mask = (mask != 0)[:, None, None]
         if mask is not None and mask.shape[2] > 1:
             mask = mask[:, :, rows]
-        return mean_attention(query[:, :, rows], key, self.scale, mask)
+        return mean_attention(query[:, :, rows], key, self.scale, mask, self._asking(rows))
+
+    def _asking(self, rows: slice) -> Float[Tensor, "batch rows"] | None:
+        """Which of the queries at `rows` are tokens (1), and which padding (0), that asks for
+        nothing; None if all are tokens."""
+        state, layout = self.state, self.reduction.layout
+        if state.size is None or (state.lengths is None and not state.ragged):
+            return None
+        there = (state.size > 0).float()
+        return F.pad(there, (layout.prefix, layout.suffix), value=1.0)[:, rows]
 
     def _receive(self) -> None:
         """Keeps how much attention tokens got in this block, if the method stands before the next
@@ -732,7 +749,8 @@ class Step:
         reducer, state = self.reduction.reducer, self.state
         if "attention_received" not in reducer.needs or not self.wants_signals:
             return
-        queries = self.signals["query"].shape[2]
+        asking = self._asking(slice(None))
+        queries = self.signals["query"].shape[2] if asking is None else asking.sum(1, keepdim=True)
         received = patches(self.reduction.layout, self._attention(slice(None)).sum(1)) * queries
         self.signals.clear()
         self.state = State(
@@ -824,6 +842,7 @@ def mean_attention(
     key: Float[Tensor, "batch heads tokens head_dim"],
     scale: float,
     bias: Tensor | None = None,
+    asking: Float[Tensor, "batch rows"] | None = None,
 ) -> Float[Tensor, "batch heads tokens"]:
     """The attention that each key gets from the given queries: softmax(scale * q k^T + bias), mean
     over the queries, float32. Head by head if the queries are many, so that the whole map of all
@@ -835,6 +854,7 @@ def mean_attention(
         scale: what logits are multiplied by.
         bias: what is added to them, or bool (True: may be seen); [batch or 1, heads or 1,
             rows or 1, tokens].
+        asking: the weight of each query in the mean; all alike if not given.
     """
     query, key = query.float(), key.float()
     if bias is not None and bias.dtype == torch.bool:
@@ -847,7 +867,11 @@ def mean_attention(
         logits = (query[:, head] @ key[:, head].transpose(1, 2)) * scale
         if bias is not None:
             logits = logits + bias[:, min(head, bias.shape[1] - 1)]
-        heads.append(logits.softmax(-1).mean(1))
+        paid = logits.softmax(-1)
+        if asking is None:
+            heads.append(paid.mean(1))
+        else:
+            heads.append((paid * asking[:, :, None]).sum(1) / asking.sum(1, keepdim=True))
     return torch.stack(heads, 1)
 
 

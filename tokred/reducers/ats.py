@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokred.maps import Kept
+from tokred.maps import Kept, ranked
 from tokred.reducers import Tokens, register
 
 
@@ -49,7 +49,7 @@ class ATS:
         sampled = sample(significance, keep)
         counts = sampled.sum(1)
         # The sampled tokens in their order, and others behind them as padding.
-        order = sampled.int().argsort(dim=-1, descending=True, stable=True)
+        order = ranked(sampled.int())
         most = int(counts.max()) if len(counts) > 0 else keep
         return Kept(order[:, :most], sampled.shape[1], counts)
 
@@ -70,7 +70,7 @@ def sample(significance: Float[Tensor, "batch tokens"], num: int) -> Bool[Tensor
     total = share.sum(-1, keepdim=True)
     cumulative = (share / torch.where(total > 0, total, 1)).cumsum(-1)
     points = torch.arange(1, 2 * num, 2, device=share.device, dtype=share.dtype) / (2 * num)
-    points = points.expand(len(share), num).contiguous()
+    points = points.expand(share.shape[0], num).contiguous()
     above = torch.searchsorted(cumulative, points).clamp(max=share.shape[1] - 1)
     below = (above - 1).clamp(min=0)
     to_above = (cumulative.gather(1, above) - points).abs()

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tokred.maps import Clusters, in_order_of_first_member, take
+from tokred.maps import Clusters, in_order_of_first_member, ranked, take
 from tokred.reducers import Tokens, register
 
 
@@ -102,7 +102,7 @@ def _cluster(
 
     # The centres are the tokens with the highest density * separation, here its logarithm.
     score = separation.log() - spread
-    order = score.argsort(dim=-1, descending=True, stable=True)
+    order = ranked(score)
     centres = order[:, :num_clusters].sort(-1).values
     return in_order_of_first_member(join_nearest(squared, centres))
 

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tokred.maps import Clusters, in_order_of_first_member
+from tokred.maps import Clusters, in_order_of_first_member, ranked
 from tokred.reducers import Tokens, register
 from tokred.reducers.dpc_knn import (
     check_number,
@@ -119,7 +119,7 @@ def _cluster(
     distance = squared_distances(x).sqrt()
     weighted = distance * weight[:, None, :]  # by the token that it is the distance to
 
-    heaviest = weight.argsort(dim=-1, descending=True, stable=True)[:, :num_clusters]
+    heaviest = ranked(weight)[:, :num_clusters]
     medoids = heaviest.sort(-1).values
     everywhere = weight * distance.sum(-1)
     for _ in range(iterations):

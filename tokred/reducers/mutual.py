@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from tokred.maps import Clusters, in_order_of_first_member
+from tokred.maps import Clusters, in_order_of_first_member, ranked
 from tokred.reducers import Tokens, register
 from tokred.reducers.tome import mean_over_heads
 
@@ -119,7 +119,7 @@ def _merge_once(
     position = torch.arange(mean.shape[1], device=mean.device).expand_as(nearest)
     mutual = nearest.gather(1, nearest) == position
     first = mutual & (position < nearest)
-    order = highest.masked_fill(~first, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    order = ranked(highest.masked_fill(~first, -torch.inf))
     place = torch.empty_like(order).scatter(1, order, position)
 
     stays = first & (place < groups[:, None] - num_clusters)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tokred.maps import Clusters, in_order_of_first_member, take
+from tokred.maps import Clusters, in_order_of_first_member, ranked, take
 from tokred.reducers import Tokens, register
 from tokred.reducers.tome import mean_over_heads
 
@@ -99,7 +99,7 @@ def match(
 
     # Step 1: the 2 * merges tokens with the highest energy may merge; the others are protected.
     unit = F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
-    order = energy(unit, margin, alpha).argsort(dim=-1, descending=True, stable=True)
+    order = ranked(energy(unit, margin, alpha))
 
     # Step 2: in the order of their energy they alternate between sets A and B. (B is sorted again,
     # so that the first of equals is the one with the lowest index.)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokred.maps import Clusters, in_order_of_first_member
+from tokred.maps import Clusters, in_order_of_first_member, ranked
 from tokred.reducers import Tokens, register
 
 
@@ -71,7 +71,7 @@ class ToMe:
     def _while_similar(self, tokens: Tokens, keep: int, threshold: float) -> Clusters:
         assert tokens.key is not None
         metric, size = mean_over_heads(tokens.key), tokens.size
-        labels = torch.arange(size.shape[1], device=size.device).repeat(len(size), 1)
+        labels = torch.arange(size.shape[1], device=size.device).repeat(size.shape[0], 1)
         clusters = Clusters(labels, size.shape[1], ragged=True)
         while True:
             most = ((size > 0).sum(1) - keep).clamp(min=0)
@@ -119,7 +119,7 @@ def match(
     # Steps 2 and 3: every token of A draws an edge to its most similar token of B; the `merges`
     # strongest edges are kept. `max` takes the first of equals, and so does a stable sort.
     similarity, partner = _best(a, b)
-    strongest = similarity.argsort(dim=-1, descending=True, stable=True)[:, :merges]
+    strongest = ranked(similarity)[:, :merges]
 
     # Steps 4 and 5: what is joined by an edge becomes one group, named by its token of B.
     label = position.repeat(metric.shape[0], 1)
@@ -186,7 +186,9 @@ def _best(
     The products are only ever reduced by their maximum, so they are never all kept at once:
     `elements` bounds how many are.
     """
-    rows = max(1, elements // max(1, a.shape[0] * b.shape[1]))
+    rows = a.shape[1]
+    if not torch.compiler.is_compiling():  # there the batch may have no number
+        rows = max(1, elements // max(1, a.shape[0] * b.shape[1]))
     invalid = None if valid is None else ~valid[:, None]
     parts = []
     for part in a.split(rows, dim=1):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tokred.maps import Kept
+from tokred.maps import Kept, ranked
 from tokred.reducers import Tokens, register
 
 
@@ -35,5 +35,5 @@ class TopK:
     def __call__(self, tokens: Tokens, keep: int) -> Kept:
         assert tokens.class_attention is not None
         importance = tokens.class_attention.mean(1)
-        order = importance.argsort(dim=-1, descending=True, stable=True)
+        order = ranked(importance)
         return Kept(order[:, :keep].sort(-1).values, tokens.x.shape[1])
