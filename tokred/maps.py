@@ -286,9 +286,9 @@ def in_order_of_first_member(labels: Int[Tensor, "batch tokens"]) -> Int[Tensor,
 
 
 def ranked(score: Shaped[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
-    """The tokens of every sample by falling score; of equals, the one with the lower index first."""
+    """The tokens of every sample by falling score; of equals the one with the lower index first."""
     if torch.onnx.is_in_onnx_export():
-        # ONNX knows no stable sort by that name: its TopK is one ("the element with the lower index
+        # ONNX knows no stable sort by that name; its TopK is one ("the element with the lower index
         # will appear first").
         return score.argsort(dim=-1, descending=True)
     return score.argsort(dim=-1, descending=True, stable=True)

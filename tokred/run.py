@@ -248,17 +248,24 @@ class Reduction:
         """
         layout = self.layout
         tokens = x.shape[1] - layout.others
-        counts, tapped = plan(self.schedule, tokens, layout.layers), self.tapped()
-        ahead: Ahead | None = None
-        for layer in reversed(range(layout.layers)):
-            ahead = Ahead(counts[layer], layer in tapped, layout.layers - layer, ahead)
         if mask is None or torch.compiler.is_compiling():
-            return State(ahead, tokens)
+            return State(self._ahead(tokens, tokens), tokens)
         valid = visible(mask, x.shape[0])[:, layout.prefix : x.shape[1] - layout.suffix]
         if bool(valid.all()):
-            return State(ahead, tokens)
+            return State(self._ahead(tokens, tokens), tokens)
         lengths = tuple(valid.sum(1).tolist())
+        ahead = self._ahead(tokens, max(lengths))
         return State(ahead, tokens, size=valid.float(), lengths=lengths)
+
+    def _ahead(self, tokens: int, longest: int) -> Ahead | None:
+        """What a pass has to do, where the longest image has so many of the tokens."""
+        counts, tapped = plan(self.schedule, longest, self.layout.layers), self.tapped()
+        ahead: Ahead | None = None
+        for layer in reversed(range(self.layout.layers)):
+            # Padding alone is no reason to reduce.
+            keep = counts[layer] if counts[layer] < longest else tokens
+            ahead = Ahead(keep, layer in tapped, self.layout.layers - layer, ahead)
+        return ahead
 
     def enter(
         self,
@@ -271,6 +278,8 @@ class Reduction:
     ) -> Step:
         """Called when a patched block begins. The first block starts a pass, whoever called it."""
         state = self.start(x, mask) if first else self.carried(x, layer) or self._alone(layer, x)
+        if not first and not torch.compiler.is_compiling():
+            self._riding[x] = state  # for recomputation, if the host has changed what it rode on
         step = Step(self, layer, scale, state, explicit)
         self._put("step", step)
         return step
@@ -597,6 +606,12 @@ class Step:
         if self.wants_signals:
             self.signals.update(signals)
 
+    def hand_out(self) -> None:
+        """Says that what this block puts out is going to be seen, on the full grid."""
+        ahead = self.state.ahead
+        assert ahead is not None
+        self.state = self.state.at(Ahead(ahead.keep, True, ahead.left, ahead.rest))
+
     def reduce(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch kept dim"]:
         """Between attention and MLP: as many tokens as the schedule asks for at this layer, if
         that is where the method stands."""
@@ -673,7 +688,8 @@ class Step:
                 "this model averages its tokens without a mask: use a method that merges, or "
                 "images one by one"
             )
-        if (ahead.tapped or (last and reduction.full_grid)) and not averaged:
+        full = ahead.tapped or (last and (reduction.full_grid or reduction.averages))
+        if full and not averaged:
             x = reduction.expand(x, state)
             state = state.seen(expanded=True)
         elif last and state.ragged:
