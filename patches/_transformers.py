@@ -59,8 +59,13 @@ def sides(size: Any) -> tuple[int, int]:
 
 def grid(config: Any, image_size: tuple[int, int] | None) -> tuple[int, int]:
     """Patches by rows and columns."""
-    height, width = image_size or sides(config.image_size)
-    rows, columns = sides(config.patch_size)
+    return grid_of(config.patch_size, config.image_size, image_size)
+
+
+def grid_of(patch_size: Any, own_size: Any, image_size: tuple[int, int] | None) -> tuple[int, int]:
+    """The same from the size of a patch, and of the model's own images or other ones."""
+    height, width = image_size or sides(own_size)
+    rows, columns = sides(patch_size)
     return height // rows, width // columns
 
 
@@ -77,14 +82,37 @@ WEIGHED = "tokred_weighed"
 def attend(attention: Any, step: Step, *args: Any, **kwargs: Any) -> Any:
     """An attention's own forward. Where the model is set up for a function that takes no mask, what
     merged tokens stand for goes in with the values instead, see `weighed`."""
-    if not takes_no_mask(attention.config) or step.mask is None or step.mask.ndim != 4:
+    if step.mask is None or step.mask.ndim != 4 or not takes_no_mask(attention.config):
         return type(attention).forward(attention, *args, **kwargs)
-    twin = copy.copy(attention)  # weights, submodules and hooks are shared
+    return type(attention).forward(weighing(attention), *args, **kwargs)
+
+
+def function_for(attention: Any, mask: Tensor | None, eager: Any) -> tuple[Any, Any]:
+    """For an attention that is restated: what to call, and with which module, given our mask."""
+    if mask is not None and takes_no_mask(attention.config):
+        return weighing(attention), weighed
+    implementation = attention.config._attn_implementation
+    return attention, ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+
+
+def weighing(attention: Any) -> Any:
+    """The same attention (weights, submodules and hooks are shared), set up to be weighed."""
+    twin = copy.copy(attention)
     twin.config = SetUp(attention.config, attention)
-    return type(attention).forward(twin, *args, **kwargs)
+    return twin
 
 
 def takes_no_mask(config: Any) -> bool:
+    """Whether the function that computes attention takes no mask.
+
+    Raises:
+        ValueError: it takes masks that we cannot make.
+    """
+    if config._attn_implementation == "flex_attention":
+        raise ValueError(
+            "flex_attention takes no bias by key, which merged tokens need: call "
+            "model.set_attn_implementation('sdpa')"
+        )
     return is_flash_attention_requested(config)
 
 

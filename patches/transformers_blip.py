@@ -9,7 +9,6 @@ import sys
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tokred.host import Host
 from tokred.run import Layout, Step
@@ -38,12 +37,10 @@ def attend(attention: Any, step: Step, hidden_states: Tensor, **kwargs: Any) -> 
         paid = attention.dropout((logits if bias is None else logits + bias).softmax(-1))
         output = (paid @ value).permute(0, 2, 1, 3)
         return attention.projection(output.reshape(hidden_states.shape)), paid
-    compute = ALL_ATTENTION_FUNCTIONS.get_interface(
-        attention.config._attn_implementation,
-        sys.modules[type(attention).__module__].eager_attention_forward,
-    )
+    eager = sys.modules[type(attention).__module__].eager_attention_forward
+    module, compute = common.function_for(attention, bias, eager)
     output, paid = compute(
-        attention,
+        module,
         query,
         key,
         value,
@@ -62,12 +59,6 @@ def layout(model: Any, image_size: tuple[int, int] | None) -> Layout:
         grid=common.grid(model.config, image_size),
         class_token=True,
     )
-
-
-def refuse(model: Any, signals: frozenset[str]) -> str | None:
-    if common.takes_no_mask(model.config):
-        return "flash attention takes no mask: call model.set_attn_implementation('sdpa')"
-    return common.refuse(model, signals)
 
 
 HOST = Host(
@@ -93,6 +84,6 @@ HOST = Host(
     shows=frozenset({"key", "query", "value"}),
     tapped=common.tapped,
     checkpoint=common.checkpoint,
-    refuse=refuse,
+    refuse=common.refuse,
     summary="BLIP, BLIP-2, InstructBLIP",
 )

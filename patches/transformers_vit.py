@@ -1,4 +1,4 @@
-"""The plain ViTs of transformers: ViT, DeiT, ViT-MAE, ViT-MSN, I-JEPA.
+"""The plain ViTs of transformers: ViT, DeiT, ViT-MAE, ViT-MSN, I-JEPA, ViViT.
 
 Tokens are reduced between attention and MLP, as in ToMe (figure 1) and ATC (section 3).
 """
@@ -29,15 +29,21 @@ def forward(
 
 
 # What stands in front of the patch tokens, and whether the model shuffles these.
-_PREFIX = {"vit": 1, "deit": 2, "vit_mae": 1, "vit_msn": 1, "ijepa": 0}
+_PREFIX = {"vit": 1, "deit": 2, "vit_mae": 1, "vit_msn": 1, "ijepa": 0, "vivit": 1}
 
 
 def layout(model: Any, image_size: tuple[int, int] | None) -> Layout:
     prefix = _PREFIX[model.config.model_type]
+    if model.config.model_type == "vivit":
+        frames, *patch = model.config.tubelet_size
+        rows, columns = common.grid_of(patch, model.config.image_size, image_size)
+        grid = model.config.num_frames // frames * rows, columns
+    else:
+        grid = common.grid(model.config, image_size)
     return Layout(
         prefix=prefix,
         layers=len(model.layers),
-        grid=common.grid(model.config, image_size),
+        grid=grid,
         class_token=prefix > 0,
         raster=model.config.model_type != "vit_mae",
     )
@@ -57,6 +63,7 @@ HOST = Host(
         "transformers.models.vit_mae.modeling_vit_mae.ViTMAEModel",
         "transformers.models.vit_msn.modeling_vit_msn.ViTMSNModel",
         "transformers.models.ijepa.modeling_ijepa.IJepaModel",
+        "transformers.models.vivit.modeling_vivit.VivitModel",
     ),
     forwards={
         "transformers.models.vit.modeling_vit.ViTLayer": forward,
@@ -64,6 +71,7 @@ HOST = Host(
         "transformers.models.vit_mae.modeling_vit_mae.ViTMAELayer": forward,
         "transformers.models.vit_msn.modeling_vit_msn.ViTMSNLayer": forward,
         "transformers.models.ijepa.modeling_ijepa.IJepaLayer": forward,
+        "transformers.models.vivit.modeling_vivit.VivitLayer": forward,
     },
     blocks=lambda model: list(model.layers),
     layout=layout,
@@ -80,5 +88,5 @@ HOST = Host(
     checkpoint=common.checkpoint,
     refuse=common.refuse,
     averages=lambda root, model: common.contains(root, _AVERAGES),
-    summary="ViT, DeiT (distilled), ViT-MAE, ViT-MSN, I-JEPA",
+    summary="ViT, DeiT (distilled), ViT-MAE, ViT-MSN, I-JEPA, ViViT",
 )

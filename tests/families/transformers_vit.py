@@ -1,4 +1,4 @@
-"""ViT, DeiT, ViT-MAE, ViT-MSN and I-JEPA of transformers."""
+"""ViT, DeiT, ViT-MAE, ViT-MSN, I-JEPA and ViViT of transformers."""
 
 from __future__ import annotations
 
@@ -36,6 +36,14 @@ def make(cls: Any, config: Any, **options: Any) -> Callable[[], nn.Module]:
     return lambda: visible(cls(config(**SIZE, **options)))
 
 
+def make_video(cls: Any) -> Callable[[], nn.Module]:
+    size = {name: value for name, value in SIZE.items() if name != "patch_size"}
+    config = transformers.VivitConfig(
+        **size, num_frames=4, tubelet_size=[2, 16, 16], num_labels=5, initializer_range=0.1
+    )
+    return lambda: visible(cls(config))
+
+
 def small(cls: Any, config: Any, **options: Any) -> Small:
     return Small(make(cls, config, **options), images, twins, hidden_states)
 
@@ -48,6 +56,15 @@ def unmasked(batch: int) -> dict[str, Tensor]:
 def unmasked_twins(model: nn.Module) -> dict[str, Tensor]:
     nn.init.zeros_(model.embeddings.position_embeddings)
     return {**twins(model), "noise": torch.rand(2, 16)}
+
+
+def video(batch: int) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(batch, 4, 3, 64, 64)}
+
+
+def video_twins(model: nn.Module) -> dict[str, Tensor]:
+    frame = twins(model)["pixel_values"]
+    return {"pixel_values": frame[:, None].expand(-1, 4, -1, -1, -1)}
 
 
 SMALL = {
@@ -64,6 +81,9 @@ SMALL = {
     "ijepa": small(transformers.IJepaModel, transformers.IJepaConfig),
     "ijepa, averaging": small(
         transformers.IJepaForImageClassification, transformers.IJepaConfig, num_labels=5
+    ),
+    "vivit": Small(
+        make_video(transformers.VivitForVideoClassification), video, video_twins, hidden_states
     ),
     "vit-mae": Small(
         make(transformers.ViTMAEModel, transformers.ViTMAEConfig, mask_ratio=0.0),

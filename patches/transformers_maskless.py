@@ -1,0 +1,132 @@
+"""The ViTs of transformers whose attention takes no mask: YOLOS, VideoMAE, ViTPose, DPT.
+
+Tokens are reduced between attention and MLP, as in ToMe (figure 1) and ATC (section 3).
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import Tensor
+
+from tokred.host import Host
+from tokred.run import Layout, Step
+
+from . import _transformers as common
+
+
+def forward(layer: Any, step: Step, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    """`transformers.models.dpt.modeling_dpt.DPTViTLayer.forward` (transformers 5.9 to 5.23), with
+    the seam; VideoMAE's is the same."""
+    attention = layer.attention(layer.layernorm_before(hidden_states), **kwargs)
+    hidden_states = attention + hidden_states
+    hidden_states = step.reduce(hidden_states)
+    # The output layer adds the residual itself.
+    inside = layer.intermediate(layer.layernorm_after(hidden_states))
+    return layer.output(inside, hidden_states)
+
+
+def forward_yolos(layer: Any, step: Step, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    """`transformers.models.yolos.modeling_yolos.YolosLayer.forward` (transformers 5.9 to 5.23),
+    with the seam."""
+    if layer.attention.attention.config.use_mid_position_embeddings:
+        # The encoder adds position embeddings of the full grid to what leaves a layer. On the full
+        # grid, a merged token then gets the mean of those of its members.
+        step.hand_out()
+    return forward(layer, step, hidden_states, **kwargs)
+
+
+def forward_vitpose(
+    layer: Any, step: Step, hidden_states: Tensor, dataset_index: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:  # fmt: skip
+    """`transformers.models.vitpose_backbone.modeling_vitpose_backbone.VitPoseBackboneLayer.forward`
+    (transformers 5.9 to 5.23), with the seam."""
+    if layer.num_experts > 1 and dataset_index is None:
+        raise ValueError(f"dataset_index must be given: there are {layer.num_experts} experts")
+    attention = layer.attention(layer.layernorm_before(hidden_states), **kwargs)
+    hidden_states = attention + hidden_states
+    hidden_states = step.reduce(hidden_states)
+    inside = layer.layernorm_after(hidden_states)
+    # Experts are chosen by image, not by token.
+    inside = layer.mlp(inside) if layer.num_experts == 1 else layer.mlp(inside, dataset_index)
+    return inside + hidden_states
+
+
+def attend(
+    attention: Any, step: Step, hidden_states: Tensor, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """`transformers.models.dpt.modeling_dpt.DPTSelfAttention.forward` (transformers 5.9 to 5.23),
+    with a mask where it has None; the others of this file are the same."""
+    key = heads(attention, attention.key(hidden_states))
+    value = heads(attention, attention.value(hidden_states))
+    query = heads(attention, attention.query(hidden_states))
+    step.see(key=key, query=query, value=value)
+    mask = step.bias(query)
+    eager = sys.modules[type(attention).__module__].eager_attention_forward
+    module, function = common.function_for(attention, mask, eager)
+    context, weights = function(
+        module,
+        query,
+        key,
+        value,
+        mask,
+        is_causal=attention.is_causal,
+        scaling=attention.scaling,
+        dropout=attention.dropout_prob if attention.training else 0.0,
+        **kwargs,
+    )
+    return context.reshape(*context.shape[:-2], attention.all_head_size), weights
+
+
+def heads(attention: Any, output: Tensor) -> Tensor:
+    """[batch, tokens, dim] of a projection, by heads."""
+    return output.unflatten(-1, (-1, attention.attention_head_size)).transpose(1, 2)
+
+
+def layout(model: Any, image_size: tuple[int, int] | None) -> Layout:
+    config = model.config
+    rows, columns = common.grid(config, image_size)
+    if config.model_type == "videomae":
+        rows *= config.num_frames // config.tubelet_size
+    prefix = 1 if config.model_type in ("yolos", "dpt") else 0
+    return Layout(
+        prefix=prefix,
+        layers=len(model.encoder.layer),
+        grid=(rows, columns),
+        class_token=prefix > 0,
+        suffix=config.num_detection_tokens if config.model_type == "yolos" else 0,
+    )
+
+
+# This one averages the patch tokens outside of the tower, or takes the first.
+_AVERAGES = ("transformers.models.videomae.modeling_videomae.VideoMAEForVideoClassification",)
+
+HOST = Host(
+    models=(
+        "transformers.models.yolos.modeling_yolos.YolosModel",
+        "transformers.models.videomae.modeling_videomae.VideoMAEModel",
+        "transformers.models.vitpose_backbone.modeling_vitpose_backbone.VitPoseBackbone",
+        "transformers.models.dpt.modeling_dpt.DPTModel",
+    ),
+    forwards={
+        "transformers.models.yolos.modeling_yolos.YolosLayer": forward_yolos,
+        "transformers.models.videomae.modeling_videomae.VideoMAELayer": forward,
+        "transformers.models.vitpose_backbone.modeling_vitpose_backbone.VitPoseBackboneLayer": (
+            forward_vitpose
+        ),
+        "transformers.models.dpt.modeling_dpt.DPTViTLayer": forward,
+    },
+    blocks=lambda model: list(model.encoder.layer),
+    layout=layout,
+    scale=lambda layer: float(layer.attention.attention.scaling),
+    attention=lambda layer: layer.attention.attention,
+    attend=attend,
+    shows=frozenset({"key", "query", "value"}),
+    tapped=common.tapped,
+    checkpoint=common.checkpoint,
+    averages=lambda root, model: common.contains(root, _AVERAGES) and model.config.use_mean_pooling,
+    refuse=common.refuse,
+    summary="YOLOS, VideoMAE, ViTPose, DPT",
+)
