@@ -69,12 +69,23 @@ def refuse(model: Any, signals: frozenset[str]) -> str | None:
     return common.refuse(model, signals)
 
 
+def merges_only(root: Any, model: Any) -> str | None:
+    if common.contains(root, (_SIGLIP2,)):
+        return (
+            "its tokens are averaged by a mask of all patches, in which dropped ones would count: "
+            "use a method that merges, such as 'tome'"
+        )
+    return None
+
+
+_SIGLIP2 = "transformers.models.siglip2.modeling_siglip2.Siglip2ForImageClassification"
+
 # These average the patch tokens outside of the tower.
 _AVERAGES = (
     "transformers.models.clip.modeling_clip.CLIPForImageClassification",
     "transformers.models.metaclip_2.modeling_metaclip_2.MetaClip2ForImageClassification",
     "transformers.models.siglip.modeling_siglip.SiglipForImageClassification",
-    "transformers.models.siglip2.modeling_siglip2.Siglip2ForImageClassification",
+    _SIGLIP2,
 )
 
 HOST = Host(
@@ -128,6 +139,7 @@ HOST = Host(
     passes=_norm,
     pools=_head,
     averages=lambda root, model: common.contains(root, _AVERAGES),
+    merges_only=merges_only,
     pads=True,
     refuse=refuse,
     summary="CLIP, SigLIP (1 and 2), MetaCLIP 2, CLIPSeg, OWL-ViT and OWLv2, GIT, Idefics, Janus",

@@ -459,7 +459,7 @@ def test_a_block_of_another_class_is_refused(host: Small) -> None:
         for name, child in list(parent.named_children()):
             if child is block:
                 setattr(parent, name, other)
-                with pytest.raises(tokred.UnsupportedModelError, match="block 1 is a .*Other"):
+                with pytest.raises(tokred.UnsupportedModelError, match=r"block 1 is a .*Other"):
                     tokred.apply(model)
                 setattr(parent, name, block)
     assert traces(model) == was
@@ -486,7 +486,7 @@ def test_a_block_with_another_signature_is_refused(
         return x
 
     monkeypatch.setattr(cls, "forward", forward)
-    with pytest.raises(tokred.UnsupportedModelError, match="takes .*surprise.* but the patch"):
+    with pytest.raises(tokred.UnsupportedModelError, match=r"takes .*surprise.* but the patch"):
         tokred.apply(model)
 
 

@@ -106,6 +106,8 @@ def test_exactly_the_asked_number_stays(small: Small) -> None:
         layout = reduction.layout
         patches = full[0] - layout.others
         asked = tokred.Stages(0.5)(patches, layout.layers)
+        if small.behind:
+            asked = [patches, *asked[:-1]]
         assert counts(small, model, inputs) == [count + layout.others for count in asked], method
         after = answered(small, model, inputs)
         assert after.shape == dense.shape and after.isfinite().all()

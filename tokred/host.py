@@ -40,9 +40,10 @@ class Host:
         layout: * the layout of a model, for images of (height, width) pixels, or for the model's
             own image size if that is None.
         scale: * what attention multiplies its logits by, in a block.
-        taps: where in a block a signal can be read: the path of the submodule whose output it is.
-            "key", "query" and "value" are [batch, heads, tokens, head_dim], as attention compares
-            them, but without rotary positions.
+        taps: where in a block a signal can be read: the path of the submodule whose output it is,
+            or several paths, of which every class of block has one. "key", "query" and "value" are
+            [batch, heads, tokens, head_dim], as attention compares them, but
+            without rotary positions.
         reads: `read(block, output)`, for signals that have to be made of that output.
         attention: * the part of a block whose own forward is restated too, because it takes no
             mask or hides its keys; None if attention is called as it is.
@@ -56,6 +57,8 @@ class Host:
             tokens as often as what they stand for, and no dropped ones.
         averages: * `averages(root, model)`: whether the patch tokens that leave the last block are
             pooled elsewhere, where dropped ones could not be told apart. They are left out then.
+        merges_only: * `merges_only(root, model)`: why no tokens may be dropped in a model in which
+            they may be merged; None if they may.
         methods: methods of the model that must know of the reduction, and what is called instead:
             `method(reduction, original, model, *args, **kwargs)`, `original` being the function of
             the model's class.
@@ -73,7 +76,7 @@ class Host:
     blocks: Callable[[Any], Sequence[nn.Module]]
     layout: Callable[[Any, tuple[int, int] | None], Layout]
     scale: Callable[[Any], float]
-    taps: Mapping[str, str] = field(default_factory=dict)
+    taps: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     reads: Mapping[str, Callable[[Any, Tensor], Tensor]] = field(default_factory=dict)
     attention: Callable[[Any], nn.Module] | None = None
     attend: Callable[..., Any] | None = None
@@ -82,6 +85,7 @@ class Host:
     passes: Callable[[Any], Sequence[nn.Module]] = lambda model: ()
     pools: Callable[[Any], Sequence[nn.Module]] = lambda model: ()
     averages: Callable[[Any, Any], bool] = lambda root, model: False
+    merges_only: Callable[[Any, Any], str | None] = lambda root, model: None
     methods: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     tapped: Callable[[int], frozenset[int]] | None = None
     checkpoint: Callable[[Any], Callable[..., Any] | None] | None = None
@@ -92,6 +96,14 @@ class Host:
     def forward_of(self, block: nn.Module) -> Callable[..., Any]:
         """The restated forward of a block, by its class."""
         return self.forwards[named(block, self.forwards)[0]]
+
+    def tap_of(self, block: nn.Module, signal: str) -> str | None:
+        """Where a signal can be read in this block; None if nowhere."""
+        paths = self.taps[signal]
+        for path in (paths,) if isinstance(paths, str) else paths:
+            if submodule(block, path) is not None:
+                return path
+        return None
 
     def check(self, model: nn.Module, signals: frozenset[str]) -> None:
         """Raises unless this model's blocks are the ones that the patch was written for.
@@ -120,7 +132,7 @@ class Host:
                 what = f"{cls}: the attention of block {layer}"
                 _check_forward(what, part, type(part), self.attend)
             for signal in sorted(signals & self.taps.keys()):
-                if submodule(block, self.taps[signal]) is None:
+                if self.tap_of(block, signal) is None:
                     raise UnsupportedModelError(
                         f"{cls}: block {layer} has no {self.taps[signal]}, where its {signal} "
                         "would be read"

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokred.host import Host, UnsupportedModelError, find_host, innermost, innermost_slot, submodule
-from tokred.reducers import Reducer, make, proportional, varies
+from tokred.reducers import Reducer, make, proportional, prunes, varies
 from tokred.run import Reduction, needed_for_pooling
 from tokred.schedule import Schedule, Stages, check_keep_rate, plan
 
@@ -79,6 +79,10 @@ def apply(
         raise ValueError(f"attention must be 'host' or 'fastest', not {attention!r}")
     host, tower = find_host(model, host)
     host.check(tower, signals_of(reducer))
+    if prunes(reducer):
+        reason = host.merges_only(model, tower)
+        if reason:
+            raise UnsupportedModelError(f"{type(model).__qualname__}: {reason}")
     layout = host.layout(tower, None)
     counts = plan(chosen, layout.patches, layout.layers)
     if min(counts) == layout.patches:
@@ -161,7 +165,10 @@ def hang(model: nn.Module, host: Host, reduction: Reduction) -> None:
             layer == 0,
             host.scale(block),
             host.explicit(block) if reduction.attention == "fastest" else None,
-            tuple((signal, host.taps[signal], host.reads.get(signal)) for signal in signals),
+            tuple(
+                (signal, str(host.tap_of(block, signal)), host.reads.get(signal))
+                for signal in sorted(signals)
+            ),
             host.checkpoint,
             _mask_of(forward),
             host.pads,

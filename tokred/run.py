@@ -506,14 +506,20 @@ class Step:
                 to the logits: [batch or 1, heads or 1, tokens or 1, tokens], or without the batch;
                 or [batch, tokens] that says which tokens are there.
         """
+        given = mask
         if mask is not None:
+            if not isinstance(mask, Tensor):
+                raise ValueError(f"a mask that is a {type(mask).__name__} cannot be re-indexed")
+            mask = queries_by_keys(mask, x.shape[0])
+            if mask.ndim == 2:
+                mask = (mask != 0)[:, None, None]
             mask = self.rows_and_columns(mask)
-        self.mask = mask
         if self.state.bias is not None:
             # In the dtype of x: with float64 queries and a float32 mask, torch's fused attention
             # on the CPU is silently wrong.
-            self.mask = added(self.state.bias.to(x.dtype), mask)
-        return self.mask
+            mask = added(self.state.bias.to(x.dtype), mask)
+        self.mask = mask
+        return given if self.state.trail is None else mask
 
     def rows_and_columns(self, mask: Tensor) -> Tensor:
         """A mask over the full sequence, re-indexed for the tokens that are left; itself as long
@@ -523,12 +529,6 @@ class Step:
             ValueError: it is no mask over the full sequence.
         """
         layout, state = self.reduction.layout, self.state
-        if not isinstance(mask, Tensor):
-            raise ValueError(f"a mask that is a {type(mask).__name__} cannot be re-indexed")
-        if mask.ndim == 2 and state.trail is None:
-            return mask
-        if mask.ndim == 2:
-            mask = (mask != 0)[:, None, None]
         if mask.ndim == 3:
             mask = mask[None]
         full = state.full + layout.others
@@ -744,8 +744,6 @@ class Step:
         if self.rotate is not None:
             query, key = self.rotate(query), self.rotate(key)
         mask = self.mask
-        if mask is not None and mask.ndim == 2:
-            mask = (mask != 0)[:, None, None]
         if mask is not None and mask.shape[2] > 1:
             mask = mask[:, :, rows]
         return mean_attention(query[:, :, rows], key, self.scale, mask, self._asking(rows))
@@ -900,13 +898,21 @@ def added(bias: Tensor, mask: Tensor | None) -> Tensor:
     return bias + mask
 
 
+def queries_by_keys(mask: Tensor, batch: int) -> Tensor:
+    """A mask of two dimensions is [batch, tokens], but if it is square, and not as long as the
+    batch, [queries, tokens]: that with two dimensions more."""
+    if mask.ndim == 2 and mask.shape[0] == mask.shape[1] != batch:
+        return mask[None, None]
+    return mask
+
+
 def visible(mask: Tensor, batch: int) -> Bool[Tensor, "batch tokens"]:
     """Which tokens any query may see, by an attention mask: [batch or 1, heads or 1, queries or 1,
     tokens], without the batch, or just [batch, tokens]; bool, of integers (0: hidden) or added to
     the logits."""
     if mask.is_floating_point():
         mask = mask > torch.finfo(mask.dtype).min / 2
-    seen = mask != 0
+    seen = queries_by_keys(mask, batch) != 0
     if seen.ndim == 3:
         seen = seen[None]
     if seen.ndim == 4:

@@ -43,6 +43,8 @@ class Small:
         features: what the model hands out between its blocks, in order, one [batch, sequence,
             dim] for every block; None if it hands out nothing.
         counted: path, in a block, of the submodule at whose input tokens are counted.
+        behind: whether tokens are reduced behind that submodule, so that it sees those that left
+            the block before.
         refuses: methods that are refused at `apply`, and a part of the reason.
         counts_class: whether leaving out proportional attention changes the answer (it cannot
             where nothing but merged tokens is attended to by merged tokens).
@@ -54,6 +56,7 @@ class Small:
     twins: Callable[[nn.Module], Any] | None = None
     features: Callable[[nn.Module, Any], list[Tensor]] | None = None
     counted: str = "mlp"
+    behind: bool = False
     refuses: Mapping[str, str] | None = None
     counts_class: bool = True
     answer: Callable[[Any], Tensor] = answer

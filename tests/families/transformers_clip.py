@@ -157,6 +157,7 @@ SMALL = {
         patched,
         patched_twins,
         hidden_states,
+        refuses={"topk": "use a method that merges"},
     ),
     "metaclip2": tower(transformers.MetaClip2VisionModel, transformers.MetaClip2VisionConfig),
     "altclip": tower(transformers.AltCLIPVisionModel, transformers.AltCLIPVisionConfig),

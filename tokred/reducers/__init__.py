@@ -80,12 +80,13 @@ class Reducer(Protocol):
             "attention_received".
         bibtex: the paper to cite; empty if there is none.
 
-    A class may say three things more (see `place`, `varies` and `proportional` in this file):
+    A class may say four things more (see `place`, `varies`, `prunes` and `proportional` here):
 
         place: "between" attention and MLP, which is where most methods stand, or "before" the
             block.
         varies: whether samples may end with different numbers of tokens. `keep` is then a bound,
             not a promise.
+        prunes: whether tokens are dropped, rather than merged; no if not said.
         proportional: whether its paper lets a token that stands for s tokens count s times in
             attention; yes if not said.
     """
@@ -107,6 +108,11 @@ def place(reducer: Reducer) -> str:
 def varies(reducer: Reducer) -> bool:
     """Whether samples may end with different numbers of tokens."""
     return bool(getattr(reducer, "varies", False))
+
+
+def prunes(reducer: Reducer) -> bool:
+    """Whether tokens are dropped, rather than merged."""
+    return bool(getattr(reducer, "prunes", False))
 
 
 def proportional(reducer: Reducer) -> bool:

@@ -32,6 +32,7 @@ class ATS:
 
     needs: ClassVar[frozenset[str]] = frozenset({"class_attention", "value"})
     varies: ClassVar[bool] = True
+    prunes: ClassVar[bool] = True
     bibtex: ClassVar[str] = """@inproceedings{fayyaz2022ats,
   title     = {Adaptive Token Sampling for Efficient Vision Transformers},
   author    = {Fayyaz, Mohsen and Abbasi Koohpayegani, Soroush and Rezaei Jafari, Farnoush and

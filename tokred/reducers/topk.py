@@ -24,6 +24,7 @@ class TopK:
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"class_attention"})
+    prunes: ClassVar[bool] = True
     bibtex: ClassVar[str] = """@inproceedings{haurum2023tokens,
   title     = {Which Tokens to Use? Investigating Token Reduction in Vision Transformers},
   author    = {Haurum, Joakim Bruslund and Escalera, Sergio and Taylor, Graham W. and
