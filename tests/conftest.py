@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -10,6 +11,9 @@ import torch
 from torch import nn
 
 from tokred import zoo
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # there is a process for every core
 
 # The real classes, narrowed: wide layers test nothing more and cost minutes.
 SMALL: dict[str, object] = {"embed_dim": 192, "num_heads": 3}

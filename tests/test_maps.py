@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from references import merge, renumber
 
-from tokred.maps import Clusters, Kept, in_order_of_first_member
+from tokred.maps import Clusters, Kept, in_order_of_first_member, side_by_side
 
 
 @st.composite
@@ -109,3 +109,33 @@ def test_both_ways_to_add_up_agree(samples: list[list[int]], seed: int, dtype: t
     in_bags, in_place = clusters.down(x, size), clusters.down(x.requires_grad_(), size)
     assert in_place.requires_grad and in_bags.dtype == dtype
     torch.testing.assert_close(in_bags, in_place.detach())
+
+
+def test_maps_of_samples_side_by_side_are_what_each_is_alone() -> None:
+    """Of a padded batch: padding goes nowhere, and what stays as it is stays."""
+    size = torch.tensor([[1.0, 0, 1, 2, 0], [1, 1, 1, 1, 1], [3, 1, 0, 0, 0]])
+    x = torch.randn(3, 5, 4)
+    clusters = Clusters(torch.tensor([[0, 1, 0]]), 2)
+    pairs = Clusters(torch.tensor([[0, 0, 1, 1, 2]]), 3)
+    parts = [
+        (torch.tensor([0]), torch.tensor([[0, 2, 3]]), clusters),
+        (torch.tensor([1]), torch.tensor([[0, 1, 2, 3, 4]]), pairs),
+        (torch.tensor([2]), torch.tensor([[0, 1]]), None),
+    ]
+    both = side_by_side(parts, size)
+    down, total = both.down(x, size), both.total(size)
+    assert total.tolist() == [[3, 1, 0], [2, 2, 1], [3, 1, 0]]
+    alone = clusters.down(x[:1, [0, 2, 3]], size[:1, [0, 2, 3]])
+    torch.testing.assert_close(down[0, :2], alone[0])
+    torch.testing.assert_close(down[2, :2], x[2, :2])
+
+    two = Kept(torch.tensor([[0, 2], [1, 2]]), 3)
+    chosen = [
+        (torch.tensor([0, 1]), torch.tensor([[0, 2, 3], [0, 1, 2]]), two),
+        (torch.tensor([2]), torch.tensor([[1]]), None),
+    ]
+    labels = side_by_side(chosen, size).labels()
+    assert labels.tolist() == [[0, -1, -1, 1, -1], [-1, 0, 1, -1, -1], [-1, 0, -1, -1, -1]]
+    mixed = [parts[0], (*parts[1][:2], Kept(torch.tensor([[0]]), 5))]
+    with pytest.raises(TypeError, match=r"or by Kept alone, not \['Clusters', 'Kept'\]"):
+        side_by_side(mixed, size)

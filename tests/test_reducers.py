@@ -50,6 +50,10 @@ def test_keeps_exactly_as_many_as_asked(method: str, num: int, keep: int) -> Non
     small = made(tokens, keep)
     assert isinstance(small, TokenMap)
     assert small.ragged == reducers.varies(made)
+    assert reducers.prunes(made) != small.merges
+    first = [row.index(group) for row in small.labels().tolist() for group in range(max(row) + 1)]
+    if not small.ragged:
+        assert small.representatives().flatten().tolist() == first
     down = small.down(tokens.x, tokens.size)
     assert down.shape == (2, small.num_coarse, 12)
     assert small.up(down, tokens.x).shape == tokens.x.shape

@@ -25,7 +25,7 @@ from tokred.run import Reduction
 from tokred.schedule import Constant, Exactly, Linear, Stages
 from tokred.tracing import Trace, inspect
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "ATC",

@@ -118,12 +118,12 @@ def _list(options: argparse.Namespace) -> None:
         print(f"  {name:10s}{_first_clause(reducers.make(name))}")
     print("hosts")
     for name in host.patch_names():
-        library = name.split("_")[0]
+        library, extra = host.library_of(name), name.split("_")[0]
         try:
             __import__(library)
-            print(f"  {name:10s}{host.hosts()[name].summary}")
+            print(f"  {name:22s}{host.hosts()[name].summary}")
         except ModuleNotFoundError:
-            print(f'  {name:10s}(needs {library}: pip install "tokred[{library}]")')
+            print(f'  {name:22s}(needs {library}: pip install "tokred[{extra}]")')
 
 
 def _cite(options: argparse.Namespace) -> None:

@@ -475,18 +475,6 @@ class Step:
             return ahead.rest is not None and ahead.rest.keep < ahead.keep
         return ahead.keep < self.state.few
 
-    @property
-    def reduces(self) -> bool:
-        """Whether this pass reduces, has reduced or is going to reduce tokens."""
-        if self.state.trail is not None:
-            return True
-        ahead = self.state.ahead
-        while ahead is not None:
-            if ahead.keep < self.state.full:
-                return True
-            ahead = ahead.rest
-        return False
-
     def open(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch kept dim"]:
         """Before the block: few tokens again, if they were expanded for somebody to see, and fewer
         still, if that is where the method stands."""

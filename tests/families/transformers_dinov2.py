@@ -109,29 +109,40 @@ SMALL = {
         num_register_tokens=3,
         use_gated_mlp=True,
     ),
-    "tipsv2": small(
-        transformers.Tipsv2VisionModel, transformers.Tipsv2VisionConfig, **SIZE, mlp_ratio=2
-    ),
-    "tipsv2, backbone": backbone(
-        transformers.Tipsv2VisionBackbone, transformers.Tipsv2VisionConfig, **SIZE, mlp_ratio=2
-    ),
-    "radio": Small(
-        radio, images, twins, hidden_states, answer=lambda outputs: outputs.last_hidden_state
-    ),
-    # Two queries share a key, and both are normed by head.
-    "sapiens2": small(
-        transformers.Sapiens2Model,
-        transformers.Sapiens2Config,
-        **{**ROTARY, "num_attention_heads": 4},
-        num_register_tokens=2,
-        num_key_value_heads_per_layer=[4, 2, 2, 4],
-        use_qk_norm=True,
-        use_gated_mlp=True,
-    ),
-    "sapiens2, backbone": backbone(
-        transformers.Sapiens2Backbone,
-        transformers.Sapiens2Config,
-        **ROTARY,
-        num_register_tokens=2,
-    ),
 }
+
+# Newer than the oldest version that is supported.
+if hasattr(transformers, "Tipsv2VisionModel"):
+    SMALL |= {
+        "tipsv2": small(
+            transformers.Tipsv2VisionModel, transformers.Tipsv2VisionConfig, **SIZE, mlp_ratio=2
+        ),
+        "tipsv2, backbone": backbone(
+            transformers.Tipsv2VisionBackbone, transformers.Tipsv2VisionConfig, **SIZE, mlp_ratio=2
+        ),
+    }
+if hasattr(transformers, "RadioModel"):
+    SMALL |= {
+        "radio": Small(
+            radio, images, twins, hidden_states, answer=lambda outputs: outputs.last_hidden_state
+        ),
+    }
+if hasattr(transformers, "Sapiens2Model"):
+    SMALL |= {
+        # Two queries share a key, and both are normed by head.
+        "sapiens2": small(
+            transformers.Sapiens2Model,
+            transformers.Sapiens2Config,
+            **{**ROTARY, "num_attention_heads": 4},
+            num_register_tokens=2,
+            num_key_value_heads_per_layer=[4, 2, 2, 4],
+            use_qk_norm=True,
+            use_gated_mlp=True,
+        ),
+        "sapiens2, backbone": backbone(
+            transformers.Sapiens2Backbone,
+            transformers.Sapiens2Config,
+            **ROTARY,
+            num_register_tokens=2,
+        ),
+    }
