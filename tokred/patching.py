@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -152,11 +152,13 @@ def reduction_of(model: nn.Module) -> Reduction | None:
 
 def hang(model: nn.Module, host: Host, reduction: Reduction) -> None:
     """Hangs a checked reduction on the model, in place of what hung there."""
-    remove(model)
     _, tower = find_host(model, host)
-    signals = signals_of(reduction.reducer) - host.shows
+    signals = sorted(signals_of(reduction.reducer) - host.shows)
+    # All that can fail comes before the first change.
+    made = []
     for layer, block in enumerate(host.blocks(tower)):
         forward = host.forward_of(block)
+        taps = [(name, str(host.tap_of(block, name)), host.reads.get(name)) for name in signals]
         patched = Patched(
             block,
             forward,
@@ -165,22 +167,26 @@ def hang(model: nn.Module, host: Host, reduction: Reduction) -> None:
             layer == 0,
             host.scale(block),
             host.explicit(block) if reduction.attention == "fastest" else None,
-            tuple(
-                (signal, str(host.tap_of(block, signal)), host.reads.get(signal))
-                for signal in sorted(signals)
-            ),
+            tuple(taps),
             host.checkpoint,
             _mask_of(forward),
             host.pads,
         )
-        patched.tap()
-        _set_innermost(block, patched)
+        attention = None
         if host.attention is not None and host.attend is not None:
-            part = host.attention(block)
-            _set_innermost(part, PatchedAttention(part, host.attend, reduction))
-    for module in host.passes(tower):
+            attention = PatchedAttention(host.attention(block), host.attend, reduction)
+        made.append((patched, attention))
+    passes, pools = host.passes(tower), host.pools(tower)
+
+    remove(model)
+    for patched, attention in made:
+        patched.tap()
+        _set_innermost(patched.block, patched)
+        if attention is not None:
+            _set_innermost(attention.attention, attention)
+    for module in passes:
         module.register_forward_hook(Carry(reduction))
-    for module in host.pools(tower):
+    for module in pools:
         module.register_forward_pre_hook(Pool(reduction))
     for name, call in host.methods.items():
         original = getattr(type(tower), name, None)
@@ -276,12 +282,12 @@ class Patched:
             module = submodule(self.block, path)
             if module is None:
                 continue
-            hooks = module._forward_hooks.values()
-            if any(isinstance(hook, Tap) and hook.reduction is self.reduction for hook in hooks):
+            there = [hook for hook in module._forward_hooks.values() if _reads(hook, signal)]
+            if any(hook.reduction is self.reduction for hook in there):
                 continue
             for part in module.modules():
                 for key, hook in list(part._forward_hooks.items()):
-                    if isinstance(hook, Tap):
+                    if _reads(hook, signal):
                         del part._forward_hooks[key]
             module.register_forward_hook(Tap(self.reduction, signal, read, self.block))
 
@@ -352,6 +358,10 @@ class Tap:
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
         value = output if self.read is None else self.read(self.block, output)
         self.reduction.see(self.signal, value)
+
+
+def _reads(hook: Any, signal: str) -> TypeGuard[Tap]:
+    return isinstance(hook, Tap) and hook.signal == signal
 
 
 @dataclass(eq=False)
