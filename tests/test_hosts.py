@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import warnings
 from importlib import import_module
 from pathlib import Path
@@ -39,27 +38,16 @@ SOME = [
 ]
 
 
-def prepared(name: str) -> Small:
-    torch.manual_seed(0)
-    if os.environ.get("TOKRED_VERSIONS") == "oldest":
-        try:
-            SMALL[name].build()
-        except TypeError as error:
-            if "unexpected keyword argument" not in str(error):
-                raise
-            pytest.skip(f"this version of its library has no such model: {error}")
-        torch.manual_seed(0)
-    return SMALL[name]
-
-
 @pytest.fixture(params=SMALL)
 def small(request: pytest.FixtureRequest) -> Small:
-    return prepared(request.param)
+    torch.manual_seed(0)
+    return SMALL[request.param]
 
 
 @pytest.fixture(params=SOME)
 def some(request: pytest.FixtureRequest) -> Small:
-    return prepared(request.param)
+    torch.manual_seed(0)
+    return SMALL[request.param]
 
 
 def every_method(small: Small) -> list[str]:

@@ -93,6 +93,10 @@ def test_a_tower_that_makes_masks_compiles_with_graph_breaks() -> None:
     model, images = SMALL["idefics3"].build(), torch.randn(2, 3, 64, 64)
     mask = torch.ones(2, 4, 4, dtype=torch.bool)
     mask[1, :, 3] = False
+    try:
+        torch.compile(model, backend="eager")(images, patch_attention_mask=mask)
+    except TypeError:
+        pytest.skip("this version of torch cannot compile the dense model either")
     tokred.apply(model, "tome", keep_rate=0.5)
     expected = model(images, patch_attention_mask=mask).last_hidden_state
     torch._dynamo.reset()

@@ -165,12 +165,3 @@ def test_images_packed_into_one_sequence_are_refused() -> None:
     patches, grids = torch.randn(12, 3 * 16 * 16), torch.tensor([[2, 3], [3, 2]])
     with pytest.raises(ValueError, match="packed into one sequence cannot be reduced"):
         model(patches, image_grid_hw=grids)
-
-
-def test_the_layout_of_older_versions_is_refused() -> None:
-    model = make(transformers.Dinov2Model, transformers.Dinov2Config, **SIZE)()
-    attention = model.encoder.layer[1].attention
-    attention.query = attention.q_proj
-    del attention.q_proj
-    with pytest.raises(tokred.UnsupportedModelError, match=r"before 5\.18"):
-        tokred.apply(model, tokred.ATC())

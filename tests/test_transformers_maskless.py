@@ -15,6 +15,10 @@ import tokred
 def test_merged_tokens_get_the_mean_of_the_positions_that_are_added_between_layers() -> None:
     model = SMALL["yolos, positions between"].build()
     inputs = SMALL["yolos, positions between"].inputs(2)
+    try:
+        model.vit.encoder.interpolation((64, 96))
+    except TypeError:
+        pytest.skip("this version of transformers cannot interpolate them for another size")
     layers = model.vit.encoder.layer
     between: list[Tensor] = []
     after: list[Tensor] = []

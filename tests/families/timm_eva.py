@@ -8,7 +8,7 @@ import torch
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
-from families import Small, two_pictures, visible
+from families import Small, if_it_exists, two_pictures, visible
 
 SIZE: dict[str, Any] = {
     "img_size": 64,
@@ -61,6 +61,7 @@ def strong(model: nn.Module) -> nn.Module:
     return model
 
 
+@if_it_exists
 def make(**options: Any) -> nn.Module:
     return strong(visible(Eva(**{**SIZE, **options})))
 

@@ -7,7 +7,7 @@ from typing import Any
 from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from torch import Tensor, nn
 
-from families import Small, two_pictures, visible
+from families import Small, if_it_exists, two_pictures, visible
 from families.timm_eva import features, images, strong, turn_nothing
 
 SIZE: dict[str, Any] = {
@@ -28,6 +28,7 @@ def twins(model: nn.Module) -> Tensor:
     return two_pictures((64, 64), (16, 16))
 
 
+@if_it_exists
 def make(**options: Any) -> nn.Module:
     return strong(visible(NaFlexVit(NaFlexVitCfg(**{**SIZE, **options}), num_classes=5)))
 
