@@ -118,7 +118,7 @@ def tiny(**options: object) -> nn.Module:
         (with_a_forward_of_its_own, "block 1: its forward was replaced, by <function"),
         (with_a_shared_block, "some blocks are one and the same module"),
         (with_an_mlp_that_mixes_tokens, "the MLP of block 3 mixes tokens (GlobalResponseNormMlp)"),
-        (with_attention_without_a_mask, "block 0 has no attn.k_norm, where its key would be read"),
+        (with_attention_without_a_mask, "block 0 has no attn.k_norm or k_norm, where its key"),
         (lambda: tiny(block_fn=ParallelThingsBlock), "block 0 is a timm"),
     ],
 )

@@ -99,11 +99,14 @@ class Host:
 
     def tap_of(self, block: nn.Module, signal: str) -> str | None:
         """Where a signal can be read in this block; None if nowhere."""
-        paths = self.taps[signal]
-        for path in (paths,) if isinstance(paths, str) else paths:
+        for path in self._paths(signal):
             if submodule(block, path) is not None:
                 return path
         return None
+
+    def _paths(self, signal: str) -> tuple[str, ...]:
+        paths = self.taps[signal]
+        return (paths,) if isinstance(paths, str) else paths
 
     def check(self, model: nn.Module, signals: frozenset[str]) -> None:
         """Raises unless this model's blocks are the ones that the patch was written for.
@@ -134,8 +137,8 @@ class Host:
             for signal in sorted(signals & self.taps.keys()):
                 if self.tap_of(block, signal) is None:
                     raise UnsupportedModelError(
-                        f"{cls}: block {layer} has no {self.taps[signal]}, where its {signal} "
-                        "would be read"
+                        f"{cls}: block {layer} has no {' or '.join(self._paths(signal))}, where "
+                        f"its {signal} would be read"
                     )
         if len({id(block) for block in blocks}) < len(blocks):
             raise UnsupportedModelError(f"{cls}: some blocks are one and the same module")
