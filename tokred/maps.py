@@ -215,7 +215,7 @@ class Kept:
 
 
 def side_by_side(
-    parts: Sequence[tuple[Int[Tensor, " rows"], Int[Tensor, "rows tokens"], TokenMap | None]],
+    parts: Sequence[tuple[Int[Tensor, " _rows"], Int[Tensor, "_rows _tokens"], TokenMap | None]],
     size: Float[Tensor, "batch fine"],
 ) -> TokenMap:
     """One map of a batch whose samples were mapped apart.
@@ -253,7 +253,7 @@ def side_by_side(
 
 
 def _kept_side_by_side(
-    parts: Sequence[tuple[Int[Tensor, " rows"], Int[Tensor, "rows tokens"], TokenMap | None]],
+    parts: Sequence[tuple[Int[Tensor, " _rows"], Int[Tensor, "_rows _tokens"], TokenMap | None]],
     size: Float[Tensor, "batch fine"],
 ) -> Kept:
     batch, num_fine = size.shape
