@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 
@@ -167,3 +168,30 @@ def test_nothing_to_look_at(plain: nn.Module, images: torch.Tensor) -> None:
             verb()
     with pytest.raises(ValueError, match="method must be given"):
         tokred.bench(plain, images)
+
+
+def test_a_library_that_is_too_old_does_not_stand_in_the_way_of_another(
+    plain: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokred import host
+
+    def import_module(name: str) -> object:
+        if name.endswith(".timm_beit"):
+            raise ImportError("no module named timm.models.beit")
+        return importlib.import_module(name)
+
+    monkeypatch.setattr(host, "import_module", import_module)
+    assert "timm_vit" in tokred.hosts() and "timm_beit" not in tokred.hosts()
+    tokred.apply(plain)
+    with pytest.raises(tokred.UnsupportedModelError, match="timm_beit needs another version"):
+        tokred.apply(nn.Linear(2, 2))
+
+
+def test_shuffled_patches_cannot_be_laid_out() -> None:
+    from families.transformers_vit import SMALL
+
+    small = SMALL["vit-mae"]
+    model = small.build()
+    tokred.apply(model)
+    with pytest.raises(ValueError, match="shuffles its patches"):
+        tokred.inspect(model, small.inputs(1))

@@ -153,12 +153,22 @@ class Host:
 def hosts() -> dict[str, Host]:
     """The patches of all libraries that are imported already, by file name.
 
-    The first word of a patch's file name is its library (`timm_vit`: timm).
+    The first word of a patch's file name is its library (`timm_vit`: timm). Patches that the
+    installed version of their library cannot load are left out.
     """
-    found = {}
+    return {name: found for name, found in _loaded().items() if isinstance(found, Host)}
+
+
+def _loaded() -> dict[str, Host | ImportError]:
+    """The patches of all libraries that are imported already, or why they cannot be loaded: a
+    version that is too old for one library's patches is no reason to refuse another's models."""
+    found: dict[str, Host | ImportError] = {}
     for name in patch_names():
         if library_of(name) in sys.modules:
-            found[name] = import_module(f"tokred.patches.{name}").HOST
+            try:
+                found[name] = import_module(f"tokred.patches.{name}").HOST
+            except ImportError as error:
+                found[name] = error
     return found
 
 
@@ -215,9 +225,13 @@ def find_host(model: nn.Module, host: Host | None = None) -> tuple[Host, nn.Modu
             f"{_name(type(model))} is not a {' or a '.join(host.models)}, which was expected"
         )
     supported = ", ".join(known) or "none of the imported libraries"
+    failed = {name: why for name, why in _loaded().items() if not isinstance(why, Host)}
+    told = "".join(
+        f"; {name} needs another version of its library: {why}" for name, why in failed.items()
+    )
     raise UnsupportedModelError(
         f"no patch for {_name(type(model))}; supported: {supported} (docs/hosts.md lists their "
-        f"models); {ADDING_A_HOST}"
+        f"models){told}; {ADDING_A_HOST}"
     )
 
 

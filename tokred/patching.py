@@ -45,7 +45,8 @@ def apply(
     >>> tokred.apply(model, "atc", keep_rate=0.5)
 
     Args:
-        model: a model of a supported family (see `tokred.hosts`).
+        model: a model of a supported family (see `tokred.hosts`), or one that has such a vision
+            tower somewhere inside; the rest of it is left alone.
         method: a short name (see `tokred.methods`), or a reducer such as
             `tokred.ATC(linkage="complete")`.
         keep_rate: the share of patch tokens kept at each of three stages, a quarter, a half and
@@ -58,7 +59,8 @@ def apply(
         full_grid: whether features come out on the full grid again, in the host's own order, with
             copies for merged tokens and the last value for dropped ones. If not, they come out
             reduced (where images end with different numbers of tokens, with zeros at the end).
-            Class scores are the same.
+            Class scores are the same. (A model that averages merged tokens in its own forward
+            gets the full grid all the same, for the sake of its answer.)
         attention: "host" leaves attention as the host computes it. "fastest" may compute it the
             host's other way (fused or not) where that is faster, which rounds differently: on
             CPUs in bfloat16.

@@ -88,7 +88,7 @@ def inspect(model: nn.Module, images: Inputs, host: Host | None = None) -> Trace
         host: the host it was applied with, if one was given to `tokred.apply`.
 
     Raises:
-        ValueError: no reduction is applied to the model.
+        ValueError: no reduction is applied to the model, or it shuffles its patches.
     """
     reduction = reduction_of(model)
     if reduction is None:
@@ -97,6 +97,11 @@ def inspect(model: nn.Module, images: Inputs, host: Host | None = None) -> Trace
     height, width = batch.shape[-2:]
     host, tower = find_host(model, host)
     layout = host.layout(tower, (height, width))
+    if not layout.raster:
+        raise ValueError(
+            f"{type(tower).__qualname__} shuffles its patches, so that what became of them cannot "
+            "be laid out over an image"
+        )
     with torch.no_grad(), reduction.recording() as records:
         call(uncompiled(model), images)
     cells = layout.grid[0] * layout.grid[1]
