@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import pytest
 import timm
@@ -50,10 +52,18 @@ def _seed() -> Iterator[None]:
 
 def small(name: str) -> nn.Module:
     """A host of 4 blocks with 10 classes, in evaluation mode, LayerScale made visible."""
+    return copy.deepcopy(_small(name))
+
+
+@cache
+def _small(name: str) -> nn.Module:
+    """Made once: drawing the weights takes longer than most tests."""
     timm_name, options, size = HOSTS[name]
     options = {"img_size": size, **options}
-    model: nn.Module = timm.create_model(timm_name, depth=4, num_classes=10, **options)
-    make_visible(model)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: nn.Module = timm.create_model(timm_name, depth=4, num_classes=10, **options)
+        make_visible(model)
     return model.eval()
 
 

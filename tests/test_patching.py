@@ -305,7 +305,7 @@ def test_the_way_up_again_is_a_schedule(name: str, method: str) -> None:
     outputs(model, images)
     prefix = model.num_prefix_tokens
     assert lengths == [16 + prefix, 6 + prefix, 6 + prefix, 16 + prefix] * 2
-    assert masks == ([False, False, True, True] if method == "tome" else [False] * 4) * 2
+    assert masks == ([False, False, True, False] if method == "tome" else [False] * 4) * 2
 
 
 def test_a_rise_goes_back_to_the_stage_it_names(plain: nn.Module, images: torch.Tensor) -> None:

@@ -8,8 +8,10 @@ from tokred import zoo
 from tokred.citing import cite
 from tokred.cost import Bench, Flops, bench, flops
 from tokred.drawing import visualise
+from tokred.fidelity import Fidelity, fidelity
 from tokred.host import UnsupportedModelError, hosts
 from tokred.patching import applied, apply, remove
+from tokred.presets import Preset, presets
 from tokred.reducers import names as methods
 from tokred.reducers.atc import ATC
 from tokred.reducers.ats import ATS
@@ -19,10 +21,11 @@ from tokred.reducers.kmedoids import KMedoids
 from tokred.reducers.mutual import Mutual
 from tokred.reducers.pitome import PiToMe
 from tokred.reducers.random import Random
+from tokred.reducers.slic import SLIC, Bilinear, Nearest
 from tokred.reducers.tome import ToMe
 from tokred.reducers.topk import TopK
 from tokred.run import Reduction
-from tokred.schedule import Constant, Exactly, Linear, Stages
+from tokred.schedule import Constant, Exactly, Hourglass, Linear, Stages
 from tokred.tracing import Trace, inspect
 
 __version__ = "0.3.0"
@@ -31,15 +34,21 @@ __all__ = [
     "ATC",
     "ATS",
     "DPCKNN",
+    "SLIC",
     "Bench",
+    "Bilinear",
     "Constant",
     "EViT",
     "Exactly",
+    "Fidelity",
     "Flops",
+    "Hourglass",
     "KMedoids",
     "Linear",
     "Mutual",
+    "Nearest",
     "PiToMe",
+    "Preset",
     "Random",
     "Reduction",
     "Stages",
@@ -51,10 +60,12 @@ __all__ = [
     "apply",
     "bench",
     "cite",
+    "fidelity",
     "flops",
     "hosts",
     "inspect",
     "methods",
+    "presets",
     "remove",
     "visualise",
     "zoo",

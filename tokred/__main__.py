@@ -1,4 +1,4 @@
-"""The command line: `tokred demo`, `list`, `bench`, `inspect`, `show`, `cite`.
+"""The command line: `tokred demo`, `list`, `bench`, `fidelity`, `inspect`, `show`, `cite`.
 
 The demo runs on a bundled checkpoint and bundled images; nothing is downloaded.
 """
@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     command("list", _list, "the methods and the models they work on")
     for name, run, text in (
         ("bench", _bench, "measured speed: dense, reduced and the free limit, interleaved"),
+        ("fidelity", _fidelity, "how close the reduced model stays to the dense one, on images"),
         ("inspect", _inspect, "how many tokens stay after each layer, and how they were merged"),
         ("show", _show, "a picture of images and their tokens"),
     ):
@@ -105,6 +106,20 @@ def _parser() -> argparse.ArgumentParser:
             made.add_argument(
                 "--images", type=int, default=4, help="of the bundled images, how many"
             )
+        if name == "fidelity":
+            made.add_argument("--methods", nargs="+", metavar="METHOD", help="in place of --method")
+            made.add_argument("--keep-rates", nargs="+", type=float, help="in place of --keep-rate")
+            made.add_argument(
+                "--preset", choices=sorted(tokred.presets), help="in place of method and keep rate"
+            )
+            made.add_argument(
+                "--hourglass", action="store_true",
+                help="few tokens from a third of the way on, for every method (slic always does)",
+            )  # fmt: skip
+            made.add_argument(
+                "--reconstruction", choices=("copy", "nearest", "bilinear"),
+                help="what the full grid is made of (default: as the method has it)",
+            )  # fmt: skip
         if name == "show":
             made.add_argument("--out", type=Path, default=Path("tokens.png"))
     cited = command("cite", _cite, "the BibTeX entry of a method")
@@ -213,6 +228,44 @@ def _run_vit(
     )
 
 
+def _fidelity(options: argparse.Namespace) -> None:
+    model, images, _ = _model_and_images(options, options.images)
+    rates = options.keep_rates or [options.keep_rate]
+    settings: list[tuple[str, Reducer | tokred.Preset, Any]] = []
+    if options.preset:
+        settings = [(options.preset, tokred.presets[options.preset], None)]
+    else:
+        named = options.methods or [options.method]
+        if options.option and len(named) > 1:
+            raise ValueError("--option goes with one method: use --method")
+        methods = {name: reducers.make(name) for name in named}
+        if options.option or not options.methods:
+            methods = {options.method: _reducer(options)}
+        for rate in rates:
+            schedule = tokred.Hourglass(rate) if options.hourglass else rate
+            settings += [(name, method, schedule) for name, method in methods.items()]
+    batches = images.split(8)
+    print(f"{options.model}, {len(images)} images: the reduced model against the dense one")
+    print(
+        f"{'method':26s}{'keep':>6s}{'cosine':>9s}{'same decision':>15s}{'depth error':>13s}  tokens"
+    )
+    with _bar(len(settings), "settings") as bar:
+        for name, method, schedule in settings:
+            reduction = tokred.apply(model, method, schedule, reconstruction=options.reconstruction)
+            found = tokred.fidelity(model, batches)
+            tokred.remove(model)
+            counts = reduction.counts(reduction.layout.patches, reduction.layout.grid)
+            keep = getattr(schedule, "keep_rate", schedule)
+            same = "" if found.agreement is None else f"{found.agreement:.2%}"
+            depth = "" if found.depth_error is None else f"{found.depth_error:.2%}"
+            bar.write(
+                f"{name:26s}{'' if keep is None else keep:>6}{found.cosine:9.4f}{same:>15s}"
+                f"{depth:>13s}  {' '.join(map(str, dict.fromkeys(counts)))}",
+                file=sys.stdout,
+            )
+            bar.update()
+
+
 def _inspect(options: argparse.Namespace) -> None:
     model, images, _ = _model_and_images(options, options.images)
     tokred.apply(model, _reducer(options), options.keep_rate)
@@ -240,7 +293,9 @@ def _demo(options: argparse.Namespace) -> None:
         )
     ]
     model = zoo.load()
-    methods: dict[str, Reducer] = {name: reducers.make(name) for name in reducers.names()}
+    # Methods for dense prediction have a schedule of their own, and no place in this table.
+    methods = {name: reducers.make(name) for name in reducers.names()}
+    methods = {name: one for name, one in methods.items() if not hasattr(one, "schedule")}
     methods["atc complete"] = tokred.ATC(linkage="complete")
     num = sum(len(labels) for _, labels in batches)
     print(

@@ -28,9 +28,10 @@ from tokred.host import Host, find_host
 from tokred.inputs import Inputs, call, pixels
 from tokred.maps import Kept
 from tokred.patching import apply, hang, reduction_of, remove, uncompiled
+from tokred.presets import Preset
 from tokred.reducers import Reducer, Tokens, place, varies
 from tokred.run import Reduction
-from tokred.schedule import Exactly, Schedule, plan
+from tokred.schedule import Exactly, Schedule
 
 
 @dataclass(frozen=True)
@@ -189,8 +190,8 @@ def flops(
 def bench(
     model: nn.Module,
     images: Inputs,
-    method: str | Reducer | None = None,
-    keep_rate: float | Schedule = 0.7,
+    method: str | Reducer | Preset | None = None,
+    keep_rate: float | Schedule | None = None,
     *,
     schedule: Schedule | None = None,
     host: Host | None = None,
@@ -232,7 +233,7 @@ def bench(
             raise ValueError("method must be given: no reduction is applied to the model")
         height, width = pixels(images).shape[-2:]
         grid = host.layout(tower, (height, width)).grid
-        counts = counts_of(model, host, images, reduction, grid[0] * grid[1])
+        counts = counts_of(model, host, images, reduction, grid)
         cut = Truncate(place(reduction.reducer))
         free = Reduction(cut, Exactly(counts), reduction.layout, full_grid=False)
         arms = {"dense": None, "reduced": reduction, "limit": free}
@@ -279,17 +280,18 @@ class Truncate:
 
 
 def counts_of(
-    model: nn.Module, host: Host, images: Inputs, reduction: Reduction, tokens: int
+    model: nn.Module, host: Host, images: Inputs, reduction: Reduction, grid: tuple[int, int]
 ) -> tuple[int, ...]:
     """Patch tokens after each layer: what the schedule asks for, or, of a method whose images
     vary, what came of it (of the image that has the most; the others are padded to that)."""
+    tokens = grid[0] * grid[1]
     if not varies(reduction.reducer):
-        return plan(reduction.schedule, tokens, reduction.layout.layers)
+        return reduction.counts(tokens, grid)
     hang(model, host, reduction)
     with torch.no_grad(), reduction.recording() as records:
         call(model, images)
     remove(model)
-    left = {record.layer: record.map.num_coarse for record in records}
+    left = {record.layer: record.after for record in records}
     counts = []
     for layer in range(reduction.layout.layers):
         tokens = left.get(layer, tokens)

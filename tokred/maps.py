@@ -214,6 +214,58 @@ class Kept:
         return torch.arange(self.num_coarse, device=self.index.device) < self.counts[:, None]
 
 
+@dataclass(frozen=True)
+class Weighted:
+    """Reconstruction: the way down of another map, and a way up of its own.
+
+    Attributes:
+        coarse: the map whose way down this is.
+        index: the coarse tokens that each fine token is made of, for every sample or for all.
+        weight: how much of each; those of a fine token add up to 1.
+    """
+
+    merges: ClassVar[bool] = True
+
+    coarse: TokenMap
+    index: Int[Tensor, "batch_or_1 fine nearest"]
+    weight: Float[Tensor, "batch_or_1 fine nearest"]
+
+    @property
+    def num_coarse(self) -> int:
+        return self.coarse.num_coarse
+
+    @property
+    def ragged(self) -> bool:
+        return self.coarse.ragged
+
+    def down(
+        self, x: Float[Tensor, "batch fine dim"], size: Float[Tensor, "batch fine"]
+    ) -> Float[Tensor, "batch coarse dim"]:
+        return self.coarse.down(x, size)
+
+    def up(
+        self,
+        y: Float[Tensor, "batch coarse dim"],
+        stale: Float[Tensor, "batch fine dim"] | None = None,
+    ) -> Float[Tensor, "batch fine dim"]:
+        """Every fine token is a weighted mean of coarse ones, summed in float32."""
+        batch, (fine, nearest) = y.shape[0], self.index.shape[1:]
+        rows = _rows(self.index.expand(batch, -1, -1).flatten(1), y.shape[1])
+        wide = y.flatten(0, 1).to(torch.promote_types(y.dtype, torch.float32))
+        weight = self.weight.expand(batch, -1, -1).reshape(-1, nearest).to(wide.dtype)
+        out = F.embedding_bag(rows.view(-1, nearest), wide, mode="sum", per_sample_weights=weight)
+        return out.view(batch, fine, y.shape[2]).to(y.dtype)
+
+    def total(self, size: Float[Tensor, "batch fine"]) -> Float[Tensor, "batch coarse"]:
+        return self.coarse.total(size)
+
+    def labels(self) -> Int[Tensor, "batch fine"]:
+        return self.coarse.labels()
+
+    def representatives(self) -> Int[Tensor, "batch coarse"]:
+        return self.coarse.representatives()
+
+
 def side_by_side(
     parts: Sequence[tuple[Int[Tensor, " _rows"], Int[Tensor, "_rows _tokens"], TokenMap | None]],
     size: Float[Tensor, "batch fine"],

@@ -7,6 +7,7 @@ submodules whose output a method wants to see. Class, weights and state dict sta
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,17 +21,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokred.host import Host, UnsupportedModelError, find_host, innermost, innermost_slot, submodule
-from tokred.reducers import Reducer, make, proportional, prunes, varies
+from tokred.presets import Preset
+from tokred.reducers import Reconstruction, Reducer, make, proportional, prunes, varies
+from tokred.reducers.slic import Bilinear, Nearest
 from tokred.run import Reduction, needed_for_pooling
-from tokred.schedule import Schedule, Stages, check_keep_rate, plan
+from tokred.schedule import Schedule, Stages, check_keep_rate
 
 
 def apply(
     model: nn.Module,
-    method: str | Reducer = "tome",
-    keep_rate: float | Schedule = 0.7,
+    method: str | Reducer | Preset = "tome",
+    keep_rate: float | Schedule | None = None,
     *,
     schedule: Schedule | None = None,
+    reconstruction: str | Reconstruction | None = None,
     host: Host | None = None,
     proportional_attention: bool | None = None,
     full_grid: bool = True,
@@ -47,11 +51,17 @@ def apply(
     Args:
         model: a model of a supported family (see `tokred.hosts`), or one that has such a vision
             tower somewhere inside; the rest of it is left alone.
-        method: a short name (see `tokred.methods`), or a reducer such as
-            `tokred.ATC(linkage="complete")`.
-        keep_rate: the share of patch tokens kept at each of three stages, a quarter, a half and
-            three quarters of the way, in (0, 1]; or a schedule.
+        method: a short name (see `tokred.methods`), a reducer such as
+            `tokred.ATC(linkage="complete")`, or a preset (see `tokred.presets`), which brings its
+            own schedule.
+        keep_rate: the share of patch tokens kept, in (0, 1], 0.7 if not given: at each of three
+            stages, a quarter, a half and three quarters of the way; by methods for dense
+            prediction, from a third of the way on. Or a schedule.
         schedule: the same as a schedule given for `keep_rate`.
+        reconstruction: what the full grid is made of, where it is handed out: "copy" (each token
+            that of its cluster, or its last value), "nearest" (a mean of the reduced tokens that
+            resembled it), "bilinear" (of methods that keep a grid), or such a value
+            (`tokred.Nearest(k=20, tau=50.0)`). As the method has it, if not given.
         host: how to patch the model; found from its class if not given.
         proportional_attention: whether a token that stands for s tokens counts s times in
             attention (ToMe, equation 1); as the method's paper has it, if not given. Models
@@ -75,22 +85,24 @@ def apply(
     """
     if torch.compiler.is_compiling():
         raise RuntimeError("tokred.apply cannot be compiled: call it outside torch.compile's code")
+    if isinstance(method, Preset):
+        if keep_rate is not None or schedule is not None:
+            raise ValueError(
+                "a preset has a schedule of its own: give no keep_rate and no schedule"
+            )
+        method, schedule = method.reducer, method.schedule
     reducer = make(method)
-    chosen = _schedule(keep_rate, schedule)
+    chosen = _schedule(reducer, keep_rate, schedule)
+    rebuilt = _reconstruction(reducer, reconstruction)
     if attention not in ("host", "fastest"):
         raise ValueError(f"attention must be 'host' or 'fastest', not {attention!r}")
     host, tower = find_host(model, host)
     host.check(tower, signals_of(reducer))
-    if prunes(reducer):
+    if prunes(reducer) and rebuilt is None:
         reason = host.merges_only(model, tower)
         if reason:
             raise UnsupportedModelError(f"{type(model).__qualname__}: {reason}")
     layout = host.layout(tower, None)
-    counts = plan(chosen, layout.patches, layout.layers)
-    if min(counts) == layout.patches:
-        warnings.warn(
-            f"{chosen} keeps all {layout.patches} tokens: nothing is reduced", stacklevel=2
-        )
     if proportional_attention is None:
         proportional_attention = proportional(reducer)
     reduction = Reduction(
@@ -102,7 +114,12 @@ def apply(
         attention,
         host.tapped,
         host.averages(model, tower),
+        rebuilt,
     )
+    if min(reduction.counts(layout.patches, layout.grid)) == layout.patches:
+        warnings.warn(
+            f"{chosen} keeps all {layout.patches} tokens: nothing is reduced", stacklevel=2
+        )
     hang(model, host, reduction)
     return reduction
 
@@ -117,15 +134,15 @@ def remove(model: nn.Module) -> None:
                 delattr(module, name)
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key, hook in list(hooks.items()):
-                if isinstance(hook, Tap | Carry | Pool):
+                if isinstance(hook, Tap | Carry | Pool | Grid):
                     del hooks[key]
 
 
 @contextmanager
 def applied(
     model: nn.Module,
-    method: str | Reducer = "tome",
-    keep_rate: float | Schedule = 0.7,
+    method: str | Reducer | Preset = "tome",
+    keep_rate: float | Schedule | None = None,
     **options: Any,
 ) -> Iterator[Reduction]:
     """`apply` for the length of a `with` block; what was there before is put back at its end.
@@ -179,6 +196,9 @@ def hang(model: nn.Module, host: Host, reduction: Reduction) -> None:
             attention = PatchedAttention(host.attention(block), host.attend, reduction)
         made.append((patched, attention))
     passes, pools = host.passes(tower), host.pools(tower)
+    patches = None
+    if "grid" in reduction.reducer.needs or reduction.reconstruction is not None:
+        patches = _convolution(tower, made[0][0].block)
 
     remove(model)
     for patched, attention in made:
@@ -190,10 +210,24 @@ def hang(model: nn.Module, host: Host, reduction: Reduction) -> None:
         module.register_forward_hook(Carry(reduction))
     for module in pools:
         module.register_forward_pre_hook(Pool(reduction))
+    if patches is not None:
+        patches.register_forward_hook(Grid(reduction))
     for name, call in host.methods.items():
         original = getattr(type(tower), name, None)
         if original is not None:  # not every version has every method
             vars(tower)[name] = PatchedMethod(tower, original, call, reduction)
+
+
+def _convolution(tower: nn.Module, first: nn.Module) -> nn.Module | None:
+    """The convolution that makes patches: the last one in front of the first block. None where
+    patches are made otherwise."""
+    found = None
+    for module in tower.modules():
+        if module is first:
+            return found
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            found = module
+    return None
 
 
 def _set_innermost(module: nn.Module, stand_in: Any) -> None:
@@ -380,6 +414,18 @@ class Carry:
 
 
 @dataclass(eq=False)
+class Grid:
+    """A forward hook that tells on which grid the patches of the images stand. Of videos, the
+    frames are stacked."""
+
+    reduction: Reduction
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        *frames, rows, columns = output.shape[2:]
+        self.reduction.set_grid((math.prod(frames) * rows, columns))
+
+
+@dataclass(eq=False)
 class Pool:
     """A forward pre-hook of a module that pools features: shows it merged tokens as often as the
     tokens they stand for, and no dropped ones."""
@@ -424,18 +470,47 @@ def signals_of(reducer: Reducer) -> frozenset[str]:
         "class_attention": attention,
         "attention_received": attention,
     }
-    unknown = reducer.needs - read.keys()
+    unknown = reducer.needs - read.keys() - {"grid"}
     if unknown:
         raise UnsupportedModelError(f"{reducer} needs {sorted(unknown)}; known are {sorted(read)}")
-    return frozenset().union(*(read[signal] for signal in reducer.needs))
+    return frozenset().union(*(read.get(signal, ()) for signal in reducer.needs))
 
 
-def _schedule(keep_rate: float | Schedule, schedule: Schedule | None) -> Schedule:
+def _schedule(
+    reducer: Reducer, keep_rate: float | Schedule | None, schedule: Schedule | None
+) -> Schedule:
     if schedule is not None:
         if not callable(schedule):
             raise TypeError(f"schedule must be one of tokred's schedules, not {schedule!r}")
         return schedule
     if callable(keep_rate):
         return keep_rate
-    check_keep_rate(keep_rate)
-    return Stages(keep_rate)
+    rate = 0.7 if keep_rate is None else keep_rate
+    check_keep_rate(rate)
+    own: Callable[[float], Schedule] = getattr(reducer, "schedule", Stages)
+    return own(rate)
+
+
+def _reconstruction(reducer: Reducer, chosen: str | Reconstruction | None) -> Reconstruction | None:
+    if chosen is None:
+        chosen = getattr(reducer, "reconstruction", None)
+    named: dict[str, Callable[[], Reconstruction | None]] = {
+        "copy": lambda: None,
+        "nearest": Nearest,
+        "bilinear": Bilinear,
+    }
+    if isinstance(chosen, str):
+        if chosen not in named:
+            raise ValueError(f"reconstruction must be one of {sorted(named)}, not {chosen!r}")
+        chosen = named[chosen]()
+    if chosen is not None and (isinstance(chosen, type) or not callable(chosen)):
+        raise TypeError(
+            f"reconstruction must be one of {sorted(named)} or a value such as tokred.Nearest(), "
+            f"not {chosen!r}"
+        )
+    if chosen is not None and varies(reducer):
+        raise ValueError(
+            f"{reducer} keeps different numbers of tokens in different images: reconstruction "
+            "must be 'copy'"
+        )
+    return chosen

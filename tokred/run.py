@@ -20,8 +20,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tokred.maps import Clusters, TokenMap, ranked, side_by_side, take
-from tokred.reducers import Reducer, Tokens, place, varies
+from tokred.maps import Clusters, Kept, TokenMap, Weighted, ranked, side_by_side, take
+from tokred.reducers import Reconstruction, Reducer, Tokens, place, varies
 from tokred.schedule import Schedule, plan
 
 
@@ -90,6 +90,7 @@ class Reduced:
     size: Float[Tensor, "batch fine"] | None
     bias: Float[Tensor, "batch 1 1 fine_and_others"] | None
     index: Int[Tensor, "batch fine"] | None
+    grid: tuple[int, int] | None
     stale: Float[Tensor, "batch fine dim"] | None
     former: Reduced | None
 
@@ -112,6 +113,9 @@ class State:
         index: where on the full grid each patch token stands (a merged one: its first member);
             None if all stand in their places, or nobody asks.
         lengths: where the images of a batch came padded: how many patch tokens each has.
+        grid: rows and columns of the few tokens, where they are known to stand on a grid.
+        aside: the few tokens themselves, where the activation is expanded and they could not be
+            had back from it (see `Weighted`).
     """
 
     ahead: Ahead | None
@@ -123,9 +127,11 @@ class State:
     received: Float[Tensor, "batch tokens"] | None = None
     index: Int[Tensor, "batch tokens"] | None = None
     lengths: tuple[int, ...] | None = None
+    grid: tuple[int, int] | None = None
+    aside: Tensor | None = None
 
     # Written out, because older versions of torch.compile cannot follow dataclasses.replace.
-    def seen(self, expanded: bool) -> State:
+    def seen(self, expanded: bool, aside: Tensor | None = None) -> State:
         """The same tokens, on the full grid or few again."""
         return State(
             self.ahead,
@@ -137,6 +143,8 @@ class State:
             self.received,
             self.index,
             self.lengths,
+            self.grid,
+            aside,
         )
 
     def at(self, ahead: Ahead | None) -> State:
@@ -151,6 +159,8 @@ class State:
             self.received,
             self.index,
             self.lengths,
+            self.grid,
+            self.aside,
         )
 
     @property
@@ -167,6 +177,11 @@ class State:
     def prunes(self) -> bool:
         """Whether tokens were dropped, rather than merged."""
         return any(not reduced.map.merges for reduced in _unrolled(self.trail))
+
+    @property
+    def exact(self) -> bool:
+        """Whether the few tokens can be had back from the full grid that was made of them."""
+        return all(type(reduced.map) in (Clusters, Kept) for reduced in _unrolled(self.trail))
 
     @property
     def ragged(self) -> bool:
@@ -186,11 +201,21 @@ class State:
 
 @dataclass(frozen=True)
 class Record:
-    """What `tokred.inspect` wants to know of one reduction."""
+    """What `tokred.inspect` wants to know of one reduction, or of one rise.
+
+    Attributes:
+        layer: the block, from 0.
+        before: patch tokens before it, and
+        after: patch tokens after it.
+        map: how they became few; None if they became many.
+        undone: how many of the last reductions a rise has undone.
+    """
 
     layer: int
     before: int
-    map: TokenMap
+    after: int
+    map: TokenMap | None
+    undone: int = 0
 
 
 @dataclass(eq=False)
@@ -208,6 +233,7 @@ class Reduction:
         tapped_by: the host's own word on which layers are seen during the running call.
         averages: whether the model averages the patch tokens that leave its last block, where it
             cannot be told which of them were dropped.
+        reconstruction: what the full grid is made of; None: of copies.
     """
 
     reducer: Reducer
@@ -218,6 +244,7 @@ class Reduction:
     attention: str = "host"
     tapped_by: Callable[[int], frozenset[int]] | None = None
     averages: bool = False
+    reconstruction: Reconstruction | None = None
     # Runtime state: by activation, and by thread. (An attribute of the tensor would do as well as
     # a weak dictionary, but would be saved and copied with features that leave the model.) Code
     # that is being compiled can see neither, and has a plain dictionary instead.
@@ -227,7 +254,7 @@ class Reduction:
 
     def __str__(self) -> str:
         tokens = self.layout.patches
-        counts = plan(self.schedule, tokens, self.layout.layers)
+        counts = self.counts(tokens, self.layout.grid)
         return f"{self.reducer}, patch tokens per layer: {tokens} -> {', '.join(map(str, counts))}"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -248,18 +275,45 @@ class Reduction:
         """
         layout = self.layout
         tokens = x.shape[1] - layout.others
+        grid = self._grid_of(tokens)
         if mask is None or torch.compiler.is_compiling():
-            return State(self._ahead(tokens, tokens), tokens)
+            return State(self._ahead(tokens, tokens, grid), tokens, grid=grid)
         valid = visible(mask, x.shape[0])[:, layout.prefix : x.shape[1] - layout.suffix]
         if bool(valid.all()):
-            return State(self._ahead(tokens, tokens), tokens)
+            return State(self._ahead(tokens, tokens, grid), tokens, grid=grid)
+        if self.reconstruction is not None:
+            raise ValueError(
+                f"{self.reconstruction} needs images that are not padded: give them one by one"
+            )
         lengths = tuple(valid.sum(1).tolist())
-        ahead = self._ahead(tokens, max(lengths))
+        ahead = self._ahead(tokens, max(lengths), None)
         return State(ahead, tokens, size=valid.float(), lengths=lengths)
 
-    def _ahead(self, tokens: int, longest: int) -> Ahead | None:
+    def counts(self, tokens: int, grid: tuple[int, int] | None) -> tuple[int, ...]:
+        """How many tokens leave each layer, of so many that stand on `grid`: what the schedule
+        asks for, or the nearest number that the method can make on the grid."""
+        asked = plan(self.schedule, tokens, self.layout.layers)
+        return tuple(fitted(self.reducer, count, tokens, grid) for count in asked)
+
+    def _grid_of(self, tokens: int) -> tuple[int, int] | None:
+        """The grid that so many tokens stand on: that of the image, or of the model's own size."""
+        if not self.layout.raster:
+            return None
+        grid: tuple[int, int] | None = self._get("grid")
+        for rows, columns in (grid or (0, 0), self.layout.grid):
+            if rows * columns == tokens:
+                return rows, columns
+        return None
+
+    def set_grid(self, grid: tuple[int, int]) -> None:
+        """Says on which grid the patches of the images stand that are running."""
+        if not torch.compiler.is_compiling():
+            self._local.grid = grid
+        self._traced["grid"] = grid
+
+    def _ahead(self, tokens: int, longest: int, grid: tuple[int, int] | None) -> Ahead | None:
         """What a pass has to do, where the longest image has so many of the tokens."""
-        counts, tapped = plan(self.schedule, longest, self.layout.layers), self.tapped()
+        counts, tapped = self.counts(longest, grid), self.tapped()
         ahead: Ahead | None = None
         for layer in reversed(range(self.layout.layers)):
             # Padding alone is no reason to reduce.
@@ -317,6 +371,8 @@ class Reduction:
         """Lets `state` ride on `x`."""
         if torch.compiler.is_compiling():
             self._traced["state"] = state
+            if state.aside is not None:
+                self._traced["shown"] = x
         else:
             self._riding[x] = state
 
@@ -340,13 +396,16 @@ class Reduction:
         """
         if torch.compiler.is_compiling():
             traced: State | None = self._traced.get("state")
-            return traced
+            if traced is None or traced.aside is None or self._traced.get("shown") is x:
+                return traced
+            return traced.seen(expanded=True)
         state: State | None = self._riding.get(x)
         if state is None:
             # Of this thread; or of the block before, if that one is compiled.
             for last in (getattr(self._local, "state", None), self._traced.get("state")):
                 if last is not None and self._left(last) == self._behind(layer):
-                    state = last
+                    # What was set aside is no longer what x says.
+                    state = last if last.aside is None else last.seen(expanded=True)
                     break
         if state is not None and x.shape[1] != state.tokens + self.layout.others:
             raise RuntimeError(
@@ -377,6 +436,7 @@ class Reduction:
         """Drops the last state of this thread: the pass is over."""
         if not torch.compiler.is_compiling():
             self._local.state = None
+            self._local.grid = None
         self._traced.clear()
 
     def see(self, signal: str, value: Tensor) -> None:
@@ -428,9 +488,12 @@ class Reduction:
         self, x: Float[Tensor, "batch full dim"], state: State
     ) -> Float[Tensor, "batch tokens dim"]:
         """Reduced tokens from the full grid that `expand` has made. Merged tokens are copies of
-        each other there, so that their mean is what they were."""
+        each other there, so that their mean is what they were; where that is not so, they were
+        kept, and go on unless somebody has changed the full grid."""
         if not state.expanded or state.trail is None:
             return x
+        if state.aside is not None:
+            return state.aside
         tokens = patches(self.layout, x)
         for reduced in _unrolled(state.trail):
             size = reduced.size
@@ -476,11 +539,16 @@ class Step:
         return ahead.keep < self.state.few
 
     def open(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch kept dim"]:
-        """Before the block: few tokens again, if they were expanded for somebody to see, and fewer
-        still, if that is where the method stands."""
-        if self.state.expanded:
-            x = self.reduction.compress(x, self.state)
-            self.state = self.state.seen(expanded=False)
+        """Before the block: few tokens again, if they were expanded for somebody to see; many, if
+        the schedule has them rise; and fewer still, if that is where the method stands."""
+        state = self.state
+        assert state.ahead is not None
+        rises = state.trail is not None and state.ahead.keep > state.trail.asked
+        if state.expanded and not (rises and state.ahead.keep == state.full):
+            x = self.reduction.compress(x, state)
+            self.state = state.seen(expanded=False)
+        if rises:
+            x = self._rise(x, state.ahead.keep)
         return self._change(x) if place(self.reduction.reducer) == "before" else x
 
     def bias(self, x: Tensor, mask: Tensor | None = None) -> Tensor | None:
@@ -617,9 +685,7 @@ class Step:
         asked = num
         if not exact:
             asked = state.full if state.trail is None else state.trail.asked
-        if keep > asked:
-            return self._rise(x, keep)
-        if keep == asked or keep >= num:
+        if keep >= asked or keep >= num:
             return x
         tokens = patches(layout, x)
         size = state.size
@@ -638,10 +704,16 @@ class Step:
                     f"at layer {self.layer}, but was asked for {keep}"
                 )
             fewer = token_map.down(tokens, size)
+            coarse_grid = getattr(token_map, "grid", None)
+            reconstruction = self.reduction.reconstruction
+            if reconstruction is not None:
+                # As attributes of the tokens that are seen now, not of what becomes of them.
+                index, weight = reconstruction(tokens, fewer, state.grid, coarse_grid)
+                token_map = Weighted(token_map, index, weight)
         self.signals.clear()  # so that the keys need not live on through the MLP
         del view
-        self.reduction.record(Record(self.layer, num, token_map))
-        self._went_down(token_map, keep, tokens, size)
+        self.reduction.record(Record(self.layer, num, token_map.num_coarse, token_map))
+        self._went_down(token_map, keep, tokens, size, coarse_grid)
         return _between(layout, x, fewer)
 
     def _apart(self, view: Tokens, lengths: tuple[int, ...]) -> TokenMap:
@@ -678,8 +750,9 @@ class Step:
             )
         full = ahead.tapped or (last and (reduction.full_grid or reduction.averages))
         if full and not averaged:
+            aside = None if last or state.exact else x
             x = reduction.expand(x, state)
-            state = state.seen(expanded=True)
+            state = state.seen(expanded=True, aside=aside)
         elif last and state.ragged:
             assert state.size is not None
             padding = F.pad(state.size == 0, (reduction.layout.prefix, reduction.layout.suffix))
@@ -721,6 +794,7 @@ class Step:
             value=None if value is None else patches(layout, value.detach(), 2),
             class_attention=attention,
             attention_received=self.state.received,
+            grid=self.state.grid,
             layer=self.layer,
             layers=layout.layers,
             before=layout.prefix,
@@ -764,6 +838,7 @@ class Step:
             received=received,
             index=state.index,
             lengths=state.lengths,
+            grid=state.grid,
         )
 
     def _went_down(
@@ -772,10 +847,20 @@ class Step:
         asked: int,
         tokens: Float[Tensor, "batch fine dim"],
         size: Float[Tensor, "batch fine"],
+        grid: tuple[int, int] | None,
     ) -> None:
         state = self.state
         stale = None if token_map.merges else tokens
-        reduced = Reduced(token_map, asked, state.size, state.bias, state.index, stale, state.trail)
+        reduced = Reduced(
+            token_map,
+            asked,
+            state.size,
+            state.bias,
+            state.index,
+            state.grid,
+            stale,
+            state.trail,
+        )
         new, bias, index = None, None, None
         if token_map.merges or token_map.ragged or state.size is not None:
             new = token_map.total(size)
@@ -792,6 +877,7 @@ class Step:
             bias,
             index=index,
             lengths=state.lengths,
+            grid=grid,
         )
 
     def _bias_of(
@@ -807,19 +893,37 @@ class Step:
         return F.pad(bias, (layout.prefix, layout.suffix))[:, None, None, :]
 
     def _rise(self, x: Float[Tensor, "batch tokens dim"], to: int) -> Float[Tensor, "batch to dim"]:
+        """Undoes reductions, back to as many tokens as there were before them."""
         state = self.state
         trail = state.trail
         undone: list[Reduced] = []
-        size, bias, index = state.size, state.bias, state.index
+        size, bias, index, grid = state.size, state.bias, state.index, state.grid
         while trail is not None and trail.asked < to:
             undone.insert(0, trail)
-            size, bias, index = trail.size, trail.bias, trail.index
+            size, bias, index, grid = trail.size, trail.bias, trail.index, trail.grid
             trail = trail.former
-        x = _up(self.reduction.layout, x, undone)
+        self.reduction.record(Record(self.layer, state.few, to, None, len(undone)))
+        if not state.expanded:  # else it is the full grid already
+            x = _up(self.reduction.layout, x, undone)
         self.state = State(
-            state.ahead, state.full, trail, size, bias, index=index, lengths=state.lengths
+            state.ahead,
+            state.full,
+            trail,
+            size,
+            bias,
+            index=index,
+            lengths=state.lengths,
+            grid=grid,
         )
         return x
+
+
+def fitted(reducer: Reducer, keep: int, tokens: int, grid: tuple[int, int] | None) -> int:
+    """The number of tokens nearest to `keep` that a method can make, of so many on `grid`."""
+    fit = getattr(reducer, "fit", None)
+    if fit is None or grid is None or keep >= tokens:
+        return keep
+    return int(fit(keep, grid))
 
 
 def explicit_is_faster(x: Float[Tensor, "batch tokens dim"], heads: int) -> bool:
@@ -934,7 +1038,7 @@ def _unrolled(trail: Reduced | None) -> list[Reduced]:
 def _without_stale(state: State) -> State:
     trail: Reduced | None = None
     for r in _unrolled(state.trail):
-        trail = Reduced(r.map, r.asked, r.size, r.bias, r.index, None, trail)
+        trail = Reduced(r.map, r.asked, r.size, r.bias, r.index, r.grid, None, trail)
     return State(
         state.ahead,
         state.full,
@@ -944,6 +1048,7 @@ def _without_stale(state: State) -> State:
         state.expanded,
         index=state.index,
         lengths=state.lengths,
+        grid=state.grid,
     )
 
 

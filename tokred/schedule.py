@@ -2,7 +2,8 @@
 
 A schedule is called with the number of patch tokens and of layers, and returns one number per
 layer: the tokens that leave it. A fall is a reduction at that layer; a rise back to an earlier
-number undoes the reductions since. Prefix tokens are not counted. Layers count from 0.
+number undoes the reductions since, before the layer runs. Prefix tokens are not counted. Layers
+count from 0.
 """
 
 from __future__ import annotations
@@ -113,6 +114,65 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Hourglass:
+    """Runs some layers in the middle with few tokens, and those before and behind with all.
+
+    Liang et al., "Expediting Large-Scale Vision Transformer for Dense Prediction without
+    Fine-tuning", NeurIPS 2022, https://arxiv.org/abs/2210.01035, section 3: the first alpha layers
+    and the last gamma run on the full grid, the beta layers between them on few tokens.
+
+    >>> Hourglass(0.25, down=1, up=3)(tokens=196, layers=4)
+    [196, 49, 49, 196]
+
+    Args:
+        keep_rate: the share of tokens kept, in (0, 1].
+        grid: rows and columns of the tokens kept, in place of `keep_rate`.
+        down: how many layers run before tokens become few (alpha); a third of them if not given.
+        up: the layer before which they are many again (alpha + beta); behind the last one if not
+            given.
+    """
+
+    keep_rate: float | None = None
+    grid: tuple[int, int] | None = None
+    down: int | None = None
+    up: int | None = None
+    _ratio: tuple[int, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if (self.keep_rate is None) == (self.grid is None):
+            raise ValueError(
+                "one of keep_rate and grid must be given, not "
+                f"keep_rate={self.keep_rate!r} and grid={self.grid!r}"
+            )
+        if self.keep_rate is not None:
+            check_keep_rate(self.keep_rate)
+        elif self.grid is None or len(self.grid) != 2 or not all(_positive(n) for n in self.grid):
+            raise ValueError(f"grid must be two positive integers, not {self.grid!r}")
+        down, up = self.down or 0, self.up
+        if not isinstance(down, int) or down < 0:
+            raise ValueError(f"down must be an integer of at least 0, not {self.down!r}")
+        if up is not None and (not isinstance(up, int) or up <= down):
+            raise ValueError(f"up must be an integer above down = {down}, not {up!r}")
+        object.__setattr__(self, "_ratio", _ratio(self.keep_rate or 1))
+
+    def __call__(self, tokens: int, layers: int) -> list[int]:
+        down = layers // 3 if self.down is None else self.down
+        up = layers if self.up is None else self.up
+        if not down < up <= layers:
+            raise ValueError(
+                f"{self}: down = {down} and up = {up} do not fit a model of {layers} layers, where "
+                f"0 <= down < up <= {layers}"
+            )
+        over, under = self._ratio
+        few = max(1, tokens * over // under)
+        if self.grid is not None:
+            few = self.grid[0] * self.grid[1]
+            if few > tokens:
+                raise ValueError(f"grid must have at most {tokens} cells here, not {self.grid}")
+        return [few if down <= layer < up else tokens for layer in range(layers)]
+
+
+@dataclass(frozen=True)
 class Exactly:
     """The number of tokens after each layer, given outright.
 
@@ -191,6 +251,10 @@ def _check_merges(merges: object) -> None:
         raise TypeError(f"merges must be a whole number of tokens per layer, not {merges!r}")
     if merges < 0:
         raise ValueError(f"merges must be at least 0 tokens per layer, not {merges}")
+
+
+def _positive(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number > 0
 
 
 def _rising(layers: Sequence[int]) -> bool:

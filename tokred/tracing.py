@@ -46,6 +46,7 @@ class Trace:
         prefix: prefix tokens, which no method touches.
         layers: blocks of the model.
         stages: the reductions, in order.
+        rises: the layers before which tokens become many again, and how many.
     """
 
     method: str
@@ -53,10 +54,12 @@ class Trace:
     prefix: int
     layers: int
     stages: tuple[StageTrace, ...]
+    rises: tuple[tuple[int, int], ...] = ()
 
     def __str__(self) -> str:
         full = self.grid[0] * self.grid[1]
         by_layer = {stage.layer: stage for stage in self.stages}
+        rises = dict(self.rises)
         lines = [
             f"{self.method} on a {self.grid[0]}x{self.grid[1]} grid, {self.prefix} prefix tokens"
         ]
@@ -65,9 +68,12 @@ class Trace:
         for layer in range(self.layers):
             stage = by_layer.get(layer)
             note = ""
+            if layer in rises:
+                note = f"  {count} -> {rises[layer]} again"
+                count = rises[layer]
             if stage:
                 count = stage.after
-                note = f"  {stage.before} -> {stage.after}, {_told(stage)}"
+                note += f"  {stage.before} -> {stage.after}, {_told(stage)}"
                 if stage.map.ragged:
                     mean = sum(stage.counts) / len(stage.counts)
                     note += f"; images have {min(stage.counts)} to {stage.after}, mean {mean:.1f}"
@@ -105,16 +111,21 @@ def inspect(model: nn.Module, images: Inputs, host: Host | None = None) -> Trace
     with torch.no_grad(), reduction.recording() as records:
         call(uncompiled(model), images)
     cells = layout.grid[0] * layout.grid[1]
-    labels = torch.arange(cells, device=batch.device).expand(len(batch), cells)
-    stages = []
+    so_far = [torch.arange(cells, device=batch.device).expand(len(batch), cells)]
+    stages, rises = [], []
     for record in records:
-        onward = record.map.labels()
+        if record.map is None:
+            rises.append((record.layer, record.after))
+            del so_far[len(so_far) - record.undone :]
+            continue
+        onward, labels = record.map.labels(), so_far[-1]
         labels = torch.where(labels >= 0, onward.gather(1, labels.clamp(min=0)), -1)
+        so_far.append(labels)
         stages.append(
             StageTrace(
                 layer=record.layer,
                 before=record.before,
-                after=record.map.num_coarse,
+                after=record.after,
                 counts=tuple((labels.max(1).values + 1).tolist()),
                 map=record.map,
                 labels=labels.reshape(-1, *layout.grid),
@@ -130,6 +141,7 @@ def inspect(model: nn.Module, images: Inputs, host: Host | None = None) -> Trace
         prefix=layout.prefix,
         layers=layout.layers,
         stages=tuple(stages),
+        rises=tuple(rises),
     )
 
 

@@ -34,6 +34,8 @@ class Tokens:
             mean attention it gets from all tokens.
         attention_received: how much attention each token got in the block before, the sum over
             heads and queries, float32. None in front of the first block.
+        grid: rows and columns of the tokens, where they stand row by row on a grid; None where
+            they do not.
         layer: the layer we are in, from 0.
         layers: how many there are.
         before: the prefix tokens in front.
@@ -45,6 +47,7 @@ class Tokens:
     value: Float[Tensor, "batch heads tokens head_dim"] | None = None
     class_attention: Float[Tensor, "batch heads tokens"] | None = None
     attention_received: Float[Tensor, "batch tokens"] | None = None
+    grid: tuple[int, int] | None = None
     layer: int = 0
     layers: int = 1
     before: int = 0
@@ -77,10 +80,10 @@ class Reducer(Protocol):
 
     Attributes:
         needs: the signals of `Tokens` that it wants: "key", "value", "class_attention",
-            "attention_received".
+            "attention_received", "grid".
         bibtex: the paper to cite; empty if there is none.
 
-    A class may say four things more (see `place`, `varies`, `prunes` and `proportional` here):
+    A class may say more (see `place`, `varies`, `prunes` and `proportional` here):
 
         place: "between" attention and MLP, which is where most methods stand, or "before" the
             block.
@@ -89,6 +92,11 @@ class Reducer(Protocol):
         prunes: whether tokens are dropped, rather than merged; no if not said.
         proportional: whether its paper lets a token that stands for s tokens count s times in
             attention; yes if not said.
+        reconstruction: what the full grid is made of (see `Reconstruction`); of copies if not
+            said.
+        schedule: `schedule(keep_rate)`, what a bare keep rate means; `Stages` if not said.
+        fit: `fit(keep, grid)`, the number of tokens nearest to `keep` that it can make of a grid;
+            any if not said.
     """
 
     needs: ClassVar[frozenset[str]]
@@ -97,6 +105,31 @@ class Reducer(Protocol):
     def __call__(self, tokens: Tokens, keep: int) -> TokenMap:
         """Chooses how the tokens become exactly `keep` tokens, 1 <= keep < tokens. (Where
         `varies`: about as many as that, as the method says.)"""
+        ...
+
+
+class Reconstruction(Protocol):
+    """What the full grid is made of, where merged tokens are not just copied."""
+
+    def __call__(
+        self,
+        before: Float[Tensor, "batch fine dim"],
+        coarse: Float[Tensor, "batch coarse dim"],
+        grid: tuple[int, int] | None,
+        coarse_grid: tuple[int, int] | None,
+    ) -> tuple[Int[Tensor, "batch_or_1 fine nearest"], Float[Tensor, "batch_or_1 fine nearest"]]:
+        """Chooses it when tokens are reduced.
+
+        Args:
+            before: the tokens before they were reduced.
+            coarse: the reduced tokens.
+            grid: rows and columns of `before`; None if they are on no grid.
+            coarse_grid: the same of `coarse`.
+
+        Returns:
+            The reduced tokens that each token is made of, and how much of each, which adds up
+            to 1.
+        """
         ...
 
 

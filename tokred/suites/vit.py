@@ -208,7 +208,6 @@ def _arms(
     """Every side by name: its reduction, and the name of its free limit."""
     host, tower = find_host(model)
     layout = host.layout(tower, None)
-    tokens = layout.grid[0] * layout.grid[1]
     arms: dict[str, tuple[Reduction | None, str]] = {"dense": (None, "")}
     for rate in keep_rates:
         for method in methods:
@@ -216,7 +215,7 @@ def _arms(
             if compile and varies(reducer):
                 continue
             reduction = Reduction(reducer, Stages(rate), layout, proportional(reducer))
-            counts = counts_of(model, host, images, reduction, tokens)
+            counts = counts_of(model, host, images, reduction, layout.grid)
             limit = f"limit {place(reducer)} {counts}"
             cut = Reduction(Truncate(place(reducer)), Exactly(counts), layout, full_grid=False)
             arms.setdefault(limit, (cut, ""))
