@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # there is a process for every core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import copy
 from collections.abc import Callable, Iterator
 from functools import cache
 
@@ -15,7 +19,7 @@ from torch import nn
 from tokred import zoo
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # there is a process for every core
+    torch.set_num_threads(1)
 
 # The real classes, narrowed: wide layers test nothing more and cost minutes.
 SMALL: dict[str, object] = {"embed_dim": 192, "num_heads": 3}

@@ -127,3 +127,13 @@ def test_citations_are_those_of_the_method(plain: nn.Module) -> None:
     assert tokred.cite(plain) == tokred.cite("atc") == tokred.cite(tokred.ATC("single"))
     assert "Agglomerative Token Clustering" in tokred.cite(plain)
     assert "baseline" in tokred.cite("random")
+
+
+def test_rises_are_told_and_undo_what_was_merged(plain: nn.Module, images: torch.Tensor) -> None:
+    tokred.apply(plain, "tome", tokred.Exactly((10, 16, 8, 8)))
+    trace = tokred.inspect(plain, images)
+    assert trace.rises == ((1, 16),)
+    assert [stage.before for stage in trace.stages] == [16, 16]
+    # The second reduction is of the full grid, not of what the first one had left.
+    assert torch.equal(trace.stages[1].labels.flatten(1), trace.stages[1].map.labels())
+    assert "10 -> 16 again" in str(trace)

@@ -108,6 +108,7 @@ class Reducer(Protocol):
         ...
 
 
+@runtime_checkable
 class Reconstruction(Protocol):
     """What the full grid is made of, where merged tokens are not just copied."""
 
