@@ -306,6 +306,24 @@ def test_numba_takes_no_more_threads_than_torch_and_gives_them_back(
     assert numba.get_num_threads() == threads
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_torch_keeps_its_threads(threads: int) -> None:
+    """numba starts its own the first time they are asked for, which must not change how many
+    PyTorch uses: other work would be ten times slower on a busy machine."""
+    pytest.importorskip("numba")
+    program = (
+        f"import torch; torch.set_num_threads({threads})\n"
+        "from tokred.kernels import agglomerative_numba as kernel\n"
+        "kernel.cluster(torch.rand(8, 200, 200), 50, 'average')\n"
+        "print(torch.get_num_threads())"
+    )
+    environment = {**os.environ, "NUMBA_NUM_THREADS": "3"}
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
+    )
+    assert run.stdout.strip() == str(threads), run.stderr
+
+
 def test_scratch_is_kept_up_to_a_limit_and_by_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     from tokred.kernels import scratch
 

@@ -93,9 +93,11 @@ def cluster(
     labels = np.empty((batch, num), dtype=np.int64)
 
     worth = batch * num * num // _DISTANCES_PER_THREAD
-    threads = max(1, min(batch, worth, torch.get_num_threads(), numba.get_num_threads()))
+    threads = max(1, min(batch, worth, torch.get_num_threads()))
     if os.getpid() != _PROCESS:
         threads = 1
+    if threads > 1:
+        threads = min(threads, _available())
     near = samples if in_place else scratch("near", (threads, num, stride), np.float32)
     floats = scratch("floats", (threads, 6, stride), np.float64)
     integers = scratch("integers", (threads, 8, stride), np.int32)
@@ -111,6 +113,16 @@ def cluster(
             finally:
                 numba.set_num_threads(before)
     return torch.from_numpy(labels)
+
+
+def _available() -> int:
+    """The threads that numba may use. Asking for the first time starts them; with OpenMP, that
+    also changes how many PyTorch uses, which is put right again."""
+    before = torch.get_num_threads()
+    available: int = numba.get_num_threads()
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
+    return available
 
 
 def workspace(batch: int, num: int) -> Float[Tensor, "batch tokens tokens"]:
