@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import Small, visible
+from families import Small
+from families.transformers_maskless import lively
 from test_hosts import SMALL, answered, counts, keep_all
 from torch import Tensor, nn
 
@@ -47,7 +48,7 @@ def images(*size: int) -> Callable[[int], dict[str, Tensor]]:
 
 def depth(make: Callable[[], nn.Module], *size: int, counted: str = "mlp") -> Small:
     def build() -> nn.Module:
-        return visible(make())
+        return lively(make())
 
     return Small(
         build, images(*size), counted=counted, answer=lambda outputs: outputs.predicted_depth
@@ -79,7 +80,8 @@ def hybrid() -> nn.Module:
         },
         hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64,
         image_size=128, patch_size=16, backbone_featmap_shape=[1, 32, 8, 8],
-        backbone_out_indices=[0, 1, 2, 3], neck_ignore_stages=[0, 1], **NECK,
+        backbone_out_indices=[0, 1, 2, 3], neck_ignore_stages=[0, 1],
+        neck_hidden_sizes=[8, 16, 16, 16], fusion_hidden_size=16,
     )  # fmt: skip
     return transformers.DPTForDepthEstimation(config)
 

@@ -31,7 +31,6 @@ from tokred import Stages
             "keep_rate must be in (0, 1], the share of tokens kept, not nan",
         ),
         ("0.5", TypeError, "keep_rate must be a number in (0, 1] or a schedule, not '0.5' (str)"),
-        (None, TypeError, "keep_rate must be a number in (0, 1] or a schedule, not None"),
         (True, TypeError, "keep_rate must be a number in (0, 1] or a schedule, not True (bool)"),
     ],
 )

@@ -24,6 +24,10 @@ from tokred import reducers
 from tokred.patching import reduction_of
 
 every_method = pytest.mark.parametrize("method", reducers.names())
+# Methods for dense prediction have a schedule of their own: see test_hourglass.py.
+every_staged_method = pytest.mark.parametrize(
+    "method", [name for name in reducers.names() if not hasattr(reducers.make(name), "schedule")]
+)
 
 
 @torch.no_grad()
@@ -107,7 +111,7 @@ def test_applied_ends_with_its_block(plain: nn.Module, images: torch.Tensor) -> 
     assert torch.equal(outputs(plain, images), dense)
 
 
-@every_method
+@every_staged_method
 @pytest.mark.parametrize("keep_rate", [0.25, 0.5, 0.7, 0.9])
 def test_exactly_the_asked_number_stays(
     vit: nn.Module, images: torch.Tensor, method: str, keep_rate: float
@@ -126,7 +130,7 @@ def test_exactly_the_asked_number_stays(
         assert seen == asked
 
 
-@every_method
+@every_staged_method
 def test_prefix_tokens_are_never_touched(vit: nn.Module, images: torch.Tensor, method: str) -> None:
     """They enter the MLP as attention left them, in front, in their order; or the block as the one
     before has left them."""
@@ -206,7 +210,7 @@ def test_reentrant_checkpointing_is_refused_rather_than_wrong(
         x.sum().backward()
 
 
-@every_method
+@every_staged_method
 @pytest.mark.parametrize("norm", [False, True])
 def test_intermediate_features_are_full_grids_in_order(
     vit: nn.Module, images: torch.Tensor, method: str, norm: bool

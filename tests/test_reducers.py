@@ -19,6 +19,20 @@ static_methods = pytest.mark.parametrize(
     "method", [name for name in reducers.names() if not reducers.varies(reducers.make(name))]
 )
 SIGNALS = ("x", "size", "key", "value", "class_attention", "attention_received")
+GRIDS = {16: (4, 4), 15: (3, 5), 2: (1, 2)}
+
+
+def soft(small: TokenMap) -> bool:
+    """Whether tokens go into several coarse ones, which are on a grid. Then labels say no more than
+    where most of a token went, which may be nowhere for a coarse one; and what is copied up is not
+    what had been merged."""
+    return getattr(small, "grid", None) is not None
+
+
+def fitting(method: str, keep: int, num: int) -> int:
+    """The number of tokens nearest to `keep` that the method can make of these."""
+    fit = getattr(reducers.make(method), "fit", None)
+    return int(fit(keep, GRIDS[num])) if fit else keep
 
 
 def some_tokens(batch: int = 2, num: int = 16, dtype: torch.dtype = torch.float32) -> Tokens:
@@ -29,6 +43,7 @@ def some_tokens(batch: int = 2, num: int = 16, dtype: torch.dtype = torch.float3
         value=torch.randn(batch, 3, num, 4, dtype=dtype),
         class_attention=torch.rand(batch, 3, num).softmax(-1),
         attention_received=torch.rand(batch, num),
+        grid=GRIDS[num],
         layer=1,
         layers=4,
         before=1,
@@ -47,16 +62,21 @@ def one(tokens: Tokens, b: int) -> Tokens:
 def test_keeps_exactly_as_many_as_asked(method: str, num: int, keep: int) -> None:
     tokens = some_tokens(num=num)
     made = reducers.make(method)
+    keep = fitting(method, keep, num)
     small = made(tokens, keep)
     assert isinstance(small, TokenMap)
     assert small.ragged == reducers.varies(made)
     assert reducers.prunes(made) != small.merges
-    first = [row.index(group) for row in small.labels().tolist() for group in range(max(row) + 1)]
-    if not small.ragged:
-        assert small.representatives().flatten().tolist() == first
     down = small.down(tokens.x, tokens.size)
     assert down.shape == (2, small.num_coarse, 12)
     assert small.up(down, tokens.x).shape == tokens.x.shape
+    if soft(small):
+        assert small.num_coarse == keep
+        assert small.representatives().shape == (2, keep)
+        return
+    first = [row.index(group) for row in small.labels().tolist() for group in range(max(row) + 1)]
+    if not small.ragged:
+        assert small.representatives().flatten().tolist() == first
     groups = [sorted(set(row) - {-1}) for row in small.labels().tolist()]
     assert groups == [list(range(len(row))) for row in groups]
     if small.ragged:
@@ -68,7 +88,9 @@ def test_keeps_exactly_as_many_as_asked(method: str, num: int, keep: int) -> Non
 
 @every_method
 def test_tokens_keep_the_order_of_their_first_members(method: str) -> None:
-    small = reducers.make(method)(some_tokens(), 7)
+    small = reducers.make(method)(some_tokens(), fitting(method, 7, 16))
+    if soft(small):
+        pytest.skip("coarse tokens have the order of their grid")
     for labels in small.labels().tolist():
         first = [labels.index(group) for group in range(max(labels) + 1)]
         assert first == sorted(first)
@@ -77,7 +99,7 @@ def test_tokens_keep_the_order_of_their_first_members(method: str) -> None:
 @every_method
 def test_conserves_size_or_drops_it_openly(method: str) -> None:
     tokens = some_tokens()
-    small = reducers.make(method)(tokens, 6)
+    small = reducers.make(method)(tokens, fitting(method, 6, 16))
     went = small.labels() >= 0
     torch.testing.assert_close(small.total(tokens.size).sum(1), (tokens.size * went).sum(1))
     assert went.all() == small.merges
@@ -87,7 +109,7 @@ def test_conserves_size_or_drops_it_openly(method: str) -> None:
 def test_leaves_equal_tokens_alone(method: str) -> None:
     tokens = some_tokens()
     same = torch.full_like(tokens.x, 3.5)
-    small = reducers.make(method)(tokens, 5)
+    small = reducers.make(method)(tokens, fitting(method, 5, 16))
     few = same[:, : small.num_coarse]
     torch.testing.assert_close(small.down(same, tokens.size), few)
     torch.testing.assert_close(small.up(few, same), same)
@@ -96,7 +118,9 @@ def test_leaves_equal_tokens_alone(method: str) -> None:
 @every_method
 def test_goes_up_and_down_again_without_a_change(method: str) -> None:
     tokens = some_tokens()
-    small = reducers.make(method)(tokens, 6)
+    small = reducers.make(method)(tokens, fitting(method, 6, 16))
+    if soft(small):
+        pytest.skip("what is copied up is not what had been merged")
     few = torch.randn(2, small.num_coarse, 12)
     again = small.down(small.up(few, tokens.x), tokens.size)
     there = (small.total(tokens.size) > 0)[..., None]
@@ -107,16 +131,18 @@ def test_goes_up_and_down_again_without_a_change(method: str) -> None:
 def test_treats_samples_apart(method: str) -> None:
     tokens = some_tokens(batch=3)
     reduce = reducers.make(method)
-    together = reduce(tokens, 7)
+    keep = fitting(method, 7, 16)
+    together = reduce(tokens, keep)
     for b in range(3):
-        assert torch.equal(reduce(one(tokens, b), 7).labels()[0], together.labels()[b])
+        assert torch.equal(reduce(one(tokens, b), keep).labels()[0], together.labels()[b])
 
 
 @every_method
 def test_is_deterministic_and_leaves_the_random_stream_alone(method: str) -> None:
     tokens = some_tokens()
     before = torch.get_rng_state()
-    first, second = (reducers.make(method)(tokens, 7).labels() for _ in range(2))
+    keep = fitting(method, 7, 16)
+    first, second = (reducers.make(method)(tokens, keep).labels() for _ in range(2))
     assert torch.equal(first, second)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -125,7 +151,7 @@ def test_is_deterministic_and_leaves_the_random_stream_alone(method: str) -> Non
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_keeps_the_dtype(method: str, dtype: torch.dtype) -> None:
     tokens = some_tokens(dtype=dtype)
-    small = reducers.make(method)(tokens, 7)
+    small = reducers.make(method)(tokens, fitting(method, 7, 16))
     assert small.down(tokens.x, tokens.size).dtype == dtype
     assert small.total(tokens.size).dtype == torch.float32
 
@@ -142,7 +168,7 @@ def test_exact_duplicates_and_zeros_are_no_trouble(method: str) -> None:
             same[name].narrow(axis, 8, 8).zero_()
     flat = dataclasses.replace(tokens, **same)
     for keep in (15, 9, 4, 1):
-        made = reducers.make(method)
+        made, keep = reducers.make(method), fitting(method, keep, 16)
         small = made(flat, keep)
         assert small.num_coarse == keep or (reducers.varies(made) and small.num_coarse < keep)
         assert small.down(flat.x, flat.size).isfinite().all()
@@ -167,11 +193,12 @@ def test_says_what_it_is_in_one_line(method: str) -> None:
 @pytest.mark.parametrize("backend", ["aot_eager"])
 def test_compiles_in_one_graph_and_once(method: str, backend: str) -> None:
     torch._dynamo.reset()
-    reduce = reducers.make(method)
+    reduce, keep = reducers.make(method), fitting(method, 5, 16)
 
     def run(*signals):  # type: ignore[no-untyped-def]
-        tokens = Tokens(**dict(zip(SIGNALS, signals, strict=True)), layer=1, layers=4, before=1)
-        return reduce(tokens, 5).down(tokens.x, tokens.size)
+        named = dict(zip(SIGNALS, signals, strict=True))
+        tokens = Tokens(**named, grid=(4, 4), layer=1, layers=4, before=1)
+        return reduce(tokens, keep).down(tokens.x, tokens.size)
 
     compiled = torch.compile(run, fullgraph=True, backend=backend)
     counter = CompileCounterWithBackend(backend)

@@ -247,7 +247,8 @@ def _fidelity(options: argparse.Namespace) -> None:
     batches = images.split(8)
     print(f"{options.model}, {len(images)} images: the reduced model against the dense one")
     print(
-        f"{'method':26s}{'keep':>6s}{'cosine':>9s}{'same decision':>15s}{'depth error':>13s}  tokens"
+        f"{'method':26s}{'keep':>6s}{'cosine':>9s}{'same decision':>15s}{'depth error':>13s}"
+        "  tokens"
     )
     with _bar(len(settings), "settings") as bar:
         for name, method, schedule in settings:

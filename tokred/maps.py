@@ -248,13 +248,7 @@ class Weighted:
         y: Float[Tensor, "batch coarse dim"],
         stale: Float[Tensor, "batch fine dim"] | None = None,
     ) -> Float[Tensor, "batch fine dim"]:
-        """Every fine token is a weighted mean of coarse ones, summed in float32."""
-        batch, (fine, nearest) = y.shape[0], self.index.shape[1:]
-        rows = _rows(self.index.expand(batch, -1, -1).flatten(1), y.shape[1])
-        wide = y.flatten(0, 1).to(torch.promote_types(y.dtype, torch.float32))
-        weight = self.weight.expand(batch, -1, -1).reshape(-1, nearest).to(wide.dtype)
-        out = F.embedding_bag(rows.view(-1, nearest), wide, mode="sum", per_sample_weights=weight)
-        return out.view(batch, fine, y.shape[2]).to(y.dtype)
+        return blend(y, self.index, self.weight)
 
     def total(self, size: Float[Tensor, "batch fine"]) -> Float[Tensor, "batch coarse"]:
         return self.coarse.total(size)
@@ -352,6 +346,20 @@ def take(
     """The tokens at `index`, sample by sample; copies whole rows, which `gather` does not."""
     rows = _rows(index, x.shape[1])
     return x.flatten(0, 1).index_select(0, rows).view(x.shape[0], index.shape[1], x.shape[2])
+
+
+def blend(
+    y: Float[Tensor, "batch coarse dim"],
+    index: Int[Tensor, "batch_or_1 fine nearest"],
+    weight: Float[Tensor, "batch_or_1 fine nearest"],
+) -> Float[Tensor, "batch fine dim"]:
+    """Sums of the tokens at `index`, weighted, in at least float32."""
+    batch, (fine, nearest) = y.shape[0], index.shape[1:]
+    rows = _rows(index.expand(batch, -1, -1).flatten(1), y.shape[1])
+    wide = y.flatten(0, 1).to(torch.promote_types(y.dtype, torch.float32))
+    weight = weight.expand(batch, -1, -1).reshape(-1, nearest).to(wide.dtype)
+    out = F.embedding_bag(rows.view(-1, nearest), wide, mode="sum", per_sample_weights=weight)
+    return out.view(batch, fine, y.shape[2]).to(y.dtype)
 
 
 def _rows(index: Int[Tensor, "batch tokens"], num: int) -> Int[Tensor, " rows"]:

@@ -11,7 +11,7 @@ their candidates alone (there with all centres, of which most are masked then).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from tokred.maps import take
+from tokred.maps import blend, take
 from tokred.reducers import Tokens, register
 from tokred.schedule import Hourglass
 
@@ -99,7 +99,7 @@ class SLIC:
             )
         x = tokens.x.detach().unflatten(1, fine)
         if self.iterations == 0:
-            _check_grid(grid, fine)
+            _check_grid(grid, fine, self.neighbourhood)
             return Pooled(fine, grid, _homes(fine, grid, x.device).expand(x.shape[0], -1))
         log_parts = assign(x, grid, self.neighbourhood, self.iterations, self.tau)
         return Superpixels(fine, grid, self.neighbourhood, log_parts)
@@ -129,20 +129,13 @@ def cluster(
     """
     fine = (x.shape[1], x.shape[2])
     _check_clustering(neighbourhood, iterations, tau)
-    _check_grid(grid, fine)
-    tokens = x.flatten(1, 2)
+    _check_grid(grid, fine, neighbourhood)
     if iterations == 0:
-        return _pool(_wide(tokens), fine, grid).to(x.dtype)
-    tiles = _tiles(fine, grid, neighbourhood, x.device)
-
-    def centres(part: Tensor) -> Tensor:
-        z, mean = _centred(_wide(part))
-        windows = _windows(z, tiles)
-        log_parts = _rounds(windows, _pool(z, fine, grid), tiles, iterations, tau)
-        return (_means(windows, log_parts, tiles) + mean).to(x.dtype)
-
+        return _pool(_wide(x.flatten(1, 2)), fine, grid).to(x.dtype)
+    tiles = _tiles(fine, grid, neighbourhood, x.device, x.shape[3], iterations)
+    z, mean = _centred(_wide(x.flatten(1, 2)))
     with torch.autocast(x.device.type, enabled=False):  # which would multiply in half precision
-        return _by_samples(centres, tiles, tokens)
+        return (_means(z, _rounds(z, tiles, iterations, tau), tiles) + mean).to(x.dtype)
 
 
 def assign(
@@ -160,16 +153,11 @@ def assign(
     """
     fine = (x.shape[1], x.shape[2])
     _check_clustering(neighbourhood, iterations, tau, least=1)
-    _check_grid(grid, fine)
-    tokens = x.flatten(1, 2)
-    tiles = _tiles(fine, grid, neighbourhood, x.device)
-
-    def log_parts(part: Tensor) -> Tensor:
-        z, _ = _centred(_wide(part))
-        return _rounds(_windows(z, tiles), _pool(z, fine, grid), tiles, iterations, tau)
-
+    _check_grid(grid, fine, neighbourhood)
+    tiles = _tiles(fine, grid, neighbourhood, x.device, x.shape[3], iterations)
+    z, _ = _centred(_wide(x.flatten(1, 2)))
     with torch.autocast(x.device.type, enabled=False):
-        return _by_samples(log_parts, tiles, tokens)
+        return _rounds(z, tiles, iterations, tau)
 
 
 def nearest(
@@ -225,12 +213,7 @@ def reconstruct(
         ValueError: `k` or `tau` is out of range.
     """
     index, weight = nearest(before, centres_before, k, tau)
-    batch, clusters, dim = centres_after.shape
-    rows = index + torch.arange(batch, device=index.device)[:, None, None] * clusters
-    wide = _wide(centres_after).flatten(0, 1)
-    weight = weight.flatten(0, 1).to(wide.dtype)
-    out = F.embedding_bag(rows.flatten(0, 1), wide, mode="sum", per_sample_weights=weight)
-    return out.view(batch, -1, dim).to(centres_after.dtype)
+    return blend(centres_after, index, weight)
 
 
 @dataclass(frozen=True)
@@ -329,14 +312,9 @@ class Superpixels:
         self, x: Float[Tensor, "batch fine dim"], size: Float[Tensor, "batch fine"]
     ) -> Float[Tensor, "batch coarse dim"]:
         """The means of tokens, each counted by its part and by what it stands for; in float32."""
-        tiles = self._tiles()
-
-        def means(part: Tensor, log_parts: Tensor) -> Tensor:
-            return _means(_windows(_wide(part), tiles), log_parts, tiles).to(x.dtype)
-
-        counted = self.log_parts + size.log()[..., None]
+        counted = self.log_parts + size.to(self.log_parts.dtype).log()[..., None]
         with torch.autocast(x.device.type, enabled=False):
-            return _by_samples(means, tiles, x, counted)
+            return _means(_wide(x), counted, self._tiles(x.shape[2])).to(x.dtype)
 
     def up(
         self,
@@ -348,10 +326,9 @@ class Superpixels:
 
     def total(self, size: Float[Tensor, "batch fine"]) -> Float[Tensor, "batch coarse"]:
         tiles = self._tiles()
-        parts = _in_tiles(self.log_parts, tiles).exp()
-        sizes = size[:, tiles.token].view(-1, 1, tiles.window)
-        totals = (parts * sizes).sum(-1).view(size.shape[0], -1)
-        return totals[:, tiles.place].to(size.dtype)
+        sizes = size[:, tiles.token][:, :, None]
+        totals = (_in_tiles(self.log_parts, tiles).exp() * sizes).sum(-1)
+        return totals.flatten(1)[:, tiles.place].to(size.dtype)
 
     def labels(self) -> Int[Tensor, "batch fine"]:
         candidate = self._tiles().candidate.expand(self.log_parts.shape[0], -1, -1)
@@ -362,8 +339,8 @@ class Superpixels:
         middle = _middles(self.fine, self.grid, self.log_parts.device)
         return middle.expand(self.log_parts.shape[0], -1)
 
-    def _tiles(self) -> _Tiles:
-        return _tiles(self.fine, self.grid, self.neighbourhood, self.log_parts.device)
+    def _tiles(self, dim: int = 1) -> _Tiles:
+        return _tiles(self.fine, self.grid, self.neighbourhood, self.log_parts.device, dim, 0)
 
 
 @dataclass(frozen=True)
@@ -404,10 +381,13 @@ class Pooled:
         return take(y, self.home)
 
     def total(self, size: Float[Tensor, "batch fine"]) -> Float[Tensor, "batch coarse"]:
-        rows, columns = (
-            _pooled_into(*sides, size) for sides in zip(self.fine, self.grid, strict=True)
-        )
-        return (rows @ size.unflatten(1, self.fine) @ columns.T).flatten(1)
+        sides = []
+        for fine, coarse in zip(self.fine, self.grid, strict=True):
+            cell = torch.arange(coarse, device=size.device)[:, None]
+            inside = _pooled(fine, coarse, cell, torch.arange(fine, device=size.device))
+            sides.append(inside.to(size.dtype) / inside.sum(0))
+        sizes = size.view(-1, *self.fine)
+        return (sides[0] @ sizes @ sides[1].T).flatten(1)
 
     def labels(self) -> Int[Tensor, "batch fine"]:
         return self.home
@@ -419,13 +399,12 @@ class Pooled:
 
 
 # Rounds, tile by tile. A tile is a few rows and columns of clusters; its window is the rectangle of
-# all tokens that have one of these among their candidates. So the products of tiles and windows
-# hold all that is to be compared, and not much else, and both steps are small matrix products. The
-# tokens of the windows are gathered once for all rounds, and nothing else as wide as a token ever
-# is: between the steps, only the parts are put into another order.
-
-_SIDE = 4
-"""Rows and columns of clusters in a tile: 3 to 5 are about equally fast, for any neighbourhood."""
+# all tokens that have one of these among their candidates. A centre s is a mean of tokens of that
+# window, and is compared with these alone. So all that the rounds have to know of the tokens are
+# the inner products <z, z'> inside each window, which are formed once, in matrix products large
+# enough to be fast: if P is what each token has in s, then <s, z> = P <z, z'>, |s|^2 = P <z, s>.
+# That sums over a window's tokens, which are fewer than the dimensions of a vector. The centres
+# themselves are only formed at the end.
 
 
 class _Axis(NamedTuple):
@@ -441,6 +420,7 @@ class _Axis(NamedTuple):
         position: as which of its window's tokens the token itself is there.
         number: as which of its candidates a token of the window has a cluster of the tile.
         has: whether it has.
+        pooled: whether adaptive average pooling takes it into that cluster.
         first: the tile and the slot of each cluster.
     """
 
@@ -453,6 +433,7 @@ class _Axis(NamedTuple):
     position: Int[Tensor, "fine candidates"]
     number: Int[Tensor, "tiles cells window"]
     has: Bool[Tensor, "tiles cells window"]
+    pooled: Bool[Tensor, "tiles cells window"]
     first: tuple[Int[Tensor, "coarse 1"], Int[Tensor, "coarse 1"]]
 
 
@@ -460,9 +441,9 @@ def _axis(fine: int, coarse: int, side: int, radius: int, device: torch.device) 
     def count(number: int) -> Tensor:
         return torch.arange(number, device=device)
 
-    window = _window(fine, coarse, side, radius)
+    reach, window = max(radius, 1), _window(fine, coarse, side, radius)
     cells_from = (count(-(-coarse // side)) * side).clamp(max=coarse - side)
-    tokens_from = _ceil((cells_from - radius).clamp(min=0) * fine, coarse).clamp(max=fine - window)
+    tokens_from = _ceil((cells_from - reach).clamp(min=0) * fine, coarse).clamp(max=fine - window)
     cell = cells_from[:, None] + count(side)
     token = tokens_from[:, None] + count(window)
 
@@ -471,7 +452,7 @@ def _axis(fine: int, coarse: int, side: int, radius: int, device: torch.device) 
     candidate_from = (home - radius).clamp(0, coarse - candidates)
     candidate = candidate_from[:, None] + count(candidates)
     tile = candidate // side
-    all_cells = count(coarse)[:, None]
+    every = count(coarse)[:, None]
     return _Axis(
         cell=cell,
         token=token,
@@ -482,18 +463,19 @@ def _axis(fine: int, coarse: int, side: int, radius: int, device: torch.device) 
         position=(count(fine)[:, None] - tokens_from[tile]).clamp(0, window - 1),
         number=cell[:, :, None] - candidate_from[token][:, None, :],
         has=(cell[:, :, None] - home[token][:, None, :]).abs() <= radius,
-        first=(all_cells // side, all_cells - cells_from[all_cells // side]),
+        pooled=_pooled(fine, coarse, cell[:, :, None], token[:, None, :]),
+        first=(every // side, every - cells_from[every // side]),
     )
 
 
 def _window(fine: int, coarse: int, side: int, radius: int) -> int:
     """The most tokens, along one side of the grid, that have one of `side` clusters in a row as a
-    candidate."""
-    most = 0
+    candidate, or are pooled into one."""
+    most, reach = 0, max(radius, 1)
     for tile in range(-(-coarse // side)):
         start = min(tile * side, coarse - side)
-        begin = -(-max(start - radius, 0) * fine // coarse)
-        end = -(-min(start + side + radius, coarse) * fine // coarse)
+        begin = -(-max(start - reach, 0) * fine // coarse)
+        end = -(-min(start + side + reach, coarse) * fine // coarse)
         most = max(most, end - begin)
     return most
 
@@ -512,148 +494,172 @@ class _Tiles(NamedTuple):
         near: whether it is one, or was just shifted into the grid.
         to_tokens: where in [tiles, cells, window] each token has its candidates.
         to_tiles: where in [tokens, candidates] those are; behind its end, if they are none.
+        pooled: whether adaptive average pooling takes a token of the window into a cluster.
     """
 
     number: int
     cells: int
     window: int
-    cell: Int[Tensor, " tiles_cells"]
-    token: Int[Tensor, " tiles_window"]
+    token: Int[Tensor, "tiles window"]
     place: Int[Tensor, " coarse"]
     candidate: Int[Tensor, "fine candidates"]
     near: Bool[Tensor, "fine candidates"]
     to_tokens: Int[Tensor, " fine_candidates"]
     to_tiles: Int[Tensor, " tiles_cells_window"]
+    pooled: Bool[Tensor, "tiles cells window"]
 
 
 def _tiles(
-    fine: tuple[int, int], grid: tuple[int, int], neighbourhood: int, device: torch.device
+    fine: tuple[int, int],
+    grid: tuple[int, int],
+    neighbourhood: int,
+    device: torch.device,
+    dim: int,
+    iterations: int,
 ) -> _Tiles:
-    """All of it from a few whole numbers, on the device, which nothing here waits for."""
+    """All of it from a few whole numbers, on the device, which nothing here waits for. The last
+    two only make it fast for them."""
     radius = neighbourhood // 2
-    side = (min(_SIDE, grid[0]), min(_SIDE, grid[1]))
-    if _cost(fine, grid, grid, radius) <= _cost(fine, grid, side, radius):
-        side = grid
+    side = _best_side(fine, grid, radius, dim, iterations)
     y = _axis(fine[0], grid[0], side[0], radius, device)
     x = _axis(fine[1], grid[1], side[1], radius, device)
-    tiles_x, cells, window = x.cell.shape[0], side[0] * side[1], y.token.shape[1] * x.token.shape[1]
+    (tiles_y, window_y), (tiles_x, window_x) = y.token.shape, x.token.shape
+    cells, window = side[0] * side[1], window_y * window_x
     candidates_x = x.candidate.shape[1]
     candidates = y.candidate.shape[1] * candidates_x
 
     first_y = y.first[0] * (tiles_x * cells) + y.first[1] * side[1]
     first_x = x.first[0] * cells + x.first[1]
-    of_y = (y.tile * (tiles_x * cells) + y.slot * side[1]) * window
-    of_x = (x.tile * cells + x.slot) * window
-    to_tokens = _crossed(torch.add, of_y + y.position * x.token.shape[1], of_x + x.position)
+    of_y = (y.tile * (tiles_x * cells) + y.slot * side[1]) * window + y.position * window_x
+    of_x = (x.tile * cells + x.slot) * window + x.position
 
     nowhere = fine[0] * fine[1] * candidates
     to_y = y.token[:, None, :] * (fine[1] * candidates) + y.number * candidates_x
     to_x = x.token[:, None, :] * candidates + x.number
     to_y, to_x = torch.where(y.has, to_y, nowhere), torch.where(x.has, to_x, nowhere)
     to_tiles = to_y[:, None, :, None, :, None] + to_x[None, :, None, :, None, :]
+    pooled = y.pooled[:, None, :, None, :, None] & x.pooled[None, :, None, :, None, :]
     return _Tiles(
-        number=y.cell.shape[0] * tiles_x,
+        number=tiles_y * tiles_x,
         cells=cells,
         window=window,
-        cell=_crossed(torch.add, y.cell * grid[1], x.cell).flatten(),
-        token=_crossed(torch.add, y.token * fine[1], x.token).flatten(),
+        token=_crossed(torch.add, y.token * fine[1], x.token),
         place=_crossed(torch.add, first_y, first_x).flatten(),
         candidate=_crossed(torch.add, y.candidate * grid[1], x.candidate),
         near=_crossed(torch.logical_and, y.near, x.near),
-        to_tokens=to_tokens.flatten(),
+        to_tokens=_crossed(torch.add, of_y, of_x).flatten(),
         to_tiles=to_tiles.clamp(max=nowhere).flatten(),
+        pooled=pooled.reshape(-1, cells, window),
     )
 
 
-def _cost(fine: tuple[int, int], grid: tuple[int, int], side: tuple[int, int], radius: int) -> int:
-    """Pairs that are multiplied with tiles of this size; to fetch a token costs as much as 12."""
-    number = math.prod(-(-n // s) for n, s in zip(grid, side, strict=True))
-    axes = zip(fine, grid, side, strict=True)
-    return (
-        number
-        * math.prod(_window(n, m, s, radius) for n, m, s in axes)
-        * (math.prod(side) + (12 if number > 1 else 0))
-    )
+def _best_side(
+    fine: tuple[int, int], grid: tuple[int, int], radius: int, dim: int, iterations: int
+) -> tuple[int, int]:
+    """Rows and columns of clusters in a tile: what takes the least time.
+
+    That is counted in inner products of two tokens. To fetch a token (twice) takes as long as 40
+    of them, and to put a part into another order as a quarter of one (on a CPU, with 1024
+    dimensions).
+    Without iterations, there is an average to be taken.
+    """
+    best, least = grid, math.inf
+    for side in (2, 3, 4, 5, 6, 7, 8, 10, 12, max(grid)):
+        sides = (min(side, grid[0]), min(side, grid[1]))
+        cells = sides[0] * sides[1]
+        tiles = -(-grid[0] // sides[0]) * -(-grid[1] // sides[1])
+        window = _window(fine[0], grid[0], sides[0], radius)
+        window *= _window(fine[1], grid[1], sides[1], radius)
+        per_token = cells + iterations * cells * (window / dim + 0.25)
+        per_token += window if iterations else 0
+        cost = tiles * window * (per_token + (40 if tiles > 1 else 0))
+        if cost < least:
+            best, least = sides, cost
+    return best
+
+
+def _rounds(
+    z: Float[Tensor, "batch fine dim"], tiles: _Tiles, iterations: int, tau: float
+) -> Float[Tensor, "batch fine candidates"]:
+    """Equations 2 and 3 in turn, up to the last assignment: the logarithms of its parts."""
+    pooled = tiles.pooled.to(z.dtype)
+    parts = (pooled / pooled.sum(-1, keepdim=True)).expand(z.shape[0], -1, -1, -1)
+    inner = _joined([windows @ windows.mT for windows in _windows(z, tiles)])
+    log_parts = _assigned(inner, parts, tiles, tau)
+    for _ in range(iterations - 1):
+        log_parts = _assigned(inner, _averaging(log_parts, tiles), tiles, tau)
+    return log_parts
 
 
 def _windows(
     z: Float[Tensor, "batch fine dim"], tiles: _Tiles
-) -> Float[Tensor, "batch_tiles window dim"]:
+) -> Iterator[Float[Tensor, "batch some_tiles window dim"]]:
+    """The tokens of all windows, some windows at a time: all of them together would be several
+    times as large as the map itself."""
     if tiles.number == 1:  # all tokens in their order
-        return z
-    return take(z, tiles.token.expand(z.shape[0], -1)).view(-1, tiles.window, z.shape[2])
+        yield z[:, None]
+        return
+    for some in tiles.token.split(_at_once(z, tiles)):
+        windows = take(z, some.flatten().expand(z.shape[0], -1))
+        yield windows.view(z.shape[0], -1, tiles.window, z.shape[2])
 
 
-def _rounds(
-    windows: Float[Tensor, "batch_tiles window dim"],
-    centres: Float[Tensor, "batch coarse dim"],
-    tiles: _Tiles,
-    iterations: int,
-    tau: float,
-) -> Float[Tensor, "batch fine candidates"]:
-    """Both steps in turn, up to the last assignment: the logarithms of its parts."""
-    s = take(centres, tiles.cell.expand(centres.shape[0], -1))
-    log_parts = _assigned(windows, s.view(-1, tiles.cells, s.shape[2]), tiles, tau)
-    for _ in range(iterations - 1):
-        log_parts = _assigned(windows, _averaged(windows, log_parts, tiles), tiles, tau)
-    return log_parts
+def _at_once(z: Float[Tensor, "batch fine dim"], tiles: _Tiles) -> int:
+    """How many windows to have at a time. On the CPU, they stay in the cache."""
+    if torch.compiler.is_compiling():  # there the batch may have no number
+        return tiles.number
+    elements = 2**20 if z.device.type == "cpu" else 2**28
+    return max(1, elements // max(1, z.shape[0] * tiles.window * z.shape[2]))
+
+
+def _joined(
+    parts: Sequence[Float[Tensor, "batch some_tiles *shape"]],
+) -> Float[Tensor, "batch tiles *shape"]:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
 
 
 def _assigned(
-    windows: Float[Tensor, "batch_tiles window dim"],
-    s: Float[Tensor, "batch_tiles cells dim"],
+    inner: Float[Tensor, "batch tiles window window"],
+    parts: Float[Tensor, "batch tiles cells window"],
     tiles: _Tiles,
     tau: float,
 ) -> Float[Tensor, "batch fine candidates"]:
     """Equation 2: the softmax of -|z - s|^2 / tau over the candidates of each token."""
+    products = parts @ inner
+    lengths = (products * parts).sum(-1, keepdim=True)
     # |z|^2 is the same for all candidates, and cancels in the softmax.
-    length = s.square().sum(-1, keepdim=True)
-    logits = torch.baddbmm(length, s, windows.transpose(1, 2), beta=-1 / tau, alpha=2 / tau)
-    logits = logits.view(-1, tiles.number * tiles.cells * tiles.window)[:, tiles.to_tokens]
+    logits = ((2 * products - lengths) / tau).flatten(1)
+    logits = logits.gather(1, tiles.to_tokens.expand(logits.shape[0], -1))
     logits = logits.view(-1, *tiles.near.shape)
     return logits.masked_fill(~tiles.near, -torch.inf).log_softmax(-1)
 
 
-def _averaged(
-    windows: Float[Tensor, "batch_tiles window dim"],
-    log_parts: Float[Tensor, "batch fine candidates"],
-    tiles: _Tiles,
-) -> Float[Tensor, "batch_tiles cells dim"]:
-    """Equation 3, with the denominator of listing 1: the sum of q z over that of q."""
-    return torch.bmm(_in_tiles(log_parts, tiles).softmax(-1), windows)
+def _averaging(
+    log_parts: Float[Tensor, "batch fine candidates"], tiles: _Tiles
+) -> Float[Tensor, "batch tiles cells window"]:
+    """Equation 3, with the denominator of listing 1: what each token has in a centre, q / sum of q
+    over the tokens."""
+    return _in_tiles(log_parts, tiles).softmax(-1)
 
 
 def _in_tiles(
     log_parts: Float[Tensor, "batch fine candidates"], tiles: _Tiles
-) -> Float[Tensor, "batch_tiles cells window"]:
+) -> Float[Tensor, "batch tiles cells window"]:
     """The parts that go into the clusters of each tile; -inf where there is none."""
-    parts = F.pad(log_parts.flatten(1), (0, 1), value=-torch.inf)[:, tiles.to_tiles]
-    return parts.view(-1, tiles.cells, tiles.window)
+    parts = F.pad(log_parts.flatten(1), (0, 1), value=-torch.inf)
+    parts = parts.gather(1, tiles.to_tiles.expand(parts.shape[0], -1))
+    return parts.view(-1, tiles.number, tiles.cells, tiles.window)
 
 
 def _means(
-    windows: Float[Tensor, "batch_tiles window dim"],
+    z: Float[Tensor, "batch fine dim"],
     log_parts: Float[Tensor, "batch fine candidates"],
     tiles: _Tiles,
 ) -> Float[Tensor, "batch coarse dim"]:
-    """Equation 3 for the clusters in their order."""
-    s = _averaged(windows, log_parts, tiles)
-    batch = log_parts.shape[0]
-    return take(s.view(batch, -1, s.shape[2]), tiles.place.expand(batch, -1))
-
-
-def _by_samples(
-    work: Callable[..., Tensor], tiles: _Tiles, x: Float[Tensor, "batch fine dim"], *more: Tensor
-) -> Tensor:
-    """The same as `work(x, *more)`, with so few samples at a time that the tokens of their windows
-    stay in memory that is quickly had (on the CPU, what the allocator keeps for use again)."""
-    per_sample = tiles.number * tiles.window * x.shape[2]
-    elements = 2**23 if x.device.type == "cpu" else 2**28
-    at_once = max(1, (elements - 1) // per_sample)
-    if torch.compiler.is_compiling() or at_once >= x.shape[0]:  # there the batch may have no number
-        return work(x, *more)
-    parts = zip(*(whole.split(at_once) for whole in (x, *more)), strict=True)
-    return torch.cat([work(*part) for part in parts])
+    """The centres by equation 3, in their order."""
+    parts = _averaging(log_parts, tiles).split(_at_once(z, tiles), 1)
+    s = _joined([p @ windows for p, windows in zip(parts, _windows(z, tiles), strict=True)])
+    return take(s.flatten(1, 2), tiles.place.expand(s.shape[0], -1))
 
 
 def _wide(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -706,14 +712,11 @@ def _pool(
     return F.adaptive_avg_pool2d(image, grid).flatten(2).transpose(1, 2)
 
 
-def _pooled_into(
-    fine: int, coarse: int, like: Float[Tensor, "*shape"]
-) -> Float[Tensor, "coarse fine"]:
-    """The parts of each row (or column) of tokens that go into those of cells, by `_pool`."""
-    cell = torch.arange(coarse, device=like.device)[:, None]
-    token = torch.arange(fine, device=like.device)
-    inside = (token >= cell * fine // coarse) & (token < _ceil((cell + 1) * fine, coarse))
-    return inside.to(like.dtype) / inside.sum(0)
+def _pooled(
+    fine: int, coarse: int, cell: Int[Tensor, "*cells"], token: Int[Tensor, "*tokens"]
+) -> Bool[Tensor, "*both"]:
+    """Whether adaptive average pooling takes a token into a cell; along one side of the grid."""
+    return (token >= cell * fine // coarse) & (token < _ceil((cell + 1) * fine, coarse))
 
 
 def _between(
@@ -743,10 +746,17 @@ def _ceil(over: Int[Tensor, "*shape"], under: int) -> Int[Tensor, "*shape"]:
     return (over + under - 1) // under
 
 
-def _check_grid(grid: tuple[int, int], fine: tuple[int, int]) -> None:
-    if len(grid) != 2 or not all(1 <= few <= many for few, many in zip(grid, fine, strict=True)):
+def _check_grid(grid: tuple[int, int], fine: tuple[int, int], neighbourhood: int) -> None:
+    # Where a side has more clusters than tokens, each must still be a candidate of one.
+    reach = 1 + neighbourhood // 2
+    if (
+        len(grid) != 2
+        or not all(1 <= few <= reach * many for few, many in zip(grid, fine, strict=True))
+        or grid[0] * grid[1] > fine[0] * fine[1]
+    ):
         raise ValueError(
-            f"grid must be between 1 x 1 and the {fine[0]} x {fine[1]} of the tokens, not {grid}"
+            f"grid must be between 1 x 1 and the {fine[0]} x {fine[1]} of the tokens (one side may "
+            f"have up to {reach} times as many, if all have no more than the tokens), not {grid}"
         )
 
 

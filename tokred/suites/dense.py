@@ -1,0 +1,116 @@
+"""The suite `dense`: what token clustering and reconstruction cost, against the plain way.
+
+What is timed are `tokred.reducers.slic.cluster` and `reconstruct`, at the sizes of a ViT-L in three
+segmentation models (Liang et al., "Expediting Large-Scale Vision Transformer for Dense Prediction
+without Fine-tuning", NeurIPS 2022, table 8). The plain ways are all pairs of tokens and centres,
+masked where they are not neighbours; and distances, the smallest of them, and a gathered sum. All
+contestants take turns, so that a change in the machine's speed meets them alike.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokred.reducers import slic
+
+DIM = 1024
+SIZES = ((40, 28), (48, 32), (30, 15))
+"""Rows (and columns) of the tokens and of the clusters."""
+
+OURS, ALL_PAIRS, PLAIN = "slic", "all pairs, masked", "distances, top k, gather"
+NEIGHBOURHOOD, ITERATIONS, TAU, K = 5, 5, 50.0, 20
+
+
+def kernels(
+    rounds: int = 9,
+    sizes: Sequence[tuple[int, int]] = SIZES,
+    dim: int = DIM,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[dict[str, Any]]:
+    """Measures both functions on the CPU, in float32, for one image.
+
+    Args:
+        rounds: measured rounds of each function and size.
+        sizes: rows (and columns) of the tokens and of the clusters.
+        dim: of the tokens.
+        clock: what seconds are read from; `time.thread_time`, and one thread, where others are
+            busy on the machine.
+
+    Returns:
+        For each function and size: its name, the sizes, and the seconds of every contestant in
+        every round.
+    """
+    rows = []
+    with torch.no_grad():
+        for side, few in sizes:
+            x = _smooth(side, dim, torch.Generator().manual_seed(0))
+            for kernel, contestants in _contestants(x, few).items():
+                seconds: dict[str, list[float]] = {name: [] for name in contestants}
+                for number in range(rounds + 1):
+                    for name, work in contestants.items():
+                        start = clock()
+                        work()
+                        if number > 0:  # the first round warms up
+                            seconds[name].append(clock() - start)
+                sides = {"tokens": (side, side), "clusters": (few, few), "dim": dim}
+                rows.append({"kernel": kernel, **sides, "seconds": seconds})
+    return rows
+
+
+def _contestants(x: Tensor, few: int) -> dict[str, dict[str, Callable[[], Tensor]]]:
+    z = x.flatten(1, 2)
+    near = _near(x.shape[1], few)
+    centres = slic.cluster(x, (few, few), NEIGHBOURHOOD, ITERATIONS, TAU)
+    after = centres.roll(1, dims=2)
+    return {
+        "cluster": {
+            OURS: lambda: slic.cluster(x, (few, few), NEIGHBOURHOOD, ITERATIONS, TAU),
+            ALL_PAIRS: lambda: all_pairs(x, (few, few), near, ITERATIONS, TAU),
+        },
+        "reconstruct": {
+            OURS: lambda: slic.reconstruct(z, centres, after, K, TAU),
+            PLAIN: lambda: plain(z, centres, after, K, TAU),
+        },
+    }
+
+
+def all_pairs(
+    x: Tensor, grid: tuple[int, int], near: Tensor, iterations: int, tau: float
+) -> Tensor:
+    """Clustering with all distances, of which `near` says which count. Done as well as that can
+    be: |z|^2, which cancels, is left out, and the mask is made beforehand."""
+    z = x.flatten(1, 2)
+    s = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), grid).flatten(2).transpose(1, 2)
+    mask = torch.zeros(near.shape).masked_fill(~near, -torch.inf)
+    for _ in range(iterations):
+        length = s.square().sum(-1)[:, None, :] / tau
+        q = torch.baddbmm(mask - length, z, s.transpose(1, 2), alpha=2 / tau).softmax(-1)
+        s = torch.bmm(q.transpose(1, 2), z) / q.sum(1).clamp(min=1e-16)[:, :, None]
+    return s
+
+
+def plain(before: Tensor, centres: Tensor, after: Tensor, k: int, tau: float) -> Tensor:
+    """Reconstruction as it is written down."""
+    closest = (-torch.cdist(before, centres).square() / tau).topk(k, dim=-1)
+    sample = torch.arange(before.shape[0])[:, None, None]
+    return (closest.values.softmax(-1)[..., None] * after[sample, closest.indices]).sum(2)
+
+
+def _near(side: int, few: int) -> Tensor:
+    """Which centres are candidates of which tokens."""
+    home = torch.arange(side) * few // side
+    near = (home[:, None] - torch.arange(few)).abs() <= NEIGHBOURHOOD // 2
+    return (near[:, None, :, None] & near[None, :, None, :]).view(side**2, few**2)
+
+
+def _smooth(side: int, dim: int, generator: torch.Generator) -> Tensor:
+    """A feature map whose neighbours are alike."""
+    coarse = torch.randn(1, dim, side // 5, side // 5, generator=generator)
+    fine = F.interpolate(coarse, (side, side), mode="bilinear").permute(0, 2, 3, 1)
+    return fine + 0.3 * torch.randn(fine.shape, generator=generator)
