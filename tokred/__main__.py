@@ -25,7 +25,7 @@ from tokred import drawing, host, reducers, zoo
 from tokred.cost import Truncate
 from tokred.optional import require
 from tokred.reducers import Reducer
-from tokred.suites import clustering, vit
+from tokred.suites import clustering, dense, vit
 
 KEEP_RATES = (0.9, 0.7, 0.5, 0.25)
 BATCH = 40
@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
             made.add_argument("--compile", action="store_true", help="under torch.compile")
             made.add_argument("--json", action="store_true", help="print everything as JSON")
             many = made.add_argument_group("suites: many models and methods at once")
-            many.add_argument("--suite", choices=("vit", "clustering"))
+            many.add_argument("--suite", choices=("vit", "clustering", "dense"))
             many.add_argument("--models", nargs="+", metavar="NAME[:PIXELS]", help="not all of it")
             many.add_argument("--batches", nargs="+", type=int)
             many.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all")
@@ -185,6 +185,14 @@ def _bench_suite(options: argparse.Namespace) -> None:
                 on_round=lap,
             )
             text = clustering.markdown(results)
+        elif options.suite == "dense":
+            results = dense.run(
+                device=options.device,
+                dtype=getattr(torch, options.dtype),
+                rounds=options.rounds,
+                on_round=lap,
+            )
+            text = dense.markdown(results)
         else:
             results = _run_vit(options, bar, lap)
             text = vit.markdown(results)

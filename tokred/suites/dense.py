@@ -1,14 +1,16 @@
-"""The suite `dense`: what token clustering and reconstruction cost, against the plain way.
+"""The suite `dense`: models with the published presets, and what token clustering and
+reconstruction cost in them, against the plain way.
 
-What is timed are `tokred.reducers.slic.cluster` and `reconstruct`, at the sizes of a ViT-L in three
-segmentation models (Liang et al., "Expediting Large-Scale Vision Transformer for Dense Prediction
-without Fine-tuning", NeurIPS 2022, table 8). The plain ways are all pairs of tokens and centres,
-masked where they are not neighbours; and distances, the smallest of them, and a gathered sum. All
-contestants take turns, so that a change in the machine's speed meets them alike.
+What is timed of the latter are `tokred.reducers.slic.cluster` and `reconstruct`, at the sizes of a
+ViT-L in three segmentation models (Liang et al., "Expediting Large-Scale Vision Transformer for
+Dense Prediction without Fine-tuning", NeurIPS 2022, table 8). The plain ways are all pairs of
+tokens and centres, masked where they are not neighbours; and distances, the smallest of them, and a
+gathered sum. All contestants take turns, so that a change in the machine's speed meets them alike.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokred.cost import bench, flops
+from tokred.optional import require
+from tokred.patching import applied
+from tokred.presets import presets
 from tokred.reducers import slic
+
+MODELS = (("vit_large_patch16_224", 640, "segmenter-ade20k"),)
+"""timm names, image sizes in pixels, presets."""
 
 DIM = 1024
 SIZES = ((40, 28), (48, 32), (30, 15))
@@ -25,6 +34,86 @@ SIZES = ((40, 28), (48, 32), (30, 15))
 
 OURS, ALL_PAIRS, PLAIN = "slic", "all pairs, masked", "distances, top k, gather"
 NEIGHBOURHOOD, ITERATIONS, TAU, K = 5, 5, 50.0, 20
+
+
+def run(
+    models: Sequence[tuple[str, int, str]] = MODELS,
+    sizes: Sequence[tuple[int, int]] = SIZES,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    rounds: int = 5,
+    on_round: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Measures models with their presets on one image, dense, reduced and cut off, in turns; then
+    the kernels (on the CPU, in float32). Returns what `markdown` and JSON take.
+
+    Weights are random, which speed does not depend on.
+
+    Args:
+        models: timm names, image sizes in pixels, and presets.
+        sizes: of the kernels: rows (and columns) of the tokens and of the clusters.
+        device: "cpu" or "cuda", of the models.
+        dtype: of the models.
+        rounds: measured rounds of each.
+        on_round: called after every round with (rounds done, rounds in all), model by model.
+    """
+    timm = require("timm", "timm")
+    measured = []
+    for name, image_size, preset in models:
+        model = timm.create_model(name, img_size=image_size).eval().to(device, dtype)
+        image = torch.randn(1, 3, image_size, image_size).to(device, dtype)
+        with torch.no_grad(), applied(model, presets[preset]):
+            counted = flops(model, image)
+        result = bench(model, image, presets[preset], rounds=rounds, warmup=1, on_round=on_round)
+        measured.append(
+            {
+                "name": name,
+                "preset": preset,
+                "dense_macs": counted.dense,
+                "reduced_macs": counted.reduced,
+                "speed_up": result.speed_up,
+                "free_limit": result.free_limit,
+                "efficiency": result.efficiency,
+                **result.as_dict(),
+            }
+        )
+        del model
+    return {
+        "models": measured,
+        "kernels": kernels(rounds, sizes),
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """Two tables: models, and kernels."""
+    lines = [
+        "| model | preset | mult-adds, G | by these | speed-up | free limit | of it |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in results["models"]:
+        dense, reduced = row["dense_macs"] / 1e9, row["reduced_macs"] / 1e9
+        lines.append(
+            f"| {row['name']}, {row['image_size'][0]} px | {row['preset']} | {dense:.1f} -> "
+            f"{reduced:.1f} | {dense / reduced:.2f} | {row['speed_up']:.2f} | "
+            f"{row['free_limit']:.2f} | {row['efficiency']:.2f} |"
+        )
+    lines += [
+        "",
+        "| kernel | tokens | clusters | ms | plain, ms | ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in results["kernels"]:
+        ours, theirs = (statistics.median(seconds) * 1e3 for seconds in row["seconds"].values())
+        tokens, clusters = ("x".join(map(str, row[of])) for of in ("tokens", "clusters"))
+        lines.append(
+            f"| {row['kernel']} | {tokens} | {clusters} | {ours:.1f} | {theirs:.1f} | "
+            f"{theirs / ours:.1f} |"
+        )
+    lines.append(f"\n{results['dtype']} (kernels: float32), {results['threads']} threads.")
+    return "\n".join(lines)
 
 
 def kernels(
