@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -171,7 +171,7 @@ class _Sums:
 
 
 def _batches(given: Inputs | Iterable[Inputs]) -> Iterable[Inputs]:
-    if isinstance(given, Tensor) or hasattr(given, "keys"):
+    if isinstance(given, Tensor | Mapping):
         return [given]
     return given
 
