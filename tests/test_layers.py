@@ -53,7 +53,7 @@ def test_a_patch_knows_one_library_and_the_seam(file: Path) -> None:
     own = imports(file)
     assert {name.split(".")[0] for name in own} & HOSTS <= {library_of(file.stem)}
     ours = {name.split(".")[1] for name in own if name.startswith("tokred.")}
-    assert ours <= {"host", "run", "patches"}
+    assert ours <= {"host", "run", "windows", "patches"}
     assert not any(name.startswith("tokred.patches.") and "._" not in name for name in own)
 
 

@@ -32,6 +32,7 @@ from tokred.presets import Preset
 from tokred.reducers import Reducer, Tokens, place, varies
 from tokred.run import Reduction
 from tokred.schedule import Exactly, Schedule
+from tokred.windows import InWindows, limit
 
 
 @dataclass(frozen=True)
@@ -234,8 +235,11 @@ def bench(
         height, width = pixels(images).shape[-2:]
         grid = host.layout(tower, (height, width)).grid
         counts = counts_of(model, host, images, reduction, grid)
-        cut = Truncate(place(reduction.reducer))
-        free = Reduction(cut, Exactly(counts), reduction.layout, full_grid=False)
+        if isinstance(reduction.reducer, InWindows):
+            free = limit(reduction)
+        else:
+            cut = Truncate(place(reduction.reducer))
+            free = Reduction(cut, Exactly(counts), reduction.layout, full_grid=False)
         arms = {"dense": None, "reduced": reduction, "limit": free}
         measured = measure(sides(model, host, arms, compile), images, rounds, warmup, on_round)
     return Bench(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
@@ -67,6 +67,15 @@ class Host:
         checkpoint: what the block's own forward would call itself through for gradient
             checkpointing; None if it would not, now.
         pads: whether images of a batch may come with different numbers of tokens, and a mask.
+        means: * whether a module of one of `models` is meant, where other families have that class
+            as well.
+        stages: * of a model whose blocks attend in windows, the blocks of every stage. One stage is
+            reduced (see `at`), in its windows; `blocks` is not asked, and `layout` for the patches
+            in front of the first stage.
+        window: * `window(block)`: rows and columns of a block's windows, where there are stages.
+        grid: `grid(block, x, ...)`: rows and columns of the tokens that enter a block, given what
+            the block is given, where there are stages: its tokens come and go as [batch, rows,
+            columns, dim] or as [batch, tokens, dim].
         refuse: * why a model (given the signals that are needed) cannot be patched; None if it can.
         summary: one clause for lists.
     """
@@ -90,8 +99,56 @@ class Host:
     tapped: Callable[[int], frozenset[int]] | None = None
     checkpoint: Callable[[Any], Callable[..., Any] | None] | None = None
     pads: bool = False
+    means: Callable[[Any], bool] = lambda model: True
+    stages: Callable[[Any], Sequence[Sequence[nn.Module]]] | None = None
+    window: Callable[[Any], tuple[int, int]] | None = None
+    grid: Callable[..., tuple[int, int]] | None = None
+    base: Host | None = None
     refuse: Callable[[Any, frozenset[str]], str | None] = lambda model, signals: None
     summary: str = ""
+
+    def at(self, model: nn.Module, stage: int | None = None) -> Host:
+        """This host, for one stage of a model that has several: `blocks` are those of the stage,
+        `layout` is that of one of its windows, or for given images that of its feature map.
+
+        Args:
+            model: the model.
+            stage: which stage, from 0; the one with most blocks if not given.
+
+        Raises:
+            ValueError: there is no such stage.
+        """
+        base = self.base or self
+        stages, window = base.stages, base.window
+        if stages is None or window is None:
+            if stage is not None:
+                raise ValueError(
+                    f"stage must be None: {_name(type(model))} is not reduced by stages"
+                )
+            return self
+        sizes = [len(blocks) for blocks in stages(model)]
+        chosen = sizes.index(max(sizes)) if stage is None else stage
+        if not 0 <= chosen < len(sizes):
+            raise ValueError(f"stage must be in [0, {len(sizes) - 1}], not {stage!r}")
+
+        def blocks(model: Any) -> Sequence[nn.Module]:
+            return stages(model)[chosen]
+
+        def layout(model: Any, image_size: tuple[int, int] | None) -> Layout:
+            grid = window(blocks(model)[0])
+            if image_size is not None:
+                grid = base.layout(model, image_size).grid
+                for _ in range(chosen):
+                    grid = (-(-grid[0] // 2), -(-grid[1] // 2))
+            return Layout(prefix=0, layers=sizes[chosen], grid=grid, class_token=False)
+
+        return replace(base, blocks=blocks, layout=layout, base=base)
+
+    def applied_to(self, model: nn.Module) -> int | None:
+        """The stage of a model in which a reduction hangs; None if in none."""
+        stages = self.stages(model) if self.stages else ()
+        at = (n for n, blocks in enumerate(stages) if any(is_patched(block) for block in blocks))
+        return next(at, None)
 
     def forward_of(self, block: nn.Module) -> Callable[..., Any]:
         """The restated forward of a block, by its class."""
@@ -213,7 +270,8 @@ def find_host(model: nn.Module, host: Host | None = None) -> tuple[Host, nn.Modu
     known = hosts() if host is None else {"given": host}
     towers = _towers(model, list(known.values()))
     if len(towers) == 1:
-        return towers[0][1:]
+        _, found, tower = towers[0]
+        return (found if found.base else found.at(tower, found.applied_to(tower))), tower
     if towers:
         paths = ", ".join(f"{path} ({_name(type(tower))})" for path, _, tower in towers)
         raise UnsupportedModelError(
@@ -243,7 +301,7 @@ def _towers(model: nn.Module, known: list[Host]) -> list[tuple[str, Host, nn.Mod
         if id(module) in inside:
             continue
         for host in known:
-            if is_a(module, host.models):
+            if is_a(module, host.models) and host.means(module):
                 found.append((path, host, module))
                 inside.update(id(part) for part in module.modules())
                 break
@@ -326,6 +384,11 @@ def innermost(module: nn.Module) -> Any:
     there = where.get(name)
     own = inspect.ismethod(there) and there.__func__ is type(module).forward
     return None if own else there
+
+
+def is_patched(block: nn.Module) -> bool:
+    """Whether something of ours stands in place of a module's forward."""
+    return bool(getattr(innermost(block), "is_tokred", False))
 
 
 def _name(cls: type) -> str:

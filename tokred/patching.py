@@ -24,8 +24,9 @@ from tokred.host import Host, UnsupportedModelError, find_host, innermost, inner
 from tokred.presets import Preset
 from tokred.reducers import Reconstruction, Reducer, make, proportional, prunes, varies
 from tokred.reducers.slic import Bilinear, Nearest
-from tokred.run import Reduction, needed_for_pooling
+from tokred.run import Reduction, State, needed_for_pooling
 from tokred.schedule import Schedule, Stages, check_keep_rate
+from tokred.windows import in_windows, why_not
 
 
 def apply(
@@ -35,6 +36,7 @@ def apply(
     *,
     schedule: Schedule | None = None,
     reconstruction: str | Reconstruction | None = None,
+    stage: int | None = None,
     host: Host | None = None,
     proportional_attention: bool | None = None,
     full_grid: bool = True,
@@ -62,6 +64,9 @@ def apply(
             that of its cluster, or its last value), "nearest" (a mean of the reduced tokens that
             resembled it), "bilinear" (of methods that keep a grid), or such a value
             (`tokred.Nearest(k=20, tau=50.0)`). As the method has it, if not given.
+        stage: of a model whose blocks attend in windows (Swin), the stage to reduce, from 0; the
+            one with most blocks, if not given. Layers of a schedule are blocks of this stage, and
+            its tokens those of one window: `Hourglass(grid=(8, 8), down=6)`.
         host: how to patch the model; found from its class if not given.
         proportional_attention: whether a token that stands for s tokens counts s times in
             attention (ToMe, equation 1); as the method's paper has it, if not given. Models
@@ -90,13 +95,19 @@ def apply(
             raise ValueError(
                 "a preset has a schedule of its own: give no keep_rate and no schedule"
             )
-        method, schedule = method.reducer, method.schedule
+        schedule = method.schedule
+        method = method.reducer
     reducer = make(method)
     chosen = _schedule(reducer, keep_rate, schedule)
     rebuilt = _reconstruction(reducer, reconstruction)
     if attention not in ("host", "fastest"):
         raise ValueError(f"attention must be 'host' or 'fastest', not {attention!r}")
     host, tower = find_host(model, host)
+    host = host.at(tower, stage)
+    if host.stages is not None:
+        reason = why_not(reducer, proportional_attention, full_grid)
+        if reason:
+            raise UnsupportedModelError(f"{type(model).__qualname__}: {reason}")
     host.check(tower, signals_of(reducer))
     if prunes(reducer) and rebuilt is None:
         reason = host.merges_only(model, tower)
@@ -120,6 +131,8 @@ def apply(
         warnings.warn(
             f"{chosen} keeps all {layout.patches} tokens: nothing is reduced", stacklevel=2
         )
+    if host.stages is not None:
+        reduction = in_windows(reduction, layout.grid)
     hang(model, host, reduction)
     return reduction
 
@@ -150,14 +163,14 @@ def applied(
     >>> with tokred.applied(model, "tome", keep_rate=0.5):
     ...     fewer = model(images)
     """
-    former = reduction_of(model)
+    former, host = reduction_of(model), find_host(model, options.get("host"))[0]
     reduction = apply(model, method, keep_rate, **options)
     try:
         yield reduction
     finally:
         remove(model)
         if former is not None:
-            hang(model, find_host(model, options.get("host"))[0], former)
+            hang(model, host, former)
 
 
 def reduction_of(model: nn.Module) -> Reduction | None:
@@ -190,6 +203,7 @@ def hang(model: nn.Module, host: Host, reduction: Reduction) -> None:
             host.checkpoint,
             _mask_of(forward),
             host.pads,
+            host.grid,
         )
         attention = None
         if host.attention is not None and host.attend is not None:
@@ -197,8 +211,9 @@ def hang(model: nn.Module, host: Host, reduction: Reduction) -> None:
         made.append((patched, attention))
     passes, pools = host.passes(tower), host.pools(tower)
     patches = None
-    if "grid" in reduction.reducer.needs or reduction.reconstruction is not None:
-        patches = _convolution(tower, made[0][0].block)
+    wants_grid = "grid" in reduction.reducer.needs or reduction.reconstruction is not None
+    if wants_grid and host.grid is None:
+        patches = _convolution(model, made[0][0].block)
 
     remove(model)
     for patched, attention in made:
@@ -218,11 +233,11 @@ def hang(model: nn.Module, host: Host, reduction: Reduction) -> None:
             vars(tower)[name] = PatchedMethod(tower, original, call, reduction)
 
 
-def _convolution(tower: nn.Module, first: nn.Module) -> nn.Module | None:
-    """The convolution that makes patches: the last one in front of the first block. None where
-    patches are made otherwise."""
+def _convolution(model: nn.Module, first: nn.Module) -> nn.Module | None:
+    """The convolution that makes patches: the last one in front of the first block (which need not
+    be part of the tower). None where patches are made otherwise."""
     found = None
-    for module in tower.modules():
+    for module in model.modules():
         if module is first:
             return found
         if isinstance(module, nn.Conv2d | nn.Conv3d):
@@ -283,6 +298,7 @@ class Patched:
     checkpoint: Callable[[Any], Callable[..., Any] | None] | None
     mask: tuple[str, int] | None
     pads: bool
+    grid: Callable[..., tuple[int, int]] | None = None
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -294,7 +310,10 @@ class Patched:
         if self.checkpoint is not None:
             through = self.checkpoint(self.block)
             if through is not None:
-                return through(partial(self.run, **kwargs), *args)
+                again = partial(self.run, **kwargs)
+                if self.grid is not None and not self.first and args:
+                    again = partial(self._knowing, self.reduction.riding(args[0]), kwargs)
+                return through(again, *args)
         return self.run(*args, **kwargs)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -302,6 +321,8 @@ class Patched:
         if not args:  # given by name
             args = (kwargs.pop(next(iter(inspect.signature(self).parameters))),)
         x, *others = args
+        if self.grid is not None:
+            return self._on_a_map(x, others, kwargs)
         mask = self._given_mask(others, kwargs) if self.first else None
         step = self.reduction.enter(self.layer, self.first, self.scale, x, mask, self.explicit)
         if self.taps and not torch.compiler.is_compiling() and step.wants_signals:
@@ -310,6 +331,38 @@ class Patched:
         if isinstance(y, tuple):
             return (step.close(y[0]), *y[1:])
         return step.close(y)
+
+    def _knowing(self, state: State | None, kwargs: dict[str, Any], x: Tensor, *others: Any) -> Any:
+        """`run`, if `x` may be a copy: where a whole stage is checkpointed, and its blocks once
+        more, recomputation has no other. (Only where it is right for any kind of checkpointing:
+        no gradient flows through the state.)"""
+        if state is not None and not torch.compiler.is_compiling():
+            self.reduction.carry(x, state)
+        return self.run(x, *others, **kwargs)
+
+    def _on_a_map(self, x: Tensor, others: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """The same where tokens are those of a feature map, [batch, rows, columns, dim] or
+        [batch, tokens, dim], whose grid only the block itself knows."""
+        assert self.grid is not None
+        if self.first:
+            self.reduction.set_grid(self.grid(self.block, x, *others, **kwargs))
+        tokens = x.flatten(1, -2)
+        self.reduction.pass_on(x, tokens)
+        step = self.reduction.enter(self.layer, self.first, self.scale, tokens)
+        self.reduction.pass_on(tokens, x)
+        tokens = step.open(tokens)
+        given = tokens.unflatten(1, step.grid_of(tokens)) if x.ndim == 4 else tokens
+        y = self.call(self.block, step, given, *others, **kwargs)
+        rest = None
+        if isinstance(y, tuple):
+            y, *rest = y
+        tokens = step.close(y.flatten(1, -2))
+        if x.ndim == 4:
+            y = tokens.unflatten(1, step.grid_of(tokens))
+            self.reduction.pass_on(tokens, y)
+        else:
+            y = tokens
+        return y if rest is None else (y, *rest)
 
     def tap(self) -> None:
         """Reads signals where they are now: a submodule may have been replaced since last time,

@@ -376,6 +376,13 @@ class Reduction:
         else:
             self._riding[x] = state
 
+    def riding(self, x: Tensor) -> State | None:
+        """The state that rides on `x` itself; None where code is being compiled."""
+        if torch.compiler.is_compiling():
+            return None
+        state: State | None = self._riding.get(x)
+        return state
+
     def remember(self, state: State) -> None:
         """Keeps the state for the next block, in case its activation loses it, or the next block
         is compiled and this one is not."""
@@ -550,6 +557,11 @@ class Step:
         if rises:
             x = self._rise(x, state.ahead.keep)
         return self._change(x) if place(self.reduction.reducer) == "before" else x
+
+    def grid_of(self, x: Float[Tensor, "batch tokens dim"]) -> tuple[int, int]:
+        """Rows and columns of the tokens of this block, which may be few, or on the full grid."""
+        grids = [self.state.grid, *(reduced.grid for reduced in _unrolled(self.state.trail))]
+        return next(grid for grid in grids if grid and grid[0] * grid[1] == x.shape[1])
 
     def bias(self, x: Tensor, mask: Tensor | None = None) -> Tensor | None:
         """What to add to the logits of attention: the host's own mask, of the tokens that are
@@ -776,7 +788,7 @@ class Step:
         wanted = {"key", "value"} & needs
         if "class_attention" in needs:
             wanted |= {"key", "query"}
-        missing = wanted - read.keys()
+        missing = wanted - set(read)
         if missing:
             raise RuntimeError(
                 f"block {self.layer}: {sorted(missing)} could not be read. A submodule of its "

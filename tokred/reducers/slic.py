@@ -275,7 +275,11 @@ def nearest_grid(num: int, grid: tuple[int, int]) -> tuple[int, int]:
     rows, columns = grid
     grids = [(row, scaled(row, columns, rows)) for row in range(1, rows + 1)]
     grids += [(scaled(column, rows, columns), column) for column in range(1, columns + 1)]
-    return min(grids, key=lambda few: abs(few[0] * few[1] - num))
+    best = grids[0]
+    for few in grids[1:]:  # older versions of torch.compile know no `min` by a key
+        if abs(few[0] * few[1] - num) < abs(best[0] * best[1] - num):
+            best = few
+    return best
 
 
 # Maps

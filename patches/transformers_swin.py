@@ -1,0 +1,144 @@
+"""Swin, SwinV2 and MaskFormer's Swin of transformers: models, classifiers and backbones, and what
+is built on them (Mask2Former, MaskFormer, UperNet).
+
+Tokens are reduced before a layer, in every window by itself, as in Liang et al., "Expediting
+Large-Scale Vision Transformer for Dense Prediction without Fine-tuning" (section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokred.host import Host, is_a
+from tokred.run import Layout, Step
+from tokred.windows import Seen, coordinates, few_of, relative_positions, resized
+
+from . import _transformers as common
+
+
+def forward(
+    layer: Any, step: Step, hidden_states: Tensor, input_dimensions: tuple[int, int],
+    always_partition: bool = False, **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """`transformers.models.swin.modeling_swin.SwinLayer.forward` (transformers 5.9 to 5.23), in
+    windows of the size of its tokens."""
+    few = few_of(step)
+    # Whoever checkpoints it has called us.
+    seen, dimensions = Seen(layer) if checkpoint(layer) else layer, input_dimensions
+    if few is not None:
+        # What the layer does to itself when it sees a map that is not larger than its windows.
+        whole = not always_partition and min(input_dimensions) <= layer.window_size
+        shift = 0 if whole or layer.shift_size == 0 else few[0] // 2
+        seen = Seen(layer, window_size=few[0], shift_size=shift)
+        dimensions, always_partition = step.grid_of(hidden_states), True
+    return type(layer).forward(
+        seen, hidden_states, dimensions, always_partition=always_partition, **kwargs
+    )
+
+
+def forward_maskformer(
+    layer: Any, step: Step, hidden_states: Tensor, input_dimensions: tuple[int, int],
+    output_attentions: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """`transformers.models.maskformer.modeling_maskformer_swin.MaskFormerSwinLayer.forward`
+    (transformers 5.9 to 5.23), in windows of the size of its tokens."""
+    few = few_of(step)
+    seen, dimensions = layer, input_dimensions
+    if few is not None:
+        shift = 0 if layer.shift_size == 0 else few[0] // 2
+        seen = Seen(layer, window_size=few[0], shift_size=shift)
+        dimensions = step.grid_of(hidden_states)
+    return type(layer).forward(seen, hidden_states, dimensions, output_attentions)
+
+
+def forward_v2(
+    layer: Any, step: Step, hidden_states: Tensor, input_dimensions: tuple[int, int],
+    output_attentions: bool | None = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """`transformers.models.swinv2.modeling_swinv2.Swinv2Layer.forward` (transformers 5.9 to 5.23),
+    in windows of the size of its tokens."""
+    return forward_maskformer(layer, step, hidden_states, input_dimensions, bool(output_attentions))
+
+
+def attend(attention: Any, step: Step, *args: Any, **kwargs: Any) -> Any:
+    """The forward of the part that makes biases by relative position: of the whole attention, where
+    it is no part of its own."""
+    few = few_of(step)
+    if few is None:
+        return type(attention).forward(attention, *args, **kwargs)
+    own = attention.window_size
+    if is_a(attention, (V2_ATTENTION,)):
+        like, pretrained = attention.relative_coords_table, attention.pretrained_window_size
+        replaced = {"relative_coords_table": coordinates(own, few, pretrained, like)}
+    else:
+        like = attention.relative_position_bias_table
+        replaced = {"relative_position_bias_table": resized(like, own, few)}
+    seen = Seen(
+        attention,
+        window_size=few,
+        window_area=few[0] * few[1],
+        relative_position_index=relative_positions(few, like.device).flatten(),
+        **replaced,
+    )
+    return type(attention).forward(seen, *args, **kwargs)
+
+
+def biased(layer: Any) -> Any:
+    """The part of a layer that makes biases."""
+    own = getattr(layer.attention, "relative_position_bias", None)
+    return layer.attention.self if own is None else own
+
+
+def stages(model: Any) -> list[Sequence[nn.Module]]:
+    return [list(stage.blocks) for stage in model.layers]
+
+
+def window(layer: Any) -> tuple[int, int]:
+    return int(layer.window_size), int(layer.window_size)
+
+
+def grid(
+    layer: Any, x: Tensor, input_dimensions: tuple[int, int], *args: Any, **kwargs: Any
+) -> tuple[int, int]:
+    return int(input_dimensions[0]), int(input_dimensions[1])
+
+
+def layout(model: Any, image_size: tuple[int, int] | None) -> Layout:
+    """The patches of an image, which is padded to a whole number of them."""
+    height, width = image_size or common.sides(model.config.image_size)
+    rows, columns = common.sides(model.config.patch_size)
+    full = (-(-height // rows), -(-width // columns))
+    return Layout(prefix=0, layers=1, grid=full, class_token=False)
+
+
+def checkpoint(layer: Any) -> Callable[..., Any] | None:
+    """What the layer would call itself through: only those of Swin do; of the others, the stage."""
+    return common.checkpoint(layer) if hasattr(layer, "gradient_checkpointing") else None
+
+
+SWIN = "transformers.models.swin.modeling_swin"
+V2 = "transformers.models.swinv2.modeling_swinv2"
+MASKFORMER = "transformers.models.maskformer.modeling_maskformer_swin"
+V2_ATTENTION = f"{V2}.Swinv2SelfAttention"
+
+HOST = Host(
+    models=(f"{SWIN}.SwinEncoder", f"{V2}.Swinv2Encoder", f"{MASKFORMER}.MaskFormerSwinEncoder"),
+    forwards={
+        f"{SWIN}.SwinLayer": forward,
+        f"{V2}.Swinv2Layer": forward_v2,
+        f"{MASKFORMER}.MaskFormerSwinLayer": forward_maskformer,
+    },
+    blocks=lambda model: [],
+    stages=stages,
+    window=window,
+    grid=grid,
+    layout=layout,
+    scale=lambda layer: 1.0,
+    attention=biased,
+    attend=attend,
+    checkpoint=checkpoint,
+    summary="Swin, SwinV2, and Mask2Former, MaskFormer, UperNet on Swin",
+)
