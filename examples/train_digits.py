@@ -37,7 +37,7 @@ TRAINING = 1400
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("name", choices=zoo.names())
+    parser.add_argument("name", choices=["digits", "digits_cluttered"])
     parser.add_argument("--out", type=Path, default=Path("trained"), help="folder to write to")
     parser.add_argument("--epochs", type=int, default=72)
     parser.add_argument("--seed", type=int, default=0)

@@ -12,8 +12,12 @@ from torch import nn
 
 import tokred
 from tokred import zoo
+from tokred.models.segmenter import mean_iou
 
-every_checkpoint = pytest.mark.parametrize("name", zoo.names())
+CLASSIFIERS = ["digits", "digits_cluttered"]
+SEGMENTERS = ["digits_scenes", "digits_swin"]
+every_classifier = pytest.mark.parametrize("name", CLASSIFIERS)
+every_segmenter = pytest.mark.parametrize("name", SEGMENTERS)
 
 
 @torch.no_grad()
@@ -22,18 +26,28 @@ def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> fl
     return float((answers == labels).float().mean())
 
 
-@every_checkpoint
-def test_reads_as_many_held_out_digits_as_its_card_says(name: str) -> None:
+def said(name: str, what: str) -> float:
+    """A percentage on a model card."""
     card = (Path(zoo.__file__).parent / "zoo" / f"{name}.md").read_text()
-    said = re.search(r"Held-out accuracy: ([\d.]+) %", card)
-    assert said is not None
+    found = re.search(rf"{what}: ([\d.]+) %", card)
+    assert found is not None
+    return float(found[1])
+
+
+def test_names_all_that_is_tested_here() -> None:
+    assert zoo.names() == sorted(CLASSIFIERS + SEGMENTERS)
+
+
+@every_classifier
+def test_reads_as_many_held_out_digits_as_its_card_says(name: str) -> None:
     held_out = zoo.held_out(name)
     assert held_out.images.shape == (397, 1, 56, 56) and held_out.images.dtype == torch.uint8
     measured = accuracy(zoo.load(name), zoo.normalise(held_out.images), held_out.labels)
-    assert measured * 100 == pytest.approx(float(said[1]), abs=0.26)  # one image, in other sums
+    # One image may fall differently in other sums.
+    assert measured * 100 == pytest.approx(said(name, "Held-out accuracy"), abs=0.26)
 
 
-@every_checkpoint
+@every_classifier
 def test_reads_other_drawings_of_them_as_well(name: str) -> None:
     held_out = zoo.held_out(name)
     drawn = zoo.draw(held_out.digits, torch.Generator().manual_seed(5), name)
@@ -41,13 +55,15 @@ def test_reads_other_drawings_of_them_as_well(name: str) -> None:
     assert accuracy(zoo.load(name), zoo.normalise(drawn), held_out.labels) >= least
 
 
-@every_checkpoint
+@every_classifier
 def test_every_method_beats_random_merging_by_far(name: str) -> None:
     held_out = zoo.held_out(name)
     images, model = zoo.normalise(held_out.images), zoo.load(name)
     reached = {}
-    for method in tokred.methods():
-        with tokred.applied(model, method, keep_rate=0.5):
+    # The temperature of slic is a squared distance between features: 50 is for wide models.
+    methods = {**{name: name for name in tokred.methods()}, "slic": tokred.SLIC(tau=5.0)}
+    for method, reducer in methods.items():
+        with tokred.applied(model, reducer, keep_rate=0.5):
             reached[method] = accuracy(model, images, held_out.labels)
     baseline = reached.pop("random")
     assert min(reached.values()) > baseline + 0.05, (reached, baseline)
@@ -60,6 +76,79 @@ def test_drawings_follow_from_the_generator() -> None:
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+@torch.no_grad()
+def segmented(model: nn.Module, images: torch.Tensor, targets: torch.Tensor) -> float:
+    answers = torch.cat([model(part).argmax(1) for part in images.split(8)])
+    return mean_iou(answers, targets, zoo.SCENE_CLASSES)
+
+
+@every_segmenter
+def test_segments_held_out_scenes_as_well_as_its_card_says(name: str) -> None:
+    held_out = zoo.held_out(name)
+    assert held_out.images.shape == (80, 1, 112, 112) and held_out.images.dtype == torch.uint8
+    assert held_out.labels.shape == (80, 112, 112)
+    measured = segmented(zoo.load(name), zoo.normalise(held_out.images), held_out.labels)
+    assert measured * 100 == pytest.approx(said(name, "Held-out mIoU"), abs=0.1)
+
+
+@every_segmenter
+def test_segments_other_scenes_as_well(name: str) -> None:
+    held_out = zoo.held_out(name)
+    generator = torch.Generator().manual_seed(5)
+    images, targets = zoo.draw_scenes(held_out.digits, held_out.classes, 24, generator)
+    expected = said(name, "Held-out mIoU") / 100
+    assert segmented(zoo.load(name), zoo.normalise(images), targets) >= expected - 0.05
+
+
+def test_the_digits_that_are_held_out_are_the_same_everywhere() -> None:
+    first, *others = (zoo.held_out(name) for name in zoo.names())
+    assert first.digits.shape == (397, 8, 8)
+    for other in others:
+        assert torch.equal(other.digits, first.digits)
+        assert torch.equal(other.classes, first.classes)
+
+
+def test_scenes_follow_from_the_generator_and_hold_what_they_promise() -> None:
+    held_out = zoo.held_out("digits_scenes")
+    drawn = [
+        zoo.draw_scenes(held_out.digits, held_out.classes, 12, torch.Generator().manual_seed(seed))
+        for seed in (0, 0, 1)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(drawn[0], drawn[1], strict=True))
+    assert not torch.equal(drawn[0][0], drawn[2][0])
+    images, targets = drawn[0]
+    assert images.shape == (12, 1, 112, 112) and targets.shape == (12, 112, 112)
+    ink = images[:, 0].float()
+    for scene, target in zip(ink, targets, strict=True):
+        there = target.unique().tolist()
+        assert there[0] == 0 and 3 <= len(there) - 1 <= 6 and there[-1] <= 10
+        assert scene[target > 0].mean() > 1.5 * scene[target == 0].mean()
+
+
+def test_scenes_need_a_digit_of_each_class() -> None:
+    held_out = zoo.held_out("digits_scenes")
+    few = held_out.classes < 9
+    with pytest.raises(ValueError, match="classes must hold each of 0 to 9"):
+        generator = torch.Generator().manual_seed(0)
+        zoo.draw_scenes(held_out.digits[few], held_out.classes[few], 2, generator)
+    with pytest.raises(ValueError, match="draw_scenes draws for it"):
+        zoo.draw(held_out.digits, torch.Generator(), "digits_scenes")
+
+
+@every_segmenter
+def test_segmenters_have_784_tokens_and_take_other_sizes(name: str) -> None:
+    model = zoo.load(name)
+    assert model.encoder.patch_embed.grid_size == (28, 28)
+    assert model(torch.zeros(1, 1, 56, 84)).shape == (1, 11, 56, 84)
+
+
+def test_the_swin_shifts_its_windows_in_the_long_stage() -> None:
+    stage = zoo.load("digits_swin").encoder.layers[0]
+    assert stage.output_resolution == (28, 28) and len(stage.blocks) == 10
+    assert [tuple(block.window_size) for block in stage.blocks] == [(14, 14)] * 10
+    assert [tuple(block.shift_size) for block in stage.blocks] == [(0, 0), (7, 7)] * 5
 
 
 def test_an_unknown_checkpoint_names_the_known_ones() -> None:
