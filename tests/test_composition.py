@@ -50,6 +50,13 @@ on_the_second = pytest.mark.parametrize("host", some("vit"), indirect=True)
 on_the_last = pytest.mark.parametrize("host", some("rotary"), indirect=True)
 
 
+def not_on_the_oldest(host: Small) -> None:
+    """torch 2.6 cannot compile transformers 5.9 layer by layer, nor gets its outputs out of a
+    compiled model: without tokred either."""
+    if os.environ.get("TOKRED_VERSIONS") == "oldest" and host is not PROPERTIES["timm"]:
+        pytest.skip("the dense model cannot be compiled like that in these versions")
+
+
 def blocks(model: nn.Module) -> list[nn.Module]:
     found, tower = find_host(model)
     return list(found.blocks(tower))
@@ -86,6 +93,7 @@ def test_blocks_compiled_one_by_one_share_their_code(host: Small) -> None:
     """The limit of recompilations is 8; there are 12 blocks, which differ in what they do alone."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
+    not_on_the_oldest(host)
     model, inputs = host.build(), host.inputs(2)
     tokred.apply(model, "tome", tokred.Stages(0.5))
     expected = answered(host, model, inputs)
@@ -122,6 +130,7 @@ def test_twelve_blocks_stay_below_the_recompile_limit() -> None:
 
 @pytest.mark.parametrize("which", [[0], [2, 3], [1, 3]])
 def test_some_blocks_may_be_compiled_and_others_not(host: Small, which: list[int]) -> None:
+    not_on_the_oldest(host)
     model, inputs = host.build(), host.inputs(2)
     tokred.apply(model, "tome", keep_rate=0.5)
     expected = answered(host, model, inputs)
@@ -134,6 +143,7 @@ def test_some_blocks_may_be_compiled_and_others_not(host: Small, which: list[int
 
 @on_the_second
 def test_removing_after_compiling_gives_the_dense_model(host: Small) -> None:
+    not_on_the_oldest(host)
     model, inputs = host.build(), host.inputs(2)
     dense = answered(host, model, inputs)
     compiled = torch.compile(model, backend="aot_eager")
@@ -447,6 +457,8 @@ def test_fully_sharded_on_one_rank(name: str, first: str) -> None:
         text=True,
         timeout=300,
     )
+    if "'Stream' object has no attribute 'record_event'" in result.stderr:
+        pytest.skip("this version of torch cannot shard on the CPU")
     assert "held" in result.stdout, result.stderr[-2000:]
 
 
@@ -461,7 +473,8 @@ def test_applying_inside_compiled_code_is_refused(host: Small) -> None:
         tokred.apply(model)
         return x
 
-    with pytest.raises(Exception, match=r"tokred\.apply cannot be compiled"):
+    # Older versions of torch.compile do not tell what was raised.
+    with pytest.raises(Exception, match=r"tokred\.apply cannot be compiled|Observed exception"):
         patched(torch.ones(2))
     assert not any(isinstance(innermost(block), tokred.patching.Patched) for block in blocks(model))
 

@@ -23,7 +23,7 @@ def twins(model: nn.Module) -> Tensor:
     for name, parameter in model.embeds.named_parameters():
         if name.startswith("pos_embed"):
             nn.init.zeros_(parameter)
-    if model.rope is not None:
+    if getattr(model, "rope", None) is not None:  # older versions have none
         turn_nothing(model.rope)
     return two_pictures((64, 64), (16, 16))
 
