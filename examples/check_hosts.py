@@ -11,7 +11,8 @@ parameter drawn away from defaults such as 1e-5. Each one is found to be:
 to the dense model's; with `keep_rate=0.5` exactly the asked number of tokens reaches every MLP, and
 the answer is finite and another one, in which dropped tokens have no part; after `tokred.remove` it
 is bit-identical again. All of that for a method that merges (`tome`) and one that prunes (`topk`);
-where one of the two is refused, the page says so.
+where one of the two is refused, the page says so. (Models in shifted windows can have `slic` alone:
+they are tried with that, and their tokens are not counted.)
 *refused*: `tokred.apply` says why.
 *not built*: no small model could be made or run, so nothing is known.
 *wrong*: anything else. The script then exits with 1.
@@ -215,7 +216,9 @@ def small_timm(name: str, full: nn.Module) -> tuple[nn.Module, Tensor]:
         patch = [side // count for side, count in zip(embed.img_size, embed.grid_size, strict=True)]  # type: ignore[union-attr]
         image = {"img_size": (8 * patch[0], 8 * patch[1])}
     narrow = {"embed_dim": 128, "num_heads": 4}
+    stages = {"depths": (2, 2, 4, 2), "embed_dim": 32, "num_heads": (1, 2, 4, 8)}
     tries: list[dict[str, Any]] = [
+        stages,
         {"depth": 4, **narrow, **image},
         {"depth": 4, **image},
         {"depth": 4},
@@ -529,9 +532,12 @@ def answered(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 def refused_at_once(result: Result, model: nn.Module) -> bool:
     """Whether every method is refused; which needs no weights."""
     reasons = []
-    for method in METHODS:
+    methods = METHODS
+    with contextlib.suppress(tokred.UnsupportedModelError):
+        methods = methods_of(find_host(model)[0])
+    for method in methods:
         try:
-            tokred.apply(model, method, KEEP)
+            tokred.apply(model, method, None if method == "slic" else KEEP)
         except tokred.UnsupportedModelError as error:
             reasons.append(str(error))
         except Exception:  # that is for `judge` to find
@@ -548,7 +554,12 @@ def refused_at_once(result: Result, model: nn.Module) -> bool:
 
 def name_of(host: Host) -> str:
     """The file of a patch."""
-    return next(name for name, one in hosts().items() if one is host)
+    return next(name for name, one in hosts().items() if one is (host.base or host))
+
+
+def methods_of(host: Host) -> tuple[str, ...]:
+    """The methods to try: of a model in windows, the one that it can have."""
+    return ("slic",) if host.stages else METHODS
 
 
 Features = Callable[[Any, Inputs], list[Tensor]]
@@ -561,7 +572,7 @@ def judge(result: Result, model: nn.Module, inputs: Inputs, features: Features) 
     dense = answered(model, inputs)
     hidden = offered(features, model, inputs)
     result.verdict = "accepted"
-    for method in METHODS:
+    for method in methods_of(host):
         try:
             problem = tried(result, model, inputs, method, dense, hidden, features)
         except tokred.UnsupportedModelError as error:
@@ -594,14 +605,19 @@ def tried(
         return "keep_rate=1 is not the dense model"
     if hidden is not None and not same(offered(features, model, inputs), hidden):
         return "with keep_rate=1, the features are not the dense model's"
-    reduction = tokred.apply(model, method, KEEP)
-    layout = reduction.layout
-    asked = [n + layout.others for n in KEEP(full[0] - layout.others, layout.layers)]
-    blocks, mlps = entered(model, inputs)
-    if mlps != asked:
-        if [*mlps, *asked[-1:]] != [full[0], *asked] or blocks != mlps:
-            return f"{mlps} tokens enter the MLPs instead of {asked}"
-        result.notes.append("reduced between blocks")
+    if method == "slic":  # in windows: feature maps have no sequence whose tokens could be counted
+        reduction = tokred.apply(model, tokred.SLIC(tau=5.0), 0.5)
+        layout = reduction.layout
+        result.notes.append("slic, in the windows of its longest stage")
+    else:
+        reduction = tokred.apply(model, method, KEEP)
+        layout = reduction.layout
+        asked = [n + layout.others for n in KEEP(full[0] - layout.others, layout.layers)]
+        blocks, mlps = entered(model, inputs)
+        if mlps != asked:
+            if [*mlps, *asked[-1:]] != [full[0], *asked] or blocks != mlps:
+                return f"{mlps} tokens enter the MLPs instead of {asked}"
+            result.notes.append("reduced between blocks")
     reduced = answered(model, inputs)
     if hidden is not None and offered(features, model, inputs) is None:
         return "features cannot be had"

@@ -22,7 +22,9 @@ from tokred.reducers import Reducer
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("name", nargs="?", choices=["digits", "digits_cluttered"], default=zoo.DEFAULT)
+    parser.add_argument(
+        "name", nargs="?", choices=["digits", "digits_cluttered"], default=zoo.DEFAULT
+    )
     parser.add_argument("--drawings", type=int, default=20)
     parser.add_argument("--keep-rates", type=float, nargs="+", default=[0.5, 0.25, 0.15])
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="all, if not given")

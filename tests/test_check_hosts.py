@@ -34,8 +34,13 @@ def test_a_transformer_of_timm_is_accepted(script: Any) -> None:
 
 
 def test_a_class_without_a_patch_is_refused_and_says_so(script: Any) -> None:
-    (found,) = script.survey(("timm", "", ["swin_tiny_patch4_window7_224"]))
+    (found,) = script.survey(("timm", "", ["pvt_v2_b0"]))
     assert found.verdict == "refused" and "no patch for" in found.reason
+
+
+def test_a_model_in_windows_is_tried_with_the_method_it_can_have(script: Any) -> None:
+    (found,) = script.survey(("timm", "", ["swin_tiny_patch4_window7_224"]))
+    assert found.verdict == "accepted" and "slic" in found.notes[0]
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mixer_s32_224", "convnext_atto", "poolformer_s12"])
@@ -74,10 +79,10 @@ def test_the_page_keeps_its_head_and_names_everything(
     page, results = tmp_path / "hosts.md", tmp_path / "results.jsonl"
     page.write_text("# Head\n")
     options = ["--library", "timm", "--results", str(results), "--write", str(page)]
-    for pattern in ("deit_tiny_patch16_224", "resnet18", "swin_tiny_patch4_window7_224"):
+    for pattern in ("deit_tiny_patch16_224", "resnet18", "pvt_v2_b0"):
         monkeypatch.setattr(sys, "argv", ["check_hosts.py", pattern, *options])
         assert script.main() == 0
     text = page.read_text()
     assert text.startswith("# Head\n\n" + script.MARK) and text.count(script.MARK) == 1
     assert "1 accepted, 1 refused, 0 not built, 0 wrong; not counted: 1 without" in text
-    assert "`deit_tiny_patch16_224`" in text and "`SwinTransformer` (1)" in text
+    assert "`deit_tiny_patch16_224`" in text and "`PyramidVisionTransformerV2` (1)" in text
