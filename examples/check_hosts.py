@@ -323,6 +323,17 @@ SPECIAL: dict[str, dict[str, Any]] = {
         },
     },
     "shieldgemma2": {"yes_token_index": 5, "no_token_index": 6},
+    # Windows of 7x7 need feature maps that are larger than that.
+    **{
+        name: {
+            "patch_size": 4,
+            "image_size": 224,
+            "window_size": 7,
+            "embed_dim": 32,
+            "num_heads": [1, 2, 4, 8],
+        }
+        for name in ("swin", "swinv2", "maskformer-swin")
+    },
     "vipllava": {"vision_feature_layer": [-2, -1]},
 }
 

@@ -183,3 +183,13 @@ def test_the_small_models_have_the_windows_that_are_said() -> None:
         blocks = stage_of(SWIN[name].build())
         assert [block.window_size for block in blocks] == [WINDOW] * 4
         assert [any(block.shift_size) for block in blocks] == [False, True, False, True]
+
+
+def test_a_feature_map_that_is_too_small_is_told() -> None:
+    model = timm.create_model(
+        "swin_tiny_patch4_window7_224", embed_dim=16,
+        depths=(1, 1, 4, 1), num_heads=(1, 1, 1, 1), strict_img_size=False,
+    ).eval()  # fmt: skip
+    tokred.apply(model, tokred.SLIC(tau=5.0), tokred.Hourglass(grid=(5, 5), down=1))
+    with pytest.warns(UserWarning, match="2x2 tokens is too small"), torch.no_grad():
+        model(torch.randn(1, 3, 32, 32))

@@ -26,7 +26,7 @@ from tokred.reducers import Reconstruction, Reducer, make, proportional, prunes,
 from tokred.reducers.slic import Bilinear, Nearest
 from tokred.run import Reduction, State, needed_for_pooling
 from tokred.schedule import Schedule, Stages, check_keep_rate
-from tokred.windows import in_windows, why_not
+from tokred.windows import in_windows, too_small, why_not
 
 
 def apply(
@@ -345,7 +345,14 @@ class Patched:
         [batch, tokens, dim], whose grid only the block itself knows."""
         assert self.grid is not None
         if self.first:
-            self.reduction.set_grid(self.grid(self.block, x, *others, **kwargs))
+            grid = self.grid(self.block, x, *others, **kwargs)
+            self.reduction.set_grid(grid)
+            if not torch.compiler.is_compiling() and too_small(self.reduction, grid):
+                warnings.warn(
+                    f"a feature map of {grid[0]}x{grid[1]} tokens is too small for its windows to "
+                    "be reduced: nothing is reduced",
+                    stacklevel=2,
+                )
         tokens = x.flatten(1, -2)
         self.reduction.pass_on(x, tokens)
         step = self.reduction.enter(self.layer, self.first, self.scale, tokens)

@@ -47,16 +47,16 @@ def _expedited(
 
 
 presets: Mapping[str, Preset] = {
-    "segmenter-ade20k": _expedited("ViT-L/16", (40, 40), (28, 28), 10, None, 5, 50, 20),
-    "segmenter-cityscapes": _expedited("ViT-L/16", (48, 48), (32, 32), 12, None, 5, 50, 20),
-    "segmenter-pascal-context": _expedited("ViT-L/16", (30, 30), (15, 15), 14, None, 5, 50, 20),
-    "dpt-kitti": _expedited("R50+ViT-B/16", (22, 76), (28, 28), 2, None, 5, 5, 20),
-    "dpt-nyuv2": _expedited("R50+ViT-B/16", (30, 40), (16, 16), 3, None, 7, 2, 50),
-    "swag-vit-h14": _expedited("ViT-H/14", (37, 37), (25, 25), 8, None, 7, 1, 20),
-    "swag-vit-l16": _expedited("ViT-L/16", (32, 32), (22, 22), 8, None, 9, 1, 20),
-    "mask2former-coco-panoptic": _expedited("Swin-L", (12, 12), (8, 8), 6, 18, 7, 20, 10),
-    "mask2former-ade20k-semantic": _expedited("Swin-L", (12, 12), (8, 8), 4, 18, 5, 100, 10),
-    "mask2former-coco-instance": _expedited("Swin-L", (12, 12), (8, 8), 8, 18, 11, 100, 60),
-    "swinv2-htc-coco": _expedited("SwinV2-L", (32, 32), (23, 23), 8, 18, 5, 33, 20),
+    "segmenter-ade20k": _expedited("ViT-L/16", (40, 40), (28, 28), 10, None, 5, 50.0, 20),
+    "segmenter-cityscapes": _expedited("ViT-L/16", (48, 48), (32, 32), 12, None, 5, 50.0, 20),
+    "segmenter-pascal-context": _expedited("ViT-L/16", (30, 30), (15, 15), 14, None, 5, 50.0, 20),
+    "dpt-kitti": _expedited("R50+ViT-B/16", (22, 76), (28, 28), 2, None, 5, 5.0, 20),
+    "dpt-nyuv2": _expedited("R50+ViT-B/16", (30, 40), (16, 16), 3, None, 7, 2.0, 50),
+    "swag-vit-h14": _expedited("ViT-H/14", (37, 37), (25, 25), 8, None, 7, 1.0, 20),
+    "swag-vit-l16": _expedited("ViT-L/16", (32, 32), (22, 22), 8, None, 9, 1.0, 20),
+    "mask2former-coco-panoptic": _expedited("Swin-L", (12, 12), (8, 8), 6, 18, 7, 20.0, 10),
+    "mask2former-ade20k-semantic": _expedited("Swin-L", (12, 12), (8, 8), 4, 18, 5, 100.0, 10),
+    "mask2former-coco-instance": _expedited("Swin-L", (12, 12), (8, 8), 8, 18, 11, 100.0, 60),
+    "swinv2-htc-coco": _expedited("SwinV2-L", (32, 32), (23, 23), 8, 18, 5, 33.0, 20),
 }
 """The presets by name. Iterations are five in all of them."""

@@ -153,7 +153,7 @@ class Hourglass:
             raise ValueError(f"down must be an integer of at least 0, not {self.down!r}")
         if up is not None and (not isinstance(up, int) or up <= down):
             raise ValueError(f"up must be an integer above down = {down}, not {up!r}")
-        object.__setattr__(self, "_ratio", _ratio(self.keep_rate or 1))
+        object.__setattr__(self, "_ratio", _ratio(self.keep_rate or 1.0))
 
     def __call__(self, tokens: int, layers: int) -> list[int]:
         down = layers // 3 if self.down is None else self.down

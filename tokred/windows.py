@@ -277,6 +277,17 @@ def in_windows(reduction: Reduction, window: tuple[int, int]) -> Reduction:
     )
 
 
+def too_small(reduction: Reduction, grid: tuple[int, int]) -> bool:
+    """Whether a feature map has so few rows and columns that a reduction, which is to reduce
+    windows, leaves all of them."""
+    own = reduction.reducer
+    return (
+        isinstance(own, InWindows)
+        and own.few != own.window
+        and reduced(grid, own.window, own.few) == grid
+    )
+
+
 def limit(reduction: Reduction) -> Reduction:
     """What a reduction in windows is measured against: the same numbers of tokens for nothing."""
     own = reduction.reducer
