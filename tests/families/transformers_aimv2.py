@@ -11,6 +11,7 @@ from transformers.models.ovis2.configuration_ovis2 import Ovis2VisionConfig
 from transformers.models.ovis2.modeling_ovis2 import Ovis2VisionModel
 
 from families import Small, hidden_states, two_pictures, visible
+from families.transformers_maskless import lively
 
 SIZE = {
     "hidden_size": 32,
@@ -34,7 +35,7 @@ def twins(model: nn.Module) -> dict[str, Tensor]:
 
 
 def aimv2(**options: Any) -> nn.Module:
-    return visible(transformers.Aimv2VisionModel(transformers.Aimv2VisionConfig(**SIZE, **options)))
+    return lively(transformers.Aimv2VisionModel(transformers.Aimv2VisionConfig(**SIZE, **options)))
 
 
 def ovis2() -> nn.Module:
