@@ -543,7 +543,7 @@ def answered(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 def refused_at_once(result: Result, model: nn.Module) -> bool:
     """Whether every method is refused; which needs no weights."""
     reasons = []
-    methods = METHODS
+    methods: tuple[str, ...] = METHODS
     with contextlib.suppress(tokred.UnsupportedModelError):
         methods = methods_of(find_host(model)[0])
     for method in methods:

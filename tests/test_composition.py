@@ -19,6 +19,7 @@ from families import Small
 from test_hosts import SMALL, answered, keep_all
 from test_patching import traces
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 import tokred
 from tokred.host import find_host, innermost, submodule
@@ -110,6 +111,8 @@ def test_twelve_blocks_stay_below_the_recompile_limit() -> None:
     import timm
     from torch._dynamo.testing import CompileCounterWithBackend
 
+    if TorchVersion(torch.__version__) < "2.7":
+        pytest.skip("torch 2.6 compiles every module that has a hook by itself")
     torch._dynamo.reset()
     model = timm.create_model("vit_tiny_patch16_224", img_size=128, depth=12).eval()
     images = torch.randn(1, 3, 128, 128)

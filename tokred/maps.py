@@ -19,6 +19,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+from torch.torch_version import TorchVersion
+
+# Code that torch 2.6 generates for CPUs stores rows where it should add them (index_add and
+# scatter_add alike). 2.15 does not; which version was the first is not known.
+_ADDS_WRONGLY = TorchVersion(torch.__version__) < "2.15"
 
 
 @runtime_checkable
@@ -100,6 +105,8 @@ class Clusters:
             share = size / self.total(size).gather(1, self.index)
         if x.device.type == "cpu" and not x.requires_grad and not torch.compiler.is_compiling():
             return self._sum_in_bags(x, share)
+        if _ADDS_WRONGLY and x.device.type == "cpu" and torch.compiler.is_compiling():
+            return self._sum_by_product(x, share)
         weighted = x * share[..., None].to(torch.promote_types(x.dtype, torch.float32))
         out = weighted.new_zeros(x.shape[0] * self.num_coarse, x.shape[2])
         rows = _rows(self.index, self.num_coarse)
@@ -124,6 +131,15 @@ class Clusters:
             per_sample_weights=share.gather(1, by_group).flatten().to(wide.dtype),
         )
         return sums.view(batch, self.num_coarse, x.shape[2]).to(x.dtype)
+
+    def _sum_by_product(
+        self, x: Float[Tensor, "batch fine dim"], share: Float[Tensor, "batch fine"]
+    ) -> Float[Tensor, "batch coarse dim"]:
+        """The same sums without any addition in place."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        coarse = torch.arange(self.num_coarse, device=x.device)
+        member = self.index[:, None, :] == coarse[:, None]
+        return ((member * share[:, None, :]).to(wide.dtype) @ wide).to(x.dtype)
 
     def up(
         self,
