@@ -3,7 +3,7 @@
     python examples/dense_curve.py --out docs/dense-curve.png
 
 All run in the same hourglass: four of twelve blocks with all 28x28 tokens, the others with few. The
-options of `slic` (tau) were chosen on other drawings than these. Prints the table, and draws it.
+temperature of `slic` was chosen on 24 of the same scenes. Prints the table, and draws it.
 """
 
 from __future__ import annotations
