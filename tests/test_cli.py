@@ -180,3 +180,11 @@ def test_the_dense_suite_measures_models_and_kernels(monkeypatch: pytest.MonkeyP
     assert all(len(took) == 2 for row in results["kernels"] for took in row["seconds"].values())
     table = dense.markdown(results)
     assert "| vit_tiny_patch16_224, 64 px | few |" in table and "| 10x10 | 5x5 |" in table
+
+
+def test_fidelity_tells_how_close_each_setting_is(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--methods", "atc", "random", "--keep-rates", "0.5", "--images", "4", "--hourglass"]
+    assert main(["fidelity", "digits", *options]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.split("\n")[2:4]]
+    assert [row[:2] for row in rows] == [["atc", "0.5"], ["random", "0.5"]]
+    assert 1 > float(rows[0][2]) > float(rows[1][2]) and rows[0][-2:] == ["196", "98"]

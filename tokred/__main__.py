@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
             "model",
             metavar="MODEL",
             nargs="?" if name == "bench" else None,
-            help="'digits' (bundled) or any timm name",
+            help="a bundled one, such as 'digits', or any timm name",
         )
         made.add_argument("--method", default="tome", help="see `tokred list` (default: tome)")
         made.add_argument(

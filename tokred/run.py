@@ -719,7 +719,7 @@ class Step:
             coarse_grid = getattr(token_map, "grid", None)
             reconstruction = self.reduction.reconstruction
             if reconstruction is not None:
-                # As attributes of the tokens that are seen now, not of what becomes of them.
+                # Chosen by what tokens are now: later there is nothing to compare them by.
                 index, weight = reconstruction(tokens, fewer, state.grid, coarse_grid)
                 token_map = Weighted(token_map, index, weight)
         self.signals.clear()  # so that the keys need not live on through the MLP

@@ -39,7 +39,8 @@ class SLIC:
         neighbourhood: the candidates of a token are the clusters in so many rows and columns
             around it; odd.
         iterations: how often the clusters are refined; 0 is average pooling.
-        tau: squared distances are divided by it before the softmax, in both steps.
+        tau: squared distances are divided by it before the softmax, in both steps. It goes with the
+            scale of the features: 50 is for those of a ViT-L, 3 to 5 for some of width 64.
         k: of how many clusters every token is made again.
     """
 
