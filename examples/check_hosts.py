@@ -11,8 +11,8 @@ parameter drawn away from defaults such as 1e-5. Each one is found to be:
 to the dense model's; with `keep_rate=0.5` exactly the asked number of tokens reaches every MLP, and
 the answer is finite and another one, in which dropped tokens have no part; after `tokred.remove` it
 is bit-identical again. All of that for a method that merges (`tome`) and one that prunes (`topk`);
-where one of the two is refused, the page says so. (Models in shifted windows can have `slic` alone:
-they are tried with that, and their tokens are not counted.)
+where one of the two is refused, the page says so. (Models that attend in windows can have `slic`
+alone: they are tried with that, and their tokens are not counted.)
 *refused*: `tokred.apply` says why.
 *not built*: no small model could be made or run, so nothing is known.
 *wrong*: anything else. The script then exits with 1.

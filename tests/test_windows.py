@@ -333,9 +333,9 @@ def test_blocks_in_between_run_on_few_tokens(host: Swin) -> None:
     model = host.build()
     tokred.apply(model, "slic", MIDDLE)
     seen = Watched(host, model, images())
-    counts = [y.flatten(1, -2).shape[1] for y in seen.behind]
+    counts = [host.tokens(y).shape[1] for y in seen.behind]
     assert counts == [90, 42, 42, 90]
-    if seen.behind[1].ndim == 4:
+    if seen.behind[1].ndim == 4 and not host.channels_first:
         assert [tuple(y.shape[1:3]) for y in seen.behind] == [GRID, REDUCED, REDUCED, GRID]
 
 
@@ -350,8 +350,9 @@ def test_they_are_the_host_s_blocks_of_smaller_windows(host: Swin) -> None:
         small = host.small(block, layer % 2 == 1)
         wanted = host.run(small, seen.before[layer], REDUCED)
         torch.testing.assert_close(seen.behind[layer], wanted, rtol=1e-4, atol=1e-5)
-        other = host.run(host.small(block, layer % 2 == 0), seen.before[layer], REDUCED)
-        assert not torch.allclose(other, wanted, rtol=1e-3, atol=1e-3)
+        if host.shifts:
+            other = host.run(host.small(block, layer % 2 == 0), seen.before[layer], REDUCED)
+            assert not torch.allclose(other, wanted, rtol=1e-3, atol=1e-3)
 
 
 def sees(rolls_first: bool, shift: int) -> np.ndarray:
@@ -372,18 +373,22 @@ def sees(rolls_first: bool, shift: int) -> np.ndarray:
 @pytest.mark.parametrize("shifted", [False, True])
 def test_masks_are_those_of_the_smaller_windows(host: Swin, shifted: bool) -> None:
     """Entry by entry: of as many copies of a map as it has tokens, each has another one changed."""
-    model = host.build()
+    model = host.build().double()  # so that no attention is too little to be seen
     reduction = tokred.apply(model, "slic", Hourglass(grid=FEW, down=0, up=4))
-    seen = Watched(host, model, images(1))
+    seen = Watched(host, model, images(1).double())
     layer = 1 if shifted else 2
     x, block = seen.before[layer], stage_of(model)[layer]
-    tokens = x.flatten(1, -2).expand(43, -1, -1).clone()
-    tokens[torch.arange(42), torch.arange(42)] += torch.randn(42, x.shape[-1])
-    copies = tokens.view(43, *x.shape[1:])
+    tokens = host.tokens(x).expand(43, -1, -1).clone()
+    tokens[torch.arange(42), torch.arange(42)] += torch.randn(42, tokens.shape[-1]).double()
+    copies = host.like(tokens, x)
     reduction.carry(copies, seen.states[layer])
-    y = host.run(block, copies, GRID).flatten(1, -2)
-    changed = (y[:42] != y[42:]).any(2).T  # by the token that sees, and the one that is seen
-    np.testing.assert_array_equal(changed.numpy(), sees(host.rolls_first, 2 if shifted else 0))
+    y = host.tokens(host.run(block, copies, GRID))
+    # By the token that sees, and the one that is seen; less is a matter of rounding.
+    changed = ((y[:42] - y[42:]).abs() > 1e-12).any(2).T
+    wanted = sees(host.rolls_first, 2 if shifted else 0)
+    if shifted and not host.shifts:
+        wanted = np.ones_like(wanted)  # attends to the whole map instead
+    np.testing.assert_array_equal(changed.numpy(), wanted)
 
 
 @torch.no_grad()
@@ -391,7 +396,7 @@ def test_any_image_size_and_any_batch(host: Swin, request: pytest.FixtureRequest
     if "static" in request.node.name:
         pytest.skip("takes images of one size only")
     model = host.build()
-    for size, batch in [((40, 36), 3), ((48, 48), 1), ((36, 72), 1), ((50, 30), 1)]:
+    for size, batch in [((40, 36), 3), ((48, 48), 1), ((36, 72), 1), ((52, 28), 1)]:
         x = images(batch, size)
         tokred.remove(model)
         dense = answered(host, model, x)

@@ -64,6 +64,8 @@ class Host:
             the model's class.
         tapped: `tapped(layers)`: the layers whose output the host is going to hand out during the
             call that runs.
+        handed_out: the same where only the model and what it is called with can tell:
+            `handed_out(model, args, kwargs)`.
         checkpoint: what the block's own forward would call itself through for gradient
             checkpointing; None if it would not, now.
         pads: whether images of a batch may come with different numbers of tokens, and a mask.
@@ -72,10 +74,12 @@ class Host:
         stages: * of a model whose blocks attend in windows, the blocks of every stage. One stage is
             reduced (see `at`), in its windows; `blocks` is not asked, and `layout` for the patches
             in front of the first stage.
-        window: * `window(block)`: rows and columns of a block's windows, where there are stages.
+        window: * `window(block)`: rows and columns of a block's windows, where there are stages;
+            None if the block attends to the whole feature map.
         grid: `grid(block, x, ...)`: rows and columns of the tokens that enter a block, given what
             the block is given, where there are stages: its tokens come and go as [batch, rows,
             columns, dim] or as [batch, tokens, dim].
+        channels_first: whether they come and go as [batch, dim, rows, columns] instead.
         refuse: * why a model (given the signals that are needed) cannot be patched; None if it can.
         summary: one clause for lists.
     """
@@ -97,12 +101,14 @@ class Host:
     merges_only: Callable[[Any, Any], str | None] = lambda root, model: None
     methods: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     tapped: Callable[[int], frozenset[int]] | None = None
+    handed_out: Callable[[Any, Any, Any], frozenset[int]] | None = None
     checkpoint: Callable[[Any], Callable[..., Any] | None] | None = None
     pads: bool = False
     means: Callable[[Any], bool] = lambda model: True
     stages: Callable[[Any], Sequence[Sequence[nn.Module]]] | None = None
-    window: Callable[[Any], tuple[int, int]] | None = None
+    window: Callable[[Any], tuple[int, int] | None] | None = None
     grid: Callable[..., tuple[int, int]] | None = None
+    channels_first: bool = False
     base: Host | None = None
     refuse: Callable[[Any, frozenset[str]], str | None] = lambda model, signals: None
     summary: str = ""
@@ -135,8 +141,8 @@ class Host:
             return stages(model)[chosen]
 
         def layout(model: Any, image_size: tuple[int, int] | None) -> Layout:
-            grid = window(blocks(model)[0])
-            if image_size is not None:
+            grid = next(filter(None, map(window, blocks(model))), None)
+            if grid is None or image_size is not None:
                 grid = base.layout(model, image_size).grid
                 for _ in range(chosen):
                     grid = (-(-grid[0] // 2), -(-grid[1] // 2))

@@ -24,7 +24,7 @@ from tokred.host import Host, UnsupportedModelError, find_host, innermost, inner
 from tokred.presets import Preset
 from tokred.reducers import Reconstruction, Reducer, make, proportional, prunes, varies
 from tokred.reducers.slic import Bilinear, Nearest
-from tokred.run import Reduction, State, needed_for_pooling
+from tokred.run import Reduction, State, Step, needed_for_pooling
 from tokred.schedule import Schedule, Stages, check_keep_rate
 from tokred.windows import in_windows, too_small, why_not
 
@@ -147,7 +147,7 @@ def remove(model: nn.Module) -> None:
                 delattr(module, name)
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key, hook in list(hooks.items()):
-                if isinstance(hook, Tap | Carry | Pool | Grid):
+                if isinstance(hook, Tap | Carry | Pool | Grid | HandedOut):
                     del hooks[key]
 
 
@@ -204,6 +204,7 @@ def hang(model: nn.Module, host: Host, reduction: Reduction) -> None:
             _mask_of(forward),
             host.pads,
             host.grid,
+            host.channels_first,
         )
         attention = None
         if host.attention is not None and host.attend is not None:
@@ -227,6 +228,9 @@ def hang(model: nn.Module, host: Host, reduction: Reduction) -> None:
         module.register_forward_pre_hook(Pool(reduction))
     if patches is not None:
         patches.register_forward_hook(Grid(reduction))
+    if host.handed_out is not None:
+        hook = HandedOut(reduction, host.handed_out)
+        tower.register_forward_pre_hook(hook, with_kwargs=True)
     for name, call in host.methods.items():
         original = getattr(type(tower), name, None)
         if original is not None:  # not every version has every method
@@ -299,6 +303,7 @@ class Patched:
     mask: tuple[str, int] | None
     pads: bool
     grid: Callable[..., tuple[int, int]] | None = None
+    channels_first: bool = False
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -341,8 +346,8 @@ class Patched:
         return self.run(x, *others, **kwargs)
 
     def _on_a_map(self, x: Tensor, others: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """The same where tokens are those of a feature map, [batch, rows, columns, dim] or
-        [batch, tokens, dim], whose grid only the block itself knows."""
+        """The same where tokens are those of a feature map, whose grid only the block itself
+        knows."""
         assert self.grid is not None
         if self.first:
             grid = self.grid(self.block, x, *others, **kwargs)
@@ -353,23 +358,33 @@ class Patched:
                     "be reduced: nothing is reduced",
                     stacklevel=2,
                 )
-        tokens = x.flatten(1, -2)
+        tokens = self._tokens_of(x)
         self.reduction.pass_on(x, tokens)
         step = self.reduction.enter(self.layer, self.first, self.scale, tokens)
         self.reduction.pass_on(tokens, x)
         tokens = step.open(tokens)
-        given = tokens.unflatten(1, step.grid_of(tokens)) if x.ndim == 4 else tokens
-        y = self.call(self.block, step, given, *others, **kwargs)
+        y = self.call(self.block, step, self._map_of(tokens, step, x), *others, **kwargs)
         rest = None
         if isinstance(y, tuple):
             y, *rest = y
-        tokens = step.close(y.flatten(1, -2))
-        if x.ndim == 4:
-            y = tokens.unflatten(1, step.grid_of(tokens))
+        tokens = step.close(self._tokens_of(y))
+        y = self._map_of(tokens, step, x)
+        if y is not tokens:
             self.reduction.pass_on(tokens, y)
-        else:
-            y = tokens
         return y if rest is None else (y, *rest)
+
+    def _tokens_of(self, x: Tensor) -> Tensor:
+        """[batch, tokens, dim] of a feature map in the host's form."""
+        if self.channels_first:
+            return x.flatten(2).transpose(1, 2)
+        return x.flatten(1, -2)
+
+    def _map_of(self, tokens: Tensor, step: Step, like: Tensor) -> Tensor:
+        """The feature map, in the host's form, of [batch, tokens, dim]."""
+        if like.ndim == 3:
+            return tokens
+        cells: Tensor = tokens.unflatten(1, step.grid_of(tokens))
+        return cells.movedim(-1, 1) if self.channels_first else cells
 
     def tap(self) -> None:
         """Reads signals where they are now: a submodule may have been replaced since last time,
@@ -483,6 +498,17 @@ class Grid:
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
         *frames, rows, columns = output.shape[2:]
         self.reduction.set_grid((math.prod(frames) * rows, columns))
+
+
+@dataclass(eq=False)
+class HandedOut:
+    """A forward pre-hook of the model that tells which layers a call of it hands out."""
+
+    reduction: Reduction
+    layers: Callable[[Any, Any, Any], frozenset[int]]
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.reduction.set_tapped(self.layers(module, args, kwargs))
 
 
 @dataclass(eq=False)

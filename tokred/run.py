@@ -434,10 +434,13 @@ class Reduction:
 
     def pass_on(self, x: Tensor, y: Tensor) -> None:
         """Lets the state of `x` ride on `y` too, the same tokens after a norm."""
-        if not torch.compiler.is_compiling():
-            state = self._riding.get(x)
-            if state is not None:
-                self._riding[y] = state
+        if torch.compiler.is_compiling():
+            if self._traced.get("shown") is x:
+                self._traced["shown"] = y
+            return
+        state = self._riding.get(x)
+        if state is not None:
+            self._riding[y] = state
 
     def forget(self) -> None:
         """Drops the last state of this thread: the pass is over."""

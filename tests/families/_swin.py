@@ -1,4 +1,5 @@
-"""Small Swin Transformers of all libraries: what the tests of windows are run on.
+"""Small Swin Transformers of all libraries, and SAM's vision transformers, whose windows are not
+shifted: what the tests of windows are run on.
 
 Two stages, the second of four blocks, on 10x9 tokens for images of 40x36: two windows of 6x6 down
 and two across, none but the first of them full. (No file of `SMALL`: what tests/test_hosts.py asks
@@ -16,12 +17,14 @@ import torch.nn.functional as F
 import transformers
 from timm.models import swin_transformer as timm_v1
 from timm.models import swin_transformer_v2 as timm_v2
+from timm.models import vision_transformer_sam as timm_sam
 from torch import Tensor, nn
 from torchvision.models import swin_transformer as vision
 from transformers.models.maskformer import modeling_maskformer_swin as maskformer
 from transformers.models.maskformer.configuration_maskformer_swin import MaskFormerSwinConfig
 from transformers.models.swin import modeling_swin as swin
 from transformers.models.swinv2 import modeling_swinv2 as swin_v2
+from transformers.models.vitdet import modeling_vitdet as vitdet
 
 from tokred.host import find_host
 
@@ -42,6 +45,9 @@ class Swin:
         rolls_first: whether feature maps are shifted before they are padded, rather than after.
         run: calls a block on the tokens of a map of a size.
         answer: takes the final features out of the outputs.
+        shifts: whether every second block shifts its windows; if not, it has none, and attends to
+            the whole map.
+        channels_first: whether maps are [batch, dim, rows, columns].
     """
 
     build: Callable[[], nn.Module]
@@ -49,13 +55,26 @@ class Swin:
     rolls_first: bool = False
     run: Callable[[nn.Module, Tensor, tuple[int, int]], Tensor] = lambda block, x, grid: block(x)
     answer: Callable[[Any], Tensor] = lambda outputs: outputs
+    shifts: bool = True
+    channels_first: bool = False
+
+    def tokens(self, maps: Tensor) -> Tensor:
+        """[batch, tokens, dim] of what a block is given or puts out."""
+        return maps.flatten(2).transpose(1, 2) if self.channels_first else maps.flatten(1, -2)
+
+    def like(self, tokens: Tensor, maps: Tensor) -> Tensor:
+        """Tokens in the form of `maps`."""
+        if self.channels_first:
+            return tokens.transpose(1, 2).reshape(-1, *maps.shape[1:])
+        return tokens.reshape(-1, *maps.shape[1:])
 
 
 def strong(model: nn.Module) -> nn.Module:
     """Weights under which attention, its biases and its masks matter; in evaluation mode."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "bias_table" in name or "mlp.0.weight" in name:  # tables, and what makes them
+            if any(part in name for part in ("bias_table", "mlp.0.weight", "rel_pos")):
+                # Tables, and what makes them.
                 parameter.normal_(std=1.0)
             elif parameter.ndim == 2:
                 parameter.normal_(std=0.2)
@@ -83,11 +102,21 @@ def resized(table: Tensor) -> Tensor:
     return small.reshape(-1, 49).T
 
 
+def resized_side(table: Tensor) -> Tensor:
+    """A table of positions along one side of windows of 6x6, for windows of 4x4."""
+    return F.interpolate(table.T[None], size=7, mode="linear", align_corners=False)[0].T
+
+
 def loaded(small: nn.Module, block: nn.Module) -> nn.Module:
     """`small` with the weights of `block`, its tables of biases resized. What depends on the size
     of windows alone is its own."""
+    windows = getattr(small, "window_size", 1) != 0  # else it attends to the whole map
     weights = {
-        name: resized(value) if name.endswith("bias_table") else value
+        name: resized(value)
+        if name.endswith("bias_table")
+        else resized_side(value)
+        if "rel_pos" in name and windows
+        else value
         for name, value in block.state_dict().items()
         if not name.endswith(("relative_position_index", "relative_coords_table"))
     }
@@ -157,6 +186,51 @@ def run_partitioned(block: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tenso
     return y
 
 
+SAM_SIZE = {
+    "image_size": IMAGE,
+    "patch_size": 4,
+    "hidden_size": DIM,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "window_size": 6,
+}
+
+
+def make_vitdet(cls: Any, **options: Any) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        config = transformers.VitDetConfig(
+            **SAM_SIZE, pretrain_image_size=40, window_block_indices=[0, 2],
+            use_relative_position_embeddings=True, **options,
+        )  # fmt: skip
+        return strong(cls(config))
+
+    return make
+
+
+def small_vitdet(block: nn.Module, whole: bool) -> nn.Module:
+    config = transformers.VitDetConfig(**SAM_SIZE, use_relative_position_embeddings=True)
+    made = vitdet.VitDetLayer(config, window_size=0 if whole else 4)
+    return loaded(made, block)
+
+
+def make_timm_sam() -> nn.Module:
+    model = timm_sam.VisionTransformerSAM(
+        img_size=IMAGE, patch_size=4, num_classes=5, embed_dim=DIM, depth=4, num_heads=2,
+        window_size=6, use_rel_pos=True, global_attn_indexes=(1, 3), neck_chans=16,
+    )  # fmt: skip
+    return strong(model)
+
+
+def small_timm_sam(block: nn.Module, whole: bool) -> nn.Module:
+    made = timm_sam.Block(DIM, 2, use_rel_pos=True, window_size=0 if whole else 4, input_size=GRID)
+    return loaded(made, block)
+
+
+def run_plain(block: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    y = block(x)
+    return y[0] if isinstance(y, tuple) else y
+
+
 def features(outputs: Any) -> Tensor:
     maps = getattr(outputs, "feature_maps", None)
     found: Tensor = outputs.last_hidden_state if maps is None else maps[-1]
@@ -216,5 +290,22 @@ SWIN: dict[str, Swin] = {
         small_hf(maskformer.MaskFormerSwinLayer, MaskFormerSwinConfig),
         run=run_hf,
         answer=features,
+    ),
+    "timm-sam": Swin(make_timm_sam, small_timm_sam, shifts=False),
+    "transformers-vitdet": Swin(
+        make_vitdet(transformers.VitDetModel),
+        small_vitdet,
+        run=run_plain,
+        answer=features,
+        shifts=False,
+        channels_first=True,
+    ),
+    "transformers-vitdet-backbone": Swin(
+        make_vitdet(transformers.VitDetBackbone, out_features=["stage4"]),
+        small_vitdet,
+        run=run_plain,
+        answer=features,
+        shifts=False,
+        channels_first=True,
     ),
 }

@@ -1,0 +1,72 @@
+"""timm's VisionTransformerSAM (`samvit_*`), classifiers and feature extractors.
+
+Most of its blocks attend in windows, a few to the whole feature map. Tokens are reduced before a
+block, in every window by itself, as in Liang et al., "Expediting Large-Scale Vision Transformer for
+Dense Prediction without Fine-tuning" (section 3); blocks in between attend in windows of the
+reduced size, or to the whole of the reduced map. Tables of relative positions are resized to either
+by the host itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokred.host import Host
+from tokred.run import Layout, Step
+from tokred.windows import Seen, few_of
+
+from .timm_vit import forward_intermediates
+
+
+def forward(block: Any, step: Step, x: Tensor) -> Tensor:
+    """`timm.models.vision_transformer_sam.Block.forward` (timm 1.0.16 to 1.0.31), of tokens [batch,
+    rows, columns, dim], in windows of their size."""
+    few, seen = few_of(step), block
+    if few is not None and block.window_size > 0:
+        seen = Seen(block, window_size=few[0])
+    return type(block).forward(seen, x)
+
+
+def stages(model: Any) -> list[Sequence[nn.Module]]:
+    return [list(model.blocks)]
+
+
+def window(block: Any) -> tuple[int, int] | None:
+    return (block.window_size, block.window_size) if block.window_size > 0 else None
+
+
+def grid(block: Any, x: Tensor) -> tuple[int, int]:
+    return int(x.shape[1]), int(x.shape[2])
+
+
+def layout(model: Any, image_size: tuple[int, int] | None) -> Layout:
+    """The patches of an image."""
+    rows, columns = model.patch_embed.grid_size
+    if image_size is not None:
+        rows, columns = model.patch_embed.dynamic_feat_size(image_size)
+    return Layout(prefix=0, layers=1, grid=(int(rows), int(columns)), class_token=False)
+
+
+def refuse(model: Any, signals: frozenset[str]) -> str | None:
+    for number, block in enumerate(model.blocks):
+        if block.attn.rope is not None:
+            return f"the rotary positions of block {number} are made for windows of its own size"
+    return None
+
+
+HOST = Host(
+    models=("timm.models.vision_transformer_sam.VisionTransformerSAM",),
+    forwards={"timm.models.vision_transformer_sam.Block": forward},
+    blocks=lambda model: [],
+    stages=stages,
+    window=window,
+    grid=grid,
+    layout=layout,
+    scale=lambda block: 1.0,
+    methods={"forward_intermediates": forward_intermediates},
+    refuse=refuse,
+    summary="SAM's vision transformer (`samvit_*`)",
+)
