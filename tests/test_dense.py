@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
 import transformers
 from families import Small
@@ -176,3 +177,12 @@ def test_one_by_one_is_as_in_a_batch(dense: Small) -> None:
             for i in range(2)
         ]
     torch.testing.assert_close(both, torch.cat(alone), rtol=1e-3, atol=1e-4)
+
+
+def test_the_grid_of_an_hourglass_is_the_one_that_is_made() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=96, depth=4).eval()
+    x = torch.randn(1, 3, 96, 96)
+    for grid in ((4, 5), (5, 4), (3, 3)):
+        reduction = tokred.apply(model, "slic", Hourglass(grid=grid, down=1))
+        assert reduction.reducer == SLIC(grid=grid)
+        assert tokred.inspect(model, x).stages[0].after == grid[0] * grid[1]

@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MethodType
 from typing import Any, ClassVar, TypeGuard
@@ -25,7 +25,7 @@ from tokred.presets import Preset
 from tokred.reducers import Reconstruction, Reducer, make, proportional, prunes, varies
 from tokred.reducers.slic import Bilinear, Nearest
 from tokred.run import Reduction, State, Step, needed_for_pooling
-from tokred.schedule import Schedule, Stages, check_keep_rate
+from tokred.schedule import Hourglass, Schedule, Stages, check_keep_rate
 from tokred.windows import in_windows, too_small, why_not
 
 
@@ -99,6 +99,8 @@ def apply(
         method = method.reducer
     reducer = make(method)
     chosen = _schedule(reducer, keep_rate, schedule)
+    if isinstance(chosen, Hourglass) and chosen.grid and getattr(reducer, "grid", ()) is None:
+        reducer = replace(reducer, grid=chosen.grid)  # type: ignore[type-var]
     rebuilt = _reconstruction(reducer, reconstruction)
     if attention not in ("host", "fastest"):
         raise ValueError(f"attention must be 'host' or 'fastest', not {attention!r}")
