@@ -211,7 +211,7 @@ def test_autocast_makes_no_difference() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(slic.cluster(x, (5, 5)), centres)
         assert torch.equal(slic.reconstruct(x.flatten(1, 2), centres, centres), again)
-        superpixels = SLIC((5, 5))(tokens_of(x), 25)
+        superpixels = SLIC((5, 5), tau=50.0)(tokens_of(x), 25)
         torch.testing.assert_close(superpixels.down(x.flatten(1, 2), torch.ones(1, 64)), centres)
 
 
@@ -441,3 +441,61 @@ def test_the_method_brings_its_reconstruction_and_schedule() -> None:
     method = SLIC(tau=3.0, k=7)
     assert method.reconstruction == Nearest(7, 3.0)
     assert method.schedule(0.25) == tokred.Hourglass(0.25)
+
+
+# The temperature that is found
+
+
+@settings(deadline=None, max_examples=25)
+@given(grids(8), st.sampled_from([1, 3, 5]), st.integers(1, 3), seeds)
+def test_the_temperature_is_found_in_each_image(
+    sides: tuple[tuple[int, int], tuple[int, int]], neighbourhood: int, iterations: int, seed: int
+) -> None:
+    fine, grid = sides
+    x = maps(2, fine, 3, seed) * torch.tensor([1.0, 30.0])[:, None, None, None]
+    centres = slic.cluster(x, grid, neighbourhood, iterations, None)
+    after = torch.randn(2, grid[0] * grid[1], 4, dtype=torch.float64)
+    back = slic.reconstruct(x.flatten(1, 2), centres, after, 4, None)
+    for b, image in enumerate(x.numpy()):
+        pooled = slow.pool(image, grid)
+        apart = [
+            ((image[i, j] - pooled[i * grid[0] // fine[0], j * grid[1] // fine[1]]) ** 2).sum()
+            for i, j in np.ndindex(*fine)
+        ]
+        least = 1e-5 * ((image - image.mean((0, 1))) ** 2).sum(-1).mean()
+        tau = max(np.mean(apart) / 4, least, 1e-300)
+        expected = slow.cluster(image, grid, neighbourhood, iterations, tau)
+        np.testing.assert_allclose(centres[b], expected, rtol=1e-6, atol=1e-8)
+        # The rest from its own centres: where tau is tiny, the nearest one hangs by a bit.
+        known, tokens = centres[b].numpy(), image.reshape(-1, 3)
+        distance = ((tokens[:, None] - known) ** 2).sum(-1)
+        least = 1e-5 * ((tokens - known.mean(0)) ** 2).sum(-1).mean()
+        tau = max(distance.min(1).mean() / 4, least, 1e-300)
+        expected = slow.reconstruct(tokens, known, after[b].numpy(), 4, tau)
+        np.testing.assert_allclose(back[b], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_temperature_found_goes_with_the_scale_of_the_features() -> None:
+    x = maps(2, (12, 12), 8, 0)
+    token_map, larger = SLIC((8, 8))(tokens_of(x), 64), SLIC((8, 8))(tokens_of(1000 * x), 64)
+    torch.testing.assert_close(larger.log_parts, token_map.log_parts)
+    index, weight = Nearest()(x.flatten(1, 2), x.flatten(1, 2)[:, ::3])
+    more = Nearest()(1000 * x.flatten(1, 2), 1000 * x.flatten(1, 2)[:, ::3])
+    assert torch.equal(more[0], index)
+    torch.testing.assert_close(more[1], weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_blank_image_has_a_temperature_too(dtype: torch.dtype) -> None:
+    x = torch.full((1, 6, 6, 4), 3.0, dtype=dtype)
+    centres = slic.cluster(x, (3, 3), tau=None)
+    assert torch.equal(centres, torch.full((1, 9, 4), 3.0, dtype=dtype))
+    back = slic.reconstruct(x.flatten(1, 2), centres, centres, tau=None)
+    torch.testing.assert_close(back, x.flatten(1, 2))
+
+
+def test_with_as_many_clusters_as_tokens_no_temperature_need_be_given() -> None:
+    x = maps(2, (6, 7), 16, 1, torch.float32)
+    centres = slic.cluster(x, (6, 7), tau=None)
+    back = slic.reconstruct(x.flatten(1, 2), centres, centres, tau=None)
+    torch.testing.assert_close(back, x.flatten(1, 2), rtol=1e-4, atol=1e-4)

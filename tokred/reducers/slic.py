@@ -40,14 +40,15 @@ class SLIC:
             around it; odd.
         iterations: how often the clusters are refined; 0 is average pooling.
         tau: squared distances are divided by it before the softmax, in both steps. It goes with the
-            scale of the features: 50 is for those of a ViT-L, 3 to 5 for some of width 64.
+            scale of the features (50 is for those of a ViT-L, 3 for some of width 64), by itself if
+            it is not given: see `cluster` and `nearest`.
         k: of how many clusters every token is made again.
     """
 
     grid: tuple[int, int] | None = None
     neighbourhood: int = 5
     iterations: int = 5
-    tau: float = 50.0
+    tau: float | None = None
     k: int = 20
 
     place: ClassVar[str] = "before"
@@ -111,7 +112,7 @@ def cluster(
     grid: tuple[int, int],
     neighbourhood: int = 5,
     iterations: int = 5,
-    tau: float = 50.0,
+    tau: float | None = 50.0,
 ) -> Float[Tensor, "batch clusters dim"]:
     """The centres of a grid of clusters, row by row.
 
@@ -123,7 +124,9 @@ def cluster(
             the cell that it falls into, which is in the middle, and of those around; odd.
         iterations: rounds of assignment and averaging. They begin with adaptive average pooling,
             which is what 0 returns.
-        tau: a token goes into a candidate in proportion to exp(-squared distance / tau).
+        tau: a token goes into a candidate in proportion to exp(-squared distance / tau). If None,
+            it is a quarter of the mean squared distance, in each image, of tokens from the average
+            of the cell that they fall into: so results do not depend on the scale of features.
 
     Raises:
         ValueError: an argument is out of range.
@@ -136,7 +139,8 @@ def cluster(
     tiles = _tiles(fine, grid, neighbourhood, x.device, x.shape[3], iterations)
     z, mean = _centred(_wide(x.flatten(1, 2)))
     with torch.autocast(x.device.type, enabled=False):  # which would multiply in half precision
-        return (_means(z, _rounds(z, tiles, iterations, tau), tiles) + mean).to(x.dtype)
+        log_parts = _rounds(*_scaled(z, fine, grid, tau), tiles, iterations)
+        return (_means(z, log_parts, tiles) + mean).to(x.dtype)
 
 
 def assign(
@@ -144,7 +148,7 @@ def assign(
     grid: tuple[int, int],
     neighbourhood: int = 5,
     iterations: int = 5,
-    tau: float = 50.0,
+    tau: float | None = 50.0,
 ) -> Float[Tensor, "batch tokens candidates"]:
     """The last assignment that `cluster` makes of the same arguments, with 1 iteration at least.
 
@@ -158,14 +162,14 @@ def assign(
     tiles = _tiles(fine, grid, neighbourhood, x.device, x.shape[3], iterations)
     z, _ = _centred(_wide(x.flatten(1, 2)))
     with torch.autocast(x.device.type, enabled=False):
-        return _rounds(z, tiles, iterations, tau)
+        return _rounds(*_scaled(z, fine, grid, tau), tiles, iterations)
 
 
 def nearest(
     before: Float[Tensor, "batch tokens dim"],
     centres: Float[Tensor, "batch clusters dim"],
     k: int = 20,
-    tau: float = 50.0,
+    tau: float | None = 50.0,
 ) -> tuple[Int[Tensor, "batch tokens k"], Float[Tensor, "batch tokens k"]]:
     """The clusters that each token is made of again, and how much of each (equation 4).
 
@@ -174,7 +178,9 @@ def nearest(
         centres: the clusters before they were refined.
         k: how many clusters, at least 1; all of them if there are fewer. Of equally near ones, it
             is not said which are taken.
-        tau: clusters count in proportion to exp(-squared distance / tau).
+        tau: clusters count in proportion to exp(-squared distance / tau). If None, it is a
+            quarter of the mean squared distance, in each image, of tokens from their nearest
+            clusters.
 
     Returns:
         Which clusters, the nearest first, and their weights, at least float32, which add up to 1.
@@ -188,9 +194,16 @@ def nearest(
     with torch.autocast(z.device.type, enabled=False):
         # |z|^2 is the same for all clusters, and cancels in the softmax.
         length = s.square().sum(-1)[:, None, :]
-        logits = torch.baddbmm(length, z, s.transpose(1, 2), beta=-1 / tau, alpha=2 / tau)
-    closest = logits.topk(min(k, s.shape[1]), dim=-1)
-    return closest.indices, closest.values.softmax(-1)
+        near = torch.baddbmm(length, z, s.transpose(1, 2), beta=-1, alpha=2)
+        closest = near.topk(min(k, s.shape[1]), dim=-1)
+        logits = closest.values
+        scale: Tensor | float
+        if tau is None:
+            apart = z.square().sum(-1) - logits[..., 0]
+            scale = _temperature(apart, z)
+        else:
+            scale = tau
+        return closest.indices, (logits / scale).softmax(-1)
 
 
 def reconstruct(
@@ -198,7 +211,7 @@ def reconstruct(
     centres_before: Float[Tensor, "batch clusters dim"],
     centres_after: Float[Tensor, "batch clusters dim_after"],
     k: int = 20,
-    tau: float = 50.0,
+    tau: float | None = 50.0,
 ) -> Float[Tensor, "batch tokens dim_after"]:
     """Every token as a weighted mean of refined clusters, of those that were nearest to it before
     they were refined (equation 4).
@@ -223,11 +236,12 @@ class Nearest:
 
     Args:
         k: of how many; of all if there are fewer.
-        tau: squared distances are divided by it before the softmax.
+        tau: squared distances are divided by it before the softmax. If not given, it goes with
+            the features, see `nearest`.
     """
 
     k: int = 20
-    tau: float = 50.0
+    tau: float | None = None
 
     def __post_init__(self) -> None:
         _check_reconstruction(self.k, self.tau)
@@ -583,8 +597,31 @@ def _best_side(
     return best
 
 
+def _scaled(
+    z: Float[Tensor, "batch fine dim"],
+    fine: tuple[int, int],
+    grid: tuple[int, int],
+    tau: float | None,
+) -> tuple[Float[Tensor, "batch fine dim"], float]:
+    """Tokens and their temperature; if that has to be found, tokens for which it is 1."""
+    if tau is not None:
+        return z, tau
+    middles = take(_pool(z, fine, grid), _homes(fine, grid, z.device).expand(z.shape[0], -1))
+    return z * _temperature((z - middles).square().sum(-1), z).rsqrt(), 1.0
+
+
+def _temperature(
+    apart: Float[Tensor, "batch fine"], z: Float[Tensor, "batch fine dim"]
+) -> Float[Tensor, "batch 1 1"]:
+    """A quarter of the mean of squared distances from clusters, which on the bundled models is as
+    good as the best number that was found by trying. Where tokens do not differ from clusters, as
+    little as leaves the rounding of those distances behind."""
+    least = z.square().sum(-1).mean(1) * 1e-5 + torch.finfo(z.dtype).tiny
+    return torch.maximum(apart.mean(1) / 4, least)[:, None, None]
+
+
 def _rounds(
-    z: Float[Tensor, "batch fine dim"], tiles: _Tiles, iterations: int, tau: float
+    z: Float[Tensor, "batch fine dim"], tau: float, tiles: _Tiles, iterations: int
 ) -> Float[Tensor, "batch fine candidates"]:
     """Equations 2 and 3 in turn, up to the last assignment: the logarithms of its parts."""
     pooled = tiles.pooled.to(z.dtype)
@@ -765,7 +802,9 @@ def _check_grid(grid: tuple[int, int], fine: tuple[int, int], neighbourhood: int
         )
 
 
-def _check_clustering(neighbourhood: int, iterations: int, tau: float, least: int = 0) -> None:
+def _check_clustering(
+    neighbourhood: int, iterations: int, tau: float | None, least: int = 0
+) -> None:
     if neighbourhood < 1 or neighbourhood % 2 == 0:
         raise ValueError(
             f"neighbourhood must be odd, at least 1, as there is a cell in its middle, not "
@@ -776,12 +815,12 @@ def _check_clustering(neighbourhood: int, iterations: int, tau: float, least: in
     _check_tau(tau)
 
 
-def _check_reconstruction(k: int, tau: float) -> None:
+def _check_reconstruction(k: int, tau: float | None) -> None:
     if k < 1:
         raise ValueError(f"k must be at least 1 cluster, not {k}")
     _check_tau(tau)
 
 
-def _check_tau(tau: float) -> None:
-    if not tau > 0:
+def _check_tau(tau: float | None) -> None:
+    if tau is not None and not tau > 0:
         raise ValueError(f"tau must be above 0, not {tau}")
