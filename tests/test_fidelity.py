@@ -13,6 +13,7 @@ from families.transformers_maskless import SMALL
 from torch import Tensor
 
 import tokred
+from tokred import zoo
 from tokred.fidelity import decisions
 
 
@@ -76,6 +77,37 @@ def test_pixels_and_queries_have_classes() -> None:
     )
     chosen = decisions(mask2former).chosen
     assert chosen.shape == (2, 8, 9) and chosen.max() < 3
+
+
+@torch.no_grad()
+def test_maps_of_channels_first_are_compared_token_by_token() -> None:
+    config = transformers.VitDetConfig(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=32, patch_size=4,
+        pretrain_image_size=32, window_size=4, window_block_indices=[0, 2],
+    )  # fmt: skip
+    model = transformers.VitDetModel(config).eval()
+    x = torch.randn(2, 3, 32, 32)
+    dense = model(x).last_hidden_state
+    tokred.apply(model, "slic", 0.5)
+    few = model(x).last_hidden_state
+    expected = torch.nn.functional.cosine_similarity(few.double(), dense.double(), dim=1).mean()
+    found = tokred.fidelity(model, x)
+    assert found.cosine == pytest.approx(float(expected)) and found.cosine < 0.999
+
+
+@pytest.mark.parametrize("name", ["digits_scenes", "digits_swin"])
+def test_clustering_is_closer_than_pooling_and_interpolation(name: str) -> None:
+    """At the same number of tokens, on trained models (tables 4 and 5 of Liang et al.)."""
+    model, images = zoo.load(name), zoo.normalise(zoo.held_out(name).images[:8])
+    schedule = tokred.Hourglass(0.5, down=4)
+    found = []
+    for method, reconstruction in (("slic", None), (tokred.SLIC(iterations=0), "bilinear")):
+        with tokred.applied(model, method, schedule, reconstruction=reconstruction):
+            found.append(tokred.fidelity(model, images))
+    ours, baseline = found
+    assert 1 - ours.cosine < 0.5 * (1 - baseline.cosine)
+    assert ours.agreement is not None and baseline.agreement is not None
+    assert 1 - ours.agreement < 0.5 * (1 - baseline.agreement)
 
 
 def test_there_must_be_something_to_compare() -> None:

@@ -90,7 +90,7 @@ def fidelity(
                     hang(model, found, reduction)
             ours, theirs = (
                 y[:, layout.prefix : y.shape[1] - layout.suffix] if y.ndim == 3 else y.flatten(1, 2)
-                for y in reduced_features
+                for y in (_channels_last(y, found) for y in reduced_features)
             )
             sums.add(len(pixels(batch)), ours, theirs, reduced, dense)
     finally:
@@ -113,11 +113,15 @@ class Decisions:
 
 def decisions(outputs: Any) -> Decisions:
     """What a model has decided, by what its outputs are called, or by their shape: scores are
-    [batch, classes], [batch, queries, classes] or [batch, classes, height, width].
+    [batch, classes], [batch, queries, classes] or [batch, classes, height, width]. The masks of prompts (SAM)
+    say of every pixel whether it is inside.
     """
     depth = _field(outputs, "predicted_depth")
     masks = _field(outputs, "masks_queries_logits")
     scores = _field(outputs, "logits")
+    prompted = _field(outputs, "pred_masks")
+    if prompted is not None:
+        return Decisions((prompted > 0).long(), None)
     if isinstance(outputs, Tensor):
         scores = outputs
     if masks is not None:
@@ -168,6 +172,10 @@ class _Sums:
             self.same / self.chosen if self.chosen else None,
             self.error / self.depths if self.depths else None,
         )
+
+
+def _channels_last(y: Tensor, host: Host) -> Tensor:
+    return y.movedim(1, -1) if host.channels_first else y
 
 
 def _batches(given: Inputs | Iterable[Inputs]) -> Iterable[Inputs]:
