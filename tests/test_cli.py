@@ -172,14 +172,14 @@ def test_the_dense_suite_measures_models_and_kernels(monkeypatch: pytest.MonkeyP
         tokred.SLIC((2, 2), tau=5.0), tokred.Hourglass(grid=(2, 2), down=4), "ViT-Ti/16", (4, 4)
     )
     monkeypatch.setitem(tokred.presets, "few", few)  # type: ignore[arg-type]
-    results = dense.run([("vit_tiny_patch16_224", 64, "few")], ((10, 5),), rounds=2)
+    results = dense.run([("vit_tiny_patch16_224", (64, 64), "few")], ((10, 5),), rounds=2)
     (model,) = results["models"]
     assert model["reduced_macs"] < model["dense_macs"] and model["counts"] == (16,) * 4 + (4,) * 8
     assert model["speed_up"] == pytest.approx(model["efficiency"] * model["free_limit"])
     assert [row["kernel"] for row in results["kernels"]] == ["cluster", "reconstruct"]
     assert all(len(took) == 2 for row in results["kernels"] for took in row["seconds"].values())
     table = dense.markdown(results)
-    assert "| vit_tiny_patch16_224, 64 px | few |" in table and "| 10x10 | 5x5 |" in table
+    assert "| vit_tiny_patch16_224, 64x64 | few |" in table and "| 10x10 | 5x5 |" in table
 
 
 def test_fidelity_tells_how_close_each_setting_is(capsys: pytest.CaptureFixture[str]) -> None:

@@ -178,6 +178,24 @@ def test_a_full_grid_that_was_changed_is_merged_anew() -> None:
     torch.testing.assert_close(seen[0][:, 1:], merged)
 
 
+@torch.no_grad()
+def test_what_was_dropped_changes_with_the_full_grid() -> None:
+    """What an injector of a ViT-Adapter adds is not lost on tokens that are dropped just then."""
+    model = small("vit")
+    images = images_for(model)
+    reduction = tokred.apply(model, "topk", schedule=Hourglass(0.5, down=1))
+    reduction.set_tapped(frozenset({1}))
+    x = model._pos_embed(model.patch_embed(images))
+    for layer, block in enumerate(model.blocks):
+        x = block(x)
+        if layer == 1:
+            x = changed = x + torch.randn_like(x)
+    dropped = tokred.inspect(model, images).stages[0].labels.flatten(1) < 0
+    assert dropped.sum(1).tolist() == [8, 8]
+    assert torch.equal(x[:, 1:][dropped], changed[:, 1:][dropped])
+    assert not torch.isclose(x[:, 1:][~dropped], changed[:, 1:][~dropped]).all()
+
+
 @pytest.mark.parametrize("method", ["slic", "atc", "topk"])
 def test_an_hourglass_compiles_in_one_graph(method: str) -> None:
     model = small("vit")

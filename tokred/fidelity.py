@@ -113,8 +113,8 @@ class Decisions:
 
 def decisions(outputs: Any) -> Decisions:
     """What a model has decided, by what its outputs are called, or by their shape: scores are
-    [batch, classes], [batch, queries, classes] or [batch, classes, height, width]. The masks of prompts (SAM)
-    say of every pixel whether it is inside.
+    [batch, classes], [batch, queries, classes] or [batch, classes, height, width]. The masks of
+    prompts (SAM) say of every pixel whether it is inside.
     """
     depth = _field(outputs, "predicted_depth")
     masks = _field(outputs, "masks_queries_logits")

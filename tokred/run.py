@@ -131,12 +131,15 @@ class State:
     aside: Tensor | None = None
 
     # Written out, because older versions of torch.compile cannot follow dataclasses.replace.
-    def seen(self, expanded: bool, aside: Tensor | None = None) -> State:
-        """The same tokens, on the full grid or few again."""
+    def seen(
+        self, expanded: bool, aside: Tensor | None = None, trail: Reduced | None = None
+    ) -> State:
+        """The same tokens, on the full grid or few again, as they came about or by another trail of
+        the same maps."""
         return State(
             self.ahead,
             self.full,
-            self.trail,
+            trail or self.trail,
             self.size,
             self.bias,
             expanded,
@@ -500,17 +503,27 @@ class Reduction:
         """Reduced tokens from the full grid that `expand` has made. Merged tokens are copies of
         each other there, so that their mean is what they were; where that is not so, they were
         kept, and go on unless somebody has changed the full grid."""
+        return self.descend(x, state)[0]
+
+    def descend(
+        self, x: Float[Tensor, "batch full dim"], state: State
+    ) -> tuple[Float[Tensor, "batch tokens dim"], State]:
+        """`compress`, and the state of what it returns, in which dropped tokens are what they are
+        on this full grid: somebody may have changed it."""
         if not state.expanded or state.trail is None:
-            return x
+            return x, state
         if state.aside is not None:
-            return state.aside
+            return state.aside, state.seen(expanded=False)
         tokens = patches(self.layout, x)
-        for reduced in _unrolled(state.trail):
-            size = reduced.size
+        trail: Reduced | None = None
+        for r in _unrolled(state.trail):
+            size = r.size
             if size is None:
                 size = torch.ones(tokens.shape[:2], dtype=torch.float32, device=x.device)
-            tokens = reduced.map.down(tokens, size)
-        return _between(self.layout, x, tokens)
+            stale = None if r.stale is None else tokens
+            trail = Reduced(r.map, r.asked, r.size, r.bias, r.index, r.grid, stale, trail)
+            tokens = r.map.down(tokens, size)
+        return _between(self.layout, x, tokens), state.seen(expanded=False, trail=trail)
 
     def _put(self, name: str, value: Any) -> None:
         if torch.compiler.is_compiling():
@@ -555,8 +568,7 @@ class Step:
         assert state.ahead is not None
         rises = state.trail is not None and state.ahead.keep > state.trail.asked
         if state.expanded and not (rises and state.ahead.keep == state.full):
-            x = self.reduction.compress(x, state)
-            self.state = state.seen(expanded=False)
+            x, self.state = self.reduction.descend(x, state)
         if rises:
             x = self._rise(x, state.ahead.keep)
         return self._change(x) if place(self.reduction.reducer) == "before" else x

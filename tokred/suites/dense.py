@@ -25,8 +25,11 @@ from tokred.patching import applied
 from tokred.presets import presets
 from tokred.reducers import slic
 
-MODELS = (("vit_large_patch16_224", 640, "segmenter-ade20k"),)
-"""timm names, image sizes in pixels, presets."""
+MODELS = (
+    ("vit_large_patch16_224", (640, 640), "segmenter-ade20k"),
+    ("swin_large_patch4_window12_384", (480, 640), "mask2former-coco-panoptic"),
+)
+"""timm names, heights and widths of images in pixels, presets."""
 
 DIM = 1024
 SIZES = ((40, 28), (48, 32), (30, 15))
@@ -37,7 +40,7 @@ NEIGHBOURHOOD, ITERATIONS, TAU, K = 5, 5, 50.0, 20
 
 
 def run(
-    models: Sequence[tuple[str, int, str]] = MODELS,
+    models: Sequence[tuple[str, tuple[int, int], str]] = MODELS,
     sizes: Sequence[tuple[int, int]] = SIZES,
     *,
     device: str = "cpu",
@@ -51,7 +54,7 @@ def run(
     Weights are random, which speed does not depend on.
 
     Args:
-        models: timm names, image sizes in pixels, and presets.
+        models: timm names, heights and widths of images in pixels, and presets.
         sizes: of the kernels: rows (and columns) of the tokens and of the clusters.
         device: "cpu" or "cuda", of the models.
         dtype: of the models.
@@ -62,7 +65,7 @@ def run(
     measured = []
     for name, image_size, preset in models:
         model = timm.create_model(name, img_size=image_size).eval().to(device, dtype)
-        image = torch.randn(1, 3, image_size, image_size).to(device, dtype)
+        image = torch.randn(1, 3, *image_size).to(device, dtype)
         with torch.no_grad(), applied(model, presets[preset]):
             counted = flops(model, image)
         result = bench(model, image, presets[preset], rounds=rounds, warmup=1, on_round=on_round)
@@ -95,11 +98,15 @@ def markdown(results: dict[str, Any]) -> str:
     ]
     for row in results["models"]:
         dense, reduced = row["dense_macs"] / 1e9, row["reduced_macs"] / 1e9
-        lines.append(
-            f"| {row['name']}, {row['image_size'][0]} px | {row['preset']} | {dense:.1f} -> "
-            f"{reduced:.1f} | {dense / reduced:.2f} | {row['speed_up']:.2f} | "
-            f"{row['free_limit']:.2f} | {row['efficiency']:.2f} |"
-        )
+        pixels = "x".join(map(str, row["image_size"]))
+        cells = [
+            f"{row['name']}, {pixels}",
+            row["preset"],
+            f"{dense:.1f} -> {reduced:.1f}",
+            *(f"{dense / reduced:.2f}", f"{row['speed_up']:.2f}"),
+            *(f"{row['free_limit']:.2f}", f"{row['efficiency']:.2f}"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
         "| kernel | tokens | clusters | ms | plain, ms | ratio |",
