@@ -2,8 +2,8 @@
 
     python examples/dense_curve.py --out docs/dense-curve.png
 
-All run in the same hourglass: four of twelve blocks with all 28x28 tokens, the others with few. The
-temperature of `slic` was chosen on 24 of the same scenes. Prints the table, and draws it.
+All run in the same hourglass: four of twelve blocks with all 28x28 tokens, the others with few.
+Prints the table, and draws it.
 """
 
 from __future__ import annotations
@@ -22,19 +22,18 @@ from tokred.optional import require
 from tokred.reducers import Reconstruction, Reducer
 
 NAME = "digits_scenes"
-TAU = 3.0
 SETTINGS: dict[str, tuple[str | Reducer, str | Reconstruction]] = {
-    "slic": (tokred.SLIC(tau=TAU), tokred.Nearest(20, TAU)),
-    "pooling, nearest": (tokred.SLIC(iterations=0, tau=TAU), tokred.Nearest(20, TAU)),
-    "slic, bilinear": (tokred.SLIC(tau=TAU), "bilinear"),
+    "slic": ("slic", "nearest"),
+    "pooling, nearest": (tokred.SLIC(iterations=0), "nearest"),
+    "slic, bilinear": ("slic", "bilinear"),
     "pooling, bilinear": (tokred.SLIC(iterations=0), "bilinear"),
     "atc": ("atc", "copy"),
-    "atc, nearest": ("atc", tokred.Nearest(20, TAU)),
+    "atc, nearest": ("atc", "nearest"),
     "dpc_knn": ("dpc_knn", "copy"),
     "tome": ("tome", "copy"),
-    "tome, nearest": ("tome", tokred.Nearest(20, TAU)),
+    "tome, nearest": ("tome", "nearest"),
     "topk": ("topk", "copy"),
-    "topk, nearest": ("topk", tokred.Nearest(20, TAU)),
+    "topk, nearest": ("topk", "nearest"),
     "random": ("random", "copy"),
 }
 

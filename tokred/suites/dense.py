@@ -10,6 +10,7 @@ gathered sum. All contestants take turns, so that a change in the machine's spee
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -119,6 +120,16 @@ def markdown(results: dict[str, Any]) -> str:
             f"| {row['kernel']} | {tokens} | {clusters} | {ours:.1f} | {theirs:.1f} | "
             f"{theirs / ours:.1f} |"
         )
+    for model in results["models"]:
+        grid = presets[model["preset"]].grid
+        took = [
+            statistics.median(row["seconds"][OURS])
+            for row in results["kernels"]
+            if row["tokens"] == grid and math.prod(row["clusters"]) == min(model["counts"])
+        ]
+        if took:
+            share = sum(took) / statistics.median(model["dense"]["seconds"])
+            lines.append(f"\nBoth kernels together: {share:.1%} of the dense {model['name']}.")
     lines.append(f"\n{results['dtype']} (kernels: float32), {results['threads']} threads.")
     return "\n".join(lines)
 
