@@ -50,7 +50,7 @@ def slow_groups(edges: list[tuple[int, int]], num: int) -> list[list[int]]:
 
 def test_tome_matching_in_parts_is_the_same() -> None:
     a, b = torch.randn(2, 33, 5), torch.randn(2, 17, 5)
-    whole, parts = tome._best(a, b), tome._best(a, b, elements=100)
+    whole, parts = tome.best(a, b), tome.best(a, b, elements=100)
     torch.testing.assert_close(whole[0], parts[0])
     assert torch.equal(whole[1], parts[1])
 

@@ -7,6 +7,7 @@ tokred.remove(model)
 from tokred import zoo
 from tokred.citing import cite
 from tokred.cost import Bench, Flops, bench, flops
+from tokred.denoising import Around, DenoiserTrace, Denoising
 from tokred.drawing import visualise
 from tokred.fidelity import Fidelity, fidelity
 from tokred.host import UnsupportedModelError, hosts
@@ -22,7 +23,9 @@ from tokred.reducers.mutual import Mutual
 from tokred.reducers.pitome import PiToMe
 from tokred.reducers.random import Random
 from tokred.reducers.slic import SLIC, Bilinear, Nearest
+from tokred.reducers.todo import ToDo
 from tokred.reducers.tome import ToMe
+from tokred.reducers.tome2d import ToMe2d
 from tokred.reducers.topk import TopK
 from tokred.run import Reduction
 from tokred.schedule import Constant, Exactly, Hourglass, Linear, Stages
@@ -35,9 +38,12 @@ __all__ = [
     "ATS",
     "DPCKNN",
     "SLIC",
+    "Around",
     "Bench",
     "Bilinear",
     "Constant",
+    "DenoiserTrace",
+    "Denoising",
     "EViT",
     "Exactly",
     "Fidelity",
@@ -52,7 +58,9 @@ __all__ = [
     "Random",
     "Reduction",
     "Stages",
+    "ToDo",
     "ToMe",
+    "ToMe2d",
     "TopK",
     "Trace",
     "UnsupportedModelError",

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
+from tokred.host import module_of
 from tokred.patching import reduction_of
-from tokred.reducers import Reducer, make
+from tokred.reducers import make
 
 
-def cite(method: str | Reducer | nn.Module) -> str:
-    """The BibTeX entry of a method, or of the method that is applied to a model.
+def cite(method: Any) -> str:
+    """The BibTeX entry of a method (its name, or a reducer), or of the method that is applied to a
+    model or a pipeline.
 
     >>> print(cite("tome").splitlines()[0])
     @inproceedings{bolya2023tome,
@@ -17,6 +21,7 @@ def cite(method: str | Reducer | nn.Module) -> str:
     Raises:
         ValueError: no method has that name, or nothing is applied to the model.
     """
+    method = module_of(method)
     if isinstance(method, nn.Module):
         reduction = reduction_of(method)
         if reduction is None:

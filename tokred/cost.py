@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import platform
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,10 +25,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from tokred.host import Host, find_host
+from tokred.denoising import Around, Denoising
+from tokred.denoising import limit as limit_of_denoiser
+from tokred.host import Denoiser, Host, find_host, module_of
 from tokred.inputs import Inputs, call, pixels
 from tokred.maps import Kept
-from tokred.patching import apply, hang, reduction_of, remove, uncompiled
+from tokred.patching import apply, hang, host_of, reduction_of, remove, uncompiled
 from tokred.presets import Preset
 from tokred.reducers import Reducer, Tokens, place, varies
 from tokred.run import Reduction
@@ -94,7 +97,9 @@ class Bench:
     Attributes:
         model: class of the model.
         method: the method and its options.
-        counts: patch tokens after each layer; `tokens` enter the first.
+        tokens: patch tokens that enter the first layer.
+        counts: patch tokens after each layer. Of a denoiser, those that enter the modules of each
+            block that is reduced.
         device, dtype, threads, compiled, versions: what it was measured on.
         dense, reduced, limit: the three arms.
     """
@@ -177,7 +182,7 @@ def flops(
         images: what the model takes.
         host: the host it was applied with, if one was given to `tokred.apply`.
     """
-    model = uncompiled(model)
+    model = uncompiled(module_of(model))
     reduction = reduction_of(model)
     reduced = _count(model, images)
     if reduction is None:
@@ -192,7 +197,7 @@ def bench(
     model: nn.Module,
     images: Inputs,
     method: str | Reducer | Preset | None = None,
-    keep_rate: float | Schedule | None = None,
+    keep_rate: float | Schedule | Around | None = None,
     *,
     schedule: Schedule | None = None,
     host: Host | None = None,
@@ -208,8 +213,9 @@ def bench(
     patched with `attention="fastest"` is reduced with that. The model is left as it was.
 
     Args:
-        model: a supported model, with or without a reduction.
-        images: one batch, on the model's device and in its dtype.
+        model: a supported model, with or without a reduction, or a diffusers pipeline.
+        images: one batch, on the model's device and in its dtype. (Of a denoiser: latents, time
+            step and what else it takes, by name.)
         method: what to measure; the reduction that is applied, if not given.
         keep_rate: as for `tokred.apply`; used with `method` only.
         schedule: as for `tokred.apply`; used with `method` only.
@@ -224,8 +230,8 @@ def bench(
     """
     if rounds < 1 or warmup < 0:
         raise ValueError(f"rounds must be at least 1 and warmup 0, not {rounds} and {warmup}")
-    model = uncompiled(model)
-    host, tower = find_host(model, host)
+    model = uncompiled(module_of(model))
+    patch = host_of(model, host)
     with _put_back(model, host):
         if method is not None:
             apply(model, method, keep_rate, schedule=schedule, host=host)
@@ -233,19 +239,18 @@ def bench(
         if reduction is None:
             raise ValueError("method must be given: no reduction is applied to the model")
         height, width = pixels(images).shape[-2:]
-        grid = host.layout(tower, (height, width)).grid
-        counts = counts_of(model, host, images, reduction, grid)
-        if isinstance(reduction.reducer, InWindows):
-            free = limit(reduction)
+        if isinstance(reduction, Denoising):
+            tokens, counts = _entering(model, images, reduction)
         else:
-            cut = Truncate(place(reduction.reducer))
-            free = Reduction(cut, Exactly(counts), reduction.layout, full_grid=False)
-        arms = {"dense": None, "reduced": reduction, "limit": free}
-        measured = measure(sides(model, host, arms, compile), images, rounds, warmup, on_round)
+            found, tower = find_host(model, host)
+            grid = found.layout(tower, (height, width)).grid
+            tokens, counts = grid[0] * grid[1], counts_of(model, found, images, reduction, grid)
+        arms = {"dense": None, "reduced": reduction, "limit": _limit(reduction, counts)}
+        measured = measure(sides(model, patch, arms, compile), images, rounds, warmup, on_round)
     return Bench(
         model=type(model).__name__,
         method=str(reduction.reducer),
-        tokens=grid[0] * grid[1],
+        tokens=tokens,
         counts=counts,
         batch=len(pixels(images)),
         image_size=(height, width),
@@ -283,6 +288,26 @@ class Truncate:
         return Leading(index.expand(batch, keep), num)
 
 
+def _limit(reduction: Reduction | Denoising, counts: tuple[int, ...]) -> Reduction | Denoising:
+    """The same numbers of tokens for nothing."""
+    if isinstance(reduction, Denoising):
+        return limit_of_denoiser(reduction)
+    if isinstance(reduction.reducer, InWindows):
+        return limit(reduction)
+    cut = Truncate(place(reduction.reducer))
+    return Reduction(cut, Exactly(counts), reduction.layout, full_grid=False)
+
+
+def _entering(
+    model: nn.Module, images: Inputs, reduction: Denoising
+) -> tuple[int, tuple[int, ...]]:
+    """Tokens of the first block of a denoiser that is reduced, and of all as they are reduced."""
+    with torch.no_grad(), reduction.recording() as records:
+        call(model, images)
+    before = [math.prod(record.grid) for record in records]
+    return before[0] if before else 0, tuple(record.after for record in records)
+
+
 def counts_of(
     model: nn.Module, host: Host, images: Inputs, reduction: Reduction, grid: tuple[int, int]
 ) -> tuple[int, ...]:
@@ -304,12 +329,15 @@ def counts_of(
 
 
 def sides(
-    model: nn.Module, host: Host, arms: dict[str, Reduction | None], compile: bool
+    model: nn.Module,
+    host: Host | Denoiser,
+    arms: Mapping[str, Reduction | Denoising | None],
+    compile: bool,
 ) -> dict[str, tuple[nn.Module, Callable[[], None]]]:
     """For every arm (None: the dense model), the model to call and what to do just before: one
     model whose patch is changed, or a compiled copy for each arm."""
 
-    def become(target: nn.Module, reduction: Reduction | None) -> None:
+    def become(target: nn.Module, reduction: Reduction | Denoising | None) -> None:
         if reduction is None:
             remove(target)
         else:
@@ -398,7 +426,7 @@ def _put_back(model: nn.Module, host: Host | None) -> Iterator[None]:
     finally:
         remove(model)
         if former is not None:
-            hang(model, find_host(model, host)[0], former)
+            hang(model, host_of(model, host), former)
 
 
 def versions_of(model: nn.Module) -> dict[str, str]:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
+from tokred.denoising import DenoiserTrace
 from tokred.optional import require
 from tokred.tracing import Trace
 
@@ -25,7 +26,9 @@ _GAP, _CAPTION = 8, 22
 _GREY, _LINE = (40, 40, 44), (255, 255, 255)
 
 
-def visualise(trace: Trace, images: Tensor | Sequence[Image], cell: int = 16) -> list[Image]:
+def visualise(
+    trace: Trace | DenoiserTrace, images: Tensor | Sequence[Image], cell: int = 16
+) -> list[Image]:
     """One strip per image: the image, then its tokens after every reduction.
 
     A merged token is filled with the mean colour of its patches, tinted with a colour of its own
@@ -35,25 +38,43 @@ def visualise(trace: Trace, images: Tensor | Sequence[Image], cell: int = 16) ->
     Args:
         trace: what `tokred.inspect` has returned.
         images: the same images in the same order, as the model took them ([B, C, H, W]; each is
-            stretched to full contrast), as uint8, or as pictures of any size.
+            stretched to full contrast), as uint8, or as pictures of any size. Of a denoiser, whose
+            blocks of the finest level are drawn: the pictures of its latents.
         cell: pixels per patch in the drawing.
 
     Raises:
         ValueError: there are not as many images as were traced, or nothing was reduced.
         ModuleNotFoundError: Pillow is not installed.
     """
-    pictures = [_picture(image, trace.grid, cell) for image in images]
-    if not trace.stages:
-        raise ValueError("the trace has no reductions to draw: every token was kept")
-    traced = len(trace.stages[0].labels)
+    grid, stages = _laid_out(trace)
+    pictures = [_picture(image, grid, cell) for image in images]
+    traced = len(stages[0][1])
     if len(pictures) != traced:
         raise ValueError(f"images must be the {traced} that were traced, not {len(pictures)}")
-    captions = ["image"] + [f"layer {s.layer}: {s.after} tokens" for s in trace.stages]
+    captions = ["image", *(caption for caption, _ in stages)]
     strips = []
     for b, picture in enumerate(pictures):
-        maps = [_tokens(picture, stage.labels[b].cpu(), cell) for stage in trace.stages]
+        maps = [_tokens(picture, labels[b].cpu(), cell) for _, labels in stages]
         strips.append(_strip([picture, *maps], captions))
     return strips
+
+
+def _laid_out(
+    trace: Trace | DenoiserTrace,
+) -> tuple[tuple[int, int], list[tuple[str, Int[Tensor, "batch height width"]]]]:
+    """The grid, and for every reduction on it a caption and the token of each cell."""
+    if not (trace.blocks if isinstance(trace, DenoiserTrace) else trace.stages):
+        raise ValueError("the trace has no reductions to draw: every token was kept")
+    if not isinstance(trace, DenoiserTrace):
+        return trace.grid, [
+            (f"layer {stage.layer}: {stage.after} tokens", stage.labels) for stage in trace.stages
+        ]
+    grid = trace.blocks[0].grid
+    return grid, [
+        (f"{block.path}: {block.after}", block.map.labels().reshape(-1, *grid))
+        for block in trace.blocks
+        if block.grid == grid
+    ]
 
 
 def stack(strips: Sequence[Image]) -> Image:

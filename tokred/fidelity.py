@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tokred.denoising import Denoising
 from tokred.host import Host, find_host
 from tokred.inputs import Inputs, call, pixels
 from tokred.patching import hang, reduction_of, remove, uncompiled
@@ -67,6 +68,8 @@ def fidelity(
     reduction = reduction_of(model)
     if reduction is None:
         raise ValueError("no reduction is applied to the model; call tokred.apply first")
+    if isinstance(reduction, Denoising):
+        raise ValueError("a denoiser has no final features to compare: compare images (tokred fid)")
     if not reduction.full_grid:
         raise ValueError("features come out reduced: apply with full_grid=True to compare them")
     found, tower = find_host(model, host)

@@ -213,19 +213,77 @@ class Host:
             raise UnsupportedModelError(f"{cls}: {reason}")
 
 
-def hosts() -> dict[str, Host]:
+@dataclass(frozen=True)
+class Place:
+    """A block of a denoiser.
+
+    Attributes:
+        path: where it is in the model.
+        owner: path of the module that lays its feature map out as the block's tokens.
+        level: how often the grid of the latents (or of the patches) was halved before it.
+        modules: path, in the block, of its "attention" (to itself), "cross_attention" and "mlp",
+            as far as it has them: each is given its tokens first, as [batch, tokens, dim].
+    """
+
+    path: str
+    owner: str
+    level: int
+    modules: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A family of denoisers of diffusion models, around whose modules tokens are merged.
+
+    Classes are named in full, as for `Host`; functions that are called by a patched model (all but
+    `places`) are functions of a module, because they are pickled with it.
+
+    Attributes:
+        models: the classes of the models.
+        places: the blocks of a model, in the order they run.
+        grid: `grid(owner, args, kwargs)`: rows and columns of the tokens that the owner of some
+            blocks makes of what it is called with.
+        progress: `progress(model, args, kwargs)`: where in the sampling a call of the model is,
+            from 0 (noise) to 1 (image).
+        summary: one clause for lists.
+    """
+
+    models: tuple[str, ...]
+    places: Callable[[Any], Sequence[Place]]
+    grid: Callable[[Any, Any, Any], tuple[int, int]]
+    progress: Callable[[Any, Any, Any], float]
+    summary: str = ""
+
+
+def module_of(model: Any) -> Any:
+    """The model that is meant: of a diffusers pipeline, its denoiser."""
+    if isinstance(model, nn.Module):
+        return model
+    inside = (getattr(model, name, None) for name in ("unet", "transformer"))
+    return next((found for found in inside if isinstance(found, nn.Module)), model)
+
+
+def find_denoiser(model: Any) -> Denoiser | None:
+    """The patch for a model, if it is a denoiser that one knows."""
+    if not isinstance(model, nn.Module):
+        return None
+    known = (found for found in _loaded().values() if isinstance(found, Denoiser))
+    return next((denoiser for denoiser in known if is_a(model, denoiser.models)), None)
+
+
+def hosts() -> dict[str, Host | Denoiser]:
     """The patches of all libraries that are imported already, by file name.
 
     The first word of a patch's file name is its library (`timm_vit`: timm). Patches that the
     installed version of their library cannot load are left out.
     """
-    return {name: found for name, found in _loaded().items() if isinstance(found, Host)}
+    return {name: found for name, found in _loaded().items() if not isinstance(found, ImportError)}
 
 
-def _loaded() -> dict[str, Host | ImportError]:
+def _loaded() -> dict[str, Host | Denoiser | ImportError]:
     """The patches of all libraries that are imported already, or why they cannot be loaded: a
     version that is too old for one library's patches is no reason to refuse another's models."""
-    found: dict[str, Host | ImportError] = {}
+    found: dict[str, Host | Denoiser | ImportError] = {}
     for name in patch_names():
         if library_of(name) in sys.modules:
             try:
@@ -274,7 +332,7 @@ def find_host(model: nn.Module, host: Host | None = None) -> tuple[Host, nn.Modu
             "export that"
         )
     known = hosts() if host is None else {"given": host}
-    towers = _towers(model, list(known.values()))
+    towers = _towers(model, [found for found in known.values() if isinstance(found, Host)])
     if len(towers) == 1:
         _, found, tower = towers[0]
         return (found if found.base else found.at(tower, found.applied_to(tower))), tower
@@ -289,7 +347,7 @@ def find_host(model: nn.Module, host: Host | None = None) -> tuple[Host, nn.Modu
             f"{_name(type(model))} is not a {' or a '.join(host.models)}, which was expected"
         )
     supported = ", ".join(known) or "none of the imported libraries"
-    failed = {name: why for name, why in _loaded().items() if not isinstance(why, Host)}
+    failed = {name: why for name, why in _loaded().items() if isinstance(why, ImportError)}
     told = "".join(
         f"; {name} needs another version of its library: {why}" for name, why in failed.items()
     )

@@ -20,7 +20,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokred.host import Host, UnsupportedModelError, find_host, innermost, innermost_slot, submodule
+from tokred.denoising import HOOKS, Around, AroundModule, Denoising, hook_on, plan_for, stand_ins
+from tokred.host import (
+    Denoiser,
+    Host,
+    UnsupportedModelError,
+    find_denoiser,
+    find_host,
+    innermost,
+    innermost_slot,
+    module_of,
+    submodule,
+)
 from tokred.presets import Preset
 from tokred.reducers import Reconstruction, Reducer, make, proportional, prunes, varies
 from tokred.reducers.slic import Bilinear, Nearest
@@ -30,9 +41,9 @@ from tokred.windows import in_windows, too_small, why_not
 
 
 def apply(
-    model: nn.Module,
+    model: Any,
     method: str | Reducer | Preset = "tome",
-    keep_rate: float | Schedule | None = None,
+    keep_rate: float | Schedule | Around | None = None,
     *,
     schedule: Schedule | None = None,
     reconstruction: str | Reconstruction | None = None,
@@ -41,7 +52,7 @@ def apply(
     proportional_attention: bool | None = None,
     full_grid: bool = True,
     attention: str = "host",
-) -> Reduction:
+) -> Any:
     """Makes `model` merge or drop tokens from its next forward pass on, in place.
 
     Weights, class and state dict of the model stay as they are. Applying again replaces the
@@ -90,6 +101,23 @@ def apply(
     """
     if torch.compiler.is_compiling():
         raise RuntimeError("tokred.apply cannot be compiled: call it outside torch.compile's code")
+    model = module_of(model)
+    denoiser = find_denoiser(model) if host is None else None
+    if denoiser is not None and not isinstance(method, Preset):
+        options = {
+            "schedule": schedule,
+            "reconstruction": reconstruction,
+            "stage": stage,
+            "proportional_attention": proportional_attention,
+        }
+        denoising = plan_for(model, denoiser, method, keep_rate, options)
+        hang(model, denoiser, denoising)
+        return denoising
+    if isinstance(keep_rate, Around):
+        raise TypeError(
+            f"keep_rate must be a number or a schedule for {type(model).__qualname__}, not "
+            f"{keep_rate!r}, which is for denoisers"
+        )
     if isinstance(method, Preset):
         if keep_rate is not None or schedule is not None:
             raise ValueError(
@@ -139,33 +167,35 @@ def apply(
     return reduction
 
 
-def remove(model: nn.Module) -> None:
+def remove(model: Any) -> None:
     """Takes the reduction away; the model is again as it was. Does nothing if there is none."""
-    for module in model.modules():
-        if isinstance(innermost(module), Patched | PatchedAttention):
+    for module in module_of(model).modules():
+        if isinstance(innermost(module), Patched | PatchedAttention | AroundModule):
             _set_innermost(module, None)
         for name, value in list(vars(module).items()):
             if isinstance(value, PatchedMethod):
                 delattr(module, name)
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key, hook in list(hooks.items()):
-                if isinstance(hook, Tap | Carry | Pool | Grid | HandedOut):
+            for key, hung in list(hooks.items()):
+                if isinstance(hung, (Tap, Carry, Pool, Grid, HandedOut, *HOOKS)):
                     del hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 @contextmanager
 def applied(
-    model: nn.Module,
+    model: Any,
     method: str | Reducer | Preset = "tome",
-    keep_rate: float | Schedule | None = None,
+    keep_rate: float | Schedule | Around | None = None,
     **options: Any,
-) -> Iterator[Reduction]:
+) -> Iterator[Any]:
     """`apply` for the length of a `with` block; what was there before is put back at its end.
 
     >>> with tokred.applied(model, "tome", keep_rate=0.5):
     ...     fewer = model(images)
     """
-    former, host = reduction_of(model), find_host(model, options.get("host"))[0]
+    model = module_of(model)
+    former, host = reduction_of(model), host_of(model, options.get("host"))
     reduction = apply(model, method, keep_rate, **options)
     try:
         yield reduction
@@ -175,17 +205,35 @@ def applied(
             hang(model, host, former)
 
 
-def reduction_of(model: nn.Module) -> Reduction | None:
+def host_of(model: nn.Module, host: Host | None = None) -> Host | Denoiser:
+    """The patch for a model; the one that is given, if it is for the model.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    return (find_denoiser(model) if host is None else None) or find_host(model, host)[0]
+
+
+def reduction_of(model: Any) -> Any:
     """The reduction that is applied to the model, if there is one."""
-    for module in model.modules():
+    for module in module_of(model).modules():
         patched = innermost(module)
-        if isinstance(patched, Patched):
+        if isinstance(patched, Patched | AroundModule):
             return patched.reduction
     return None
 
 
-def hang(model: nn.Module, host: Host, reduction: Reduction) -> None:
+def hang(model: nn.Module, host: Host | Denoiser, reduction: Reduction | Denoising) -> None:
     """Hangs a checked reduction on the model, in place of what hung there."""
+    if isinstance(host, Denoiser):
+        assert isinstance(reduction, Denoising)
+        replaced = stand_ins(model, reduction)
+        remove(model)
+        for module, stand_in in replaced:
+            _set_innermost(module, stand_in)
+        hook_on(model, host, reduction)
+        return
+    assert isinstance(reduction, Reduction)
     _, tower = find_host(model, host)
     signals = sorted(signals_of(reduction.reducer) - host.shows)
     # All that can fail comes before the first change.
@@ -399,8 +447,8 @@ class Patched:
             if any(hook.reduction is self.reduction for hook in there):
                 continue
             for part in module.modules():
-                for key, hook in list(part._forward_hooks.items()):
-                    if _reads(hook, signal):
+                for key, hung in list(part._forward_hooks.items()):
+                    if _reads(hung, signal):
                         del part._forward_hooks[key]
             module.register_forward_hook(Tap(self.reduction, signal, read, self.block))
 

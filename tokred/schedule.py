@@ -48,7 +48,7 @@ class Stages:
         check_keep_rate(self.keep_rate)
         if self.layers is not None and not _rising(self.layers):
             raise ValueError(f"layers must be rising integers from 0 on, not {self.layers!r}")
-        object.__setattr__(self, "_ratio", _ratio(self.keep_rate))
+        object.__setattr__(self, "_ratio", ratio_of(self.keep_rate))
 
     def __call__(self, tokens: int, layers: int) -> list[int]:
         at = self.layers or tuple(layers * quarter // 4 for quarter in (1, 2, 3))
@@ -103,7 +103,7 @@ class Linear:
         _check_merges(self.merges)
         if not -1 <= self.inflection <= 1:
             raise ValueError(f"inflection must be in [-1, 1], not {self.inflection!r}")
-        object.__setattr__(self, "_ratio", _ratio(self.inflection))
+        object.__setattr__(self, "_ratio", ratio_of(self.inflection))
 
     def __call__(self, tokens: int, layers: int) -> list[int]:
         over, under = self._ratio
@@ -153,7 +153,7 @@ class Hourglass:
             raise ValueError(f"down must be an integer of at least 0, not {self.down!r}")
         if up is not None and (not isinstance(up, int) or up <= down):
             raise ValueError(f"up must be an integer above down = {down}, not {up!r}")
-        object.__setattr__(self, "_ratio", _ratio(self.keep_rate or 1.0))
+        object.__setattr__(self, "_ratio", ratio_of(self.keep_rate or 1.0))
 
     def __call__(self, tokens: int, layers: int) -> list[int]:
         down = layers // 3 if self.down is None else self.down
@@ -232,7 +232,7 @@ def check_keep_rate(keep_rate: object) -> None:
         )
 
 
-def _ratio(decimal: float) -> tuple[int, int]:
+def ratio_of(decimal: float) -> tuple[int, int]:
     """The decimal number that was meant: as a float, 100 * 0.7**2 is a little below 49. Two
     integers, because older versions of torch.compile cannot follow a Fraction."""
     return Fraction(str(decimal)).as_integer_ratio()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from tokred.host import Host, find_host
+from tokred.denoising import DenoiserTrace, Denoising
+from tokred.host import Host, find_host, module_of
 from tokred.inputs import Inputs, call, pixels
 from tokred.maps import TokenMap
 from tokred.patching import reduction_of, uncompiled
+from tokred.reducers import Reducer
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class Trace:
         return "\n".join(lines)
 
 
-def inspect(model: nn.Module, images: Inputs, host: Host | None = None) -> Trace:
+def inspect(model: Any, images: Inputs, host: Host | None = None) -> Trace | DenoiserTrace:
     """Runs the model on the images and tells what its reduction does to their tokens.
 
     The model is run as it is (uncompiled, without gradients); its outputs are discarded.
@@ -90,15 +93,26 @@ def inspect(model: nn.Module, images: Inputs, host: Host | None = None) -> Trace
     Args:
         model: a model to which a reduction is applied.
         images: what the model takes, on its device and in its dtype: images, or a mapping of
-            inputs by name.
+            inputs by name. Of a denoiser (or a pipeline): latents, time step and what else it
+            takes.
         host: the host it was applied with, if one was given to `tokred.apply`.
+
+    Returns:
+        What happened layer by layer, or, of a denoiser, block by block.
 
     Raises:
         ValueError: no reduction is applied to the model, or it shuffles its patches.
     """
+    model = module_of(model)
     reduction = reduction_of(model)
     if reduction is None:
         raise ValueError("model has no reduction to inspect; call tokred.apply(model, ...) first")
+    if isinstance(reduction, Denoising):
+        with torch.no_grad(), reduction.recording() as merged:
+            call(uncompiled(model), images)
+        method = _on(reduction.reducer, pixels(images).device)
+        modules = reduction.around.modules
+        return DenoiserTrace(method, modules, tuple(merged), reduction.total)
     batch = pixels(images)
     height, width = batch.shape[-2:]
     host, tower = find_host(model, host)
@@ -131,18 +145,19 @@ def inspect(model: nn.Module, images: Inputs, host: Host | None = None) -> Trace
                 labels=labels.reshape(-1, *layout.grid),
             )
         )
-    # Some methods choose by device what they do ("auto"); here one wants to know what.
-    reducer = reduction.reducer
-    if hasattr(reducer, "on"):
-        reducer = reducer.on(batch.device)
     return Trace(
-        method=str(reducer),
+        method=_on(reduction.reducer, batch.device),
         grid=layout.grid,
         prefix=layout.prefix,
         layers=layout.layers,
         stages=tuple(stages),
         rises=tuple(rises),
     )
+
+
+def _on(reducer: Reducer, device: torch.device) -> str:
+    """A method in words. Some choose by device what they do ("auto"): that in words, too."""
+    return str(reducer.on(device) if hasattr(reducer, "on") else reducer)
 
 
 def _told(stage: StageTrace) -> str:

@@ -118,7 +118,7 @@ def match(
 
     # Steps 2 and 3: every token of A draws an edge to its most similar token of B; the `merges`
     # strongest edges are kept. `max` takes the first of equals, and so does a stable sort.
-    similarity, partner = _best(a, b)
+    similarity, partner = best(a, b)
     strongest = ranked(similarity)[:, :merges]
 
     # Steps 4 and 5: what is joined by an edge becomes one group, named by its token of B.
@@ -149,7 +149,7 @@ def match_similar(
     if num > 1:
         even, odd = before % 2, 1 - before % 2
         unit = F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
-        similarity, partner = _best(unit[:, even::2], unit[:, odd::2], valid[:, odd::2])
+        similarity, partner = best(unit[:, even::2], unit[:, odd::2], valid[:, odd::2])
         similarity = similarity.masked_fill(~valid[:, even::2], -torch.inf)
         strongest, order = similarity.sort(dim=-1, descending=True, stable=True)
         merges = strongest >= threshold
@@ -175,7 +175,7 @@ def mean_over_heads(
     return key.mean(1, dtype=torch.promote_types(key.dtype, torch.float32))
 
 
-def _best(
+def best(
     a: Float[Tensor, "batch a dim"],
     b: Float[Tensor, "batch b dim"],
     valid: Bool[Tensor, "batch b"] | None = None,

@@ -1,0 +1,95 @@
+"""The UNets of Stable Diffusion 1.x, 2.x and XL in diffusers, also for inpainting and video, and
+ControlNets of the same blocks.
+
+Tokens are merged around modules of every `BasicTransformerBlock` that sees the tokens of an image,
+as in Bolya & Hoffman, "Token Merging for Fast Stable Diffusion" (section 4). Blocks whose tokens
+are the frames of a video (motion modules, temporal layers) are left alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from tokred.host import Denoiser, Place, is_a
+
+
+def places(model: Any) -> list[Place]:
+    """All blocks, in the order of the model's parts: down, middle, up."""
+    return [
+        Place(f"{path}.transformer_blocks.{number}", path, level, modules_of(block))
+        for part, level in parts(model)
+        for path, owner in _inside(model, part)
+        if is_a(owner, OWNERS)
+        for number, block in enumerate(owner.transformer_blocks)
+        if is_a(block, (BLOCK,))
+    ]
+
+
+def parts(model: Any) -> list[tuple[str, int]]:
+    """The parts of a UNet (of a ControlNet, its first half), and how often the grid of the latents
+    was halved before them."""
+    down = len(model.down_blocks)
+    found = [(f"down_blocks.{number}", number) for number in range(down)]
+    if getattr(model, "mid_block", None) is not None:
+        found.append(("mid_block", down - 1))
+    up = range(len(getattr(model, "up_blocks", ())))
+    return found + [(f"up_blocks.{number}", down - 1 - number) for number in up]
+
+
+def _inside(model: Any, part: str) -> list[tuple[str, Any]]:
+    return list(model.get_submodule(part).named_modules(prefix=part))
+
+
+def modules_of(block: Any) -> dict[str, str]:
+    """What a block has to merge tokens around."""
+    found = {"mlp": "ff"}
+    if not block.only_cross_attention:
+        found["attention"] = "attn1"
+    if block.attn2 is not None and not block.double_self_attention:
+        found["cross_attention"] = "attn2"
+    return found
+
+
+def grid(owner: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and columns of a feature map, [batch, channels, rows, columns]."""
+    x: Tensor = args[0] if args else kwargs["hidden_states"]
+    rows, columns = x.shape[-2:]
+    if getattr(owner, "is_input_patches", False):
+        return rows // owner.patch_size, columns // owner.patch_size
+    return rows, columns
+
+
+def progress(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
+    """By the time step, of which there are 1,000, the first one being the last."""
+    given = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
+    step = given["timestep"]
+    if isinstance(step, Tensor):
+        step = step.flatten()[0].item()
+    return 1 - float(step) / 1000
+
+
+BLOCK = "diffusers.models.attention.BasicTransformerBlock"
+OWNERS = (
+    "diffusers.models.transformers.transformer_2d.Transformer2DModel",
+    "diffusers.models.transformers.transformer_temporal.TransformerSpatioTemporalModel",
+)
+
+HOST = Denoiser(
+    models=(
+        "diffusers.models.unets.unet_2d_condition.UNet2DConditionModel",
+        "diffusers.models.unets.unet_3d_condition.UNet3DConditionModel",
+        "diffusers.models.unets.unet_i2vgen_xl.I2VGenXLUNet",
+        "diffusers.models.unets.unet_motion_model.UNetMotionModel",
+        "diffusers.models.unets.unet_spatio_temporal_condition.UNetSpatioTemporalConditionModel",
+        "diffusers.models.controlnets.controlnet.ControlNetModel",
+        "diffusers.models.controlnets.controlnet_union.ControlNetUnionModel",
+    ),
+    places=places,
+    grid=grid,
+    progress=progress,
+    summary="UNets of Stable Diffusion 1.x, 2.x, XL, of AnimateDiff and SVD, and ControlNets",
+)
