@@ -16,7 +16,7 @@ import tokred
 from tokred import reducers
 from tokred.__main__ import HEAD, main
 from tokred.cost import Arm, Bench
-from tokred.suites import dense
+from tokred.suites import dense, diffusion
 
 
 def test_list_names_every_method_and_host(capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,3 +188,19 @@ def test_fidelity_tells_how_close_each_setting_is(capsys: pytest.CaptureFixture[
     rows = [line.split() for line in capsys.readouterr().out.split("\n")[2:4]]
     assert [row[:2] for row in rows] == [["atc", "0.5"], ["random", "0.5"]]
     assert 1 > float(rows[0][2]) > float(rows[1][2]) and rows[0][-2:] == ["196", "98"]
+
+
+def test_the_diffusion_suite_measures_models_a_block_and_kernels() -> None:
+    tiny = {
+        **diffusion.CONFIGS["sd-1.5"],
+        "block_out_channels": (32, 32, 32, 32),
+        "cross_attention_dim": 16,
+        "layers_per_block": 1,
+    }
+    results = diffusion.run(["tiny"], (128,), rounds=1, batch=1, configs={"tiny": tiny}, side=16)
+    (row,) = results["models"]
+    assert {"dense", "limit", *diffusion.SIDES} <= set(row["seconds"])
+    assert row["seconds"].keys() == results["block"].keys()
+    assert set(results["kernels"]) == {"matching", "merging and copying back"}
+    table = diffusion.markdown(results)
+    assert "| tiny | 128 |" in table and "| one block, 256 x 320 |" in table

@@ -25,7 +25,7 @@ from tokred import drawing, host, reducers, zoo
 from tokred.cost import Truncate
 from tokred.optional import require
 from tokred.reducers import Reducer
-from tokred.suites import clustering, dense, vit
+from tokred.suites import clustering, dense, diffusion, vit
 
 KEEP_RATES = (0.9, 0.7, 0.5, 0.25)
 BATCH = 40
@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
             made.add_argument("--compile", action="store_true", help="under torch.compile")
             made.add_argument("--json", action="store_true", help="print everything as JSON")
             many = made.add_argument_group("suites: many models and methods at once")
-            many.add_argument("--suite", choices=("vit", "clustering", "dense"))
+            many.add_argument("--suite", choices=("vit", "clustering", "dense", "diffusion"))
             many.add_argument("--models", nargs="+", metavar="NAME[:PIXELS]", help="not all of it")
             many.add_argument("--batches", nargs="+", type=int)
             many.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all")
@@ -193,6 +193,18 @@ def _bench_suite(options: argparse.Namespace) -> None:
                 on_round=lap,
             )
             text = dense.markdown(results)
+        elif options.suite == "diffusion":
+            results = diffusion.run(
+                options.models or tuple(diffusion.CONFIGS),
+                (options.image_size or 512,),
+                keep_rate=options.keep_rate,
+                device=options.device,
+                dtype=getattr(torch, options.dtype),
+                rounds=options.rounds,
+                compile=options.compile,
+                on_round=lap,
+            )
+            text = diffusion.markdown(results)
         else:
             results = _run_vit(options, bar, lap)
             text = vit.markdown(results)

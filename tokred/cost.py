@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tokred.denoising import Around, Denoising
 from tokred.denoising import limit as limit_of_denoiser
 from tokred.host import Denoiser, Host, find_host, module_of
-from tokred.inputs import Inputs, call, pixels
+from tokred.inputs import Inputs, call, device_of, pixels
 from tokred.maps import Kept
 from tokred.patching import apply, hang, host_of, reduction_of, remove, uncompiled
 from tokred.presets import Preset
@@ -355,7 +355,7 @@ def sides(
 
 
 def measure(
-    sides: dict[str, tuple[nn.Module, Callable[[], None]]],
+    sides: Mapping[str, tuple[Callable[..., Any], Callable[[], None]]],
     images: Inputs,
     rounds: int,
     warmup: int,
@@ -376,7 +376,8 @@ def measure(
     start = time.perf_counter()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     memory: dict[str, int | None] = dict.fromkeys(names)
-    cuda = pixels(images).device.type == "cuda"
+    device = device_of(images)
+    cuda = device.type == "cuda"
     for number in range(-warmup, rounds):
         if number >= 3 and time.perf_counter() - start > limit:
             break
@@ -385,18 +386,18 @@ def measure(
             target, prepare = sides[name]
             prepare()
             if cuda:
-                torch.cuda.synchronize(pixels(images).device)
-                torch.cuda.reset_peak_memory_stats(pixels(images).device)
+                torch.cuda.synchronize(device)
+                torch.cuda.reset_peak_memory_stats(device)
             begin = time.perf_counter()
             with torch.no_grad():
                 call(target, images)
             if cuda:
-                torch.cuda.synchronize(pixels(images).device)
+                torch.cuda.synchronize(device)
             took = time.perf_counter() - begin
             if number >= 0:
                 seconds[name].append(took)
                 if cuda:
-                    peak = torch.cuda.max_memory_allocated(pixels(images).device)
+                    peak = torch.cuda.max_memory_allocated(device)
                     memory[name] = max(memory[name] or 0, peak)
         if on_round and number >= 0:
             on_round(number + 1, rounds)

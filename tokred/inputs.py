@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 Inputs: TypeAlias = Tensor | Mapping[str, Any]
 """[batch, channels, height, width], or a mapping with such a tensor and what else there is."""
 
 
-def call(model: nn.Module, inputs: Inputs) -> Any:
+def call(model: Callable[..., Any], inputs: Inputs) -> Any:
     """Runs the model on them."""
     return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
 
@@ -32,3 +33,9 @@ def pixels(inputs: Inputs) -> Tensor:
     if not images:
         raise ValueError(f"there are no images among the inputs {sorted(inputs)}")
     return images[0]
+
+
+def device_of(inputs: Inputs) -> torch.device:
+    """Where they are: where their first tensor is."""
+    tensors = [inputs] if isinstance(inputs, Tensor) else inputs.values()
+    return next(x.device for x in tensors if isinstance(x, Tensor))

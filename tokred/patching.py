@@ -85,8 +85,10 @@ def apply(
         full_grid: whether features come out on the full grid again, in the host's own order, with
             copies for merged tokens and the last value for dropped ones. If not, they come out
             reduced (where images end with different numbers of tokens, with zeros at the end).
-            Class scores are the same. (A model that averages merged tokens in its own forward
-            gets the full grid all the same, for the sake of its answer.)
+            Class scores are the same; with "nearest" and "bilinear" reconstruction, where a head
+            pools tokens, nearly so: they are made again behind the last norm, not in front of it.
+            (A model that averages merged tokens in its own forward gets the full grid all the
+            same, for the sake of its answer.)
         attention: "host" leaves attention as the host computes it. "fastest" may compute it the
             host's other way (fused or not) where that is faster, which rounds differently: on
             CPUs in bfloat16.

@@ -73,9 +73,10 @@ def strong(model: nn.Module) -> nn.Module:
     """Weights under which attention, its biases and its masks matter; in evaluation mode."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if any(part in name for part in ("bias_table", "mlp.0.weight", "rel_pos")):
-                # Tables, and what makes them.
+            if "bias_table" in name or "mlp.0.weight" in name:  # tables, and what makes them
                 parameter.normal_(std=1.0)
+            elif "rel_pos" in name:  # these meet queries
+                parameter.normal_(std=0.4)
             elif parameter.ndim == 2:
                 parameter.normal_(std=0.2)
             elif parameter.ndim == 1 and name.endswith("weight"):  # norms, some of them 0
