@@ -31,7 +31,7 @@ from tokred.run import Reduction
 from tokred.schedule import Constant, Exactly, Hourglass, Linear, Stages
 from tokred.tracing import Trace, inspect
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 __all__ = [
     "ATC",
