@@ -78,6 +78,16 @@ def test_drawings_follow_from_the_generator() -> None:
     assert not torch.equal(first, other)
 
 
+def test_drawings_are_the_same_in_other_sizes() -> None:
+    digits = zoo.held_out().digits[:20]
+    small, large = (
+        zoo.draw(digits, torch.Generator().manual_seed(0), "digits", side).float()
+        for side in (32, 64)
+    )
+    assert small.shape == (20, 1, 32, 32) and large.shape == (20, 1, 64, 64)
+    assert (torch.nn.functional.avg_pool2d(large, 2) - small).abs().mean() < 4
+
+
 @torch.no_grad()
 def segmented(model: nn.Module, images: torch.Tensor, targets: torch.Tensor) -> float:
     answers = torch.cat([model(part).argmax(1) for part in images.split(8)])

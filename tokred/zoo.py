@@ -11,8 +11,13 @@ Recognition of Handwritten Digits", 1998, CC BY 4.0), drawn larger:
                                                      28x28 tokens, in windows of 14x14
 
 The first two have patch 4, width 64, 12 blocks and 4 heads: 196 patch tokens and a class token, the
-geometry of DeiT at 224. The model cards are beside the weights, in `zoo/`; `train_digits.py`,
-`train_segmenter.py` and `train_swin.py`, in `examples/`, train them again.
+geometry of DeiT at 224. `load` gives these; `diffusion` gives another, which draws digits:
+
+    digits_diffusion  a digit on an empty ground     `DigitPipeline` around a diffusers
+                                                     `UNet2DConditionModel`, 32x32 tokens
+
+The model cards are beside the weights, in `zoo/`; `train_digits.py`, `train_segmenter.py`,
+`train_swin.py` and `train_diffusion.py`, in `examples/`, train them again.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,6 +37,9 @@ from torch import Tensor, nn
 
 from tokred.models.segmenter import LinearDecoder, Segmenter
 from tokred.optional import require
+
+if TYPE_CHECKING:
+    from tokred.models.digit_diffusion import DigitPipeline
 
 _FOLDER = Path(__file__).with_name("zoo")
 
@@ -186,6 +194,19 @@ def load(name: str = DEFAULT) -> nn.Module:
     return model.eval()
 
 
+def diffusion() -> DigitPipeline:
+    """The bundled pipeline that draws digits, in evaluation mode, float32, on the CPU.
+
+        images = zoo.diffusion()(["7", "a handwritten 3"]).images
+
+    Raises:
+        ModuleNotFoundError: diffusers is not installed (`pip install "tokred[diffusers]"`).
+    """
+    from tokred.models import digit_diffusion  # which imports diffusers
+
+    return digit_diffusion.load(_FOLDER / "digits_diffusion.safetensors")
+
+
 def held_out(name: str = DEFAULT) -> HeldOut:
     """The held-out images of a bundled checkpoint.
 
@@ -214,14 +235,18 @@ def normalise(
 
 
 def draw(
-    digits: UInt8[Tensor, "digits 8 8"], generator: torch.Generator, name: str = DEFAULT
-) -> UInt8[Tensor, "digits 1 56 56"]:
+    digits: UInt8[Tensor, "digits 8 8"],
+    generator: torch.Generator,
+    name: str = DEFAULT,
+    side: int = IMAGE_SIZE,
+) -> UInt8[Tensor, "digits 1 side side"]:
     """Draws every digit once, with a random size, place and slant, as a checkpoint knows them.
 
     Args:
         digits: 8x8 pixels each, 0 (paper) to 16 (ink).
         generator: where the randomness comes from; a CPU generator.
         name: the checkpoint, which decides how large digits are and how cluttered the image is.
+        side: height and width of the images, in pixels.
 
     Raises:
         ValueError: there is no checkpoint of that name, or it knows scenes (`draw_scenes`).
@@ -235,7 +260,7 @@ def draw(
     ink = digits.float()[:, None] / 16
     size = uniform(style.smallest, style.largest, num)  # of the side of the image
     centre = uniform(-1, 1, num, 2) * (1 - size)[:, None] * 0.8
-    picture = _paste(ink, size, uniform(-0.35, 0.35, num), centre, IMAGE_SIZE)
+    picture = _paste(ink, size, uniform(-0.35, 0.35, num), centre, side)
 
     column = torch.arange(8)
     for _ in range(style.fragments):
@@ -250,7 +275,7 @@ def draw(
         # What would leave the image comes back on the opposite side.
         place = (place + 1).remainder(2) - 1
         sizes, turns = uniform(0.4, 0.65, num), uniform(-math.pi, math.pi, num)
-        pasted = _paste(piece, sizes, turns, place, IMAGE_SIZE)
+        pasted = _paste(piece, sizes, turns, place, side)
         clear = (place - centre).norm(dim=1) > 0.9 * size
         picture = torch.maximum(picture, pasted * clear[:, None, None, None])
     contrast = uniform(0.7, 1, num)[:, None, None, None]
