@@ -1,4 +1,4 @@
-"""The command line: `tokred demo`, `list`, `bench`, `fidelity`, `inspect`, `show`, `cite`.
+"""The command line: `tokred demo`, `list`, `bench`, `fidelity`, `fid`, `inspect`, `show`, `cite`.
 
 The demo runs on a bundled checkpoint and bundled images; nothing is downloaded.
 """
@@ -6,8 +6,6 @@ The demo runs on a bundled checkpoint and bundled images; nothing is downloaded.
 from __future__ import annotations
 
 import argparse
-import ast
-import dataclasses
 import json
 import statistics
 import sys
@@ -21,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import tokred
-from tokred import drawing, host, reducers, zoo
+from tokred import drawing, fid, host, reducers, zoo
 from tokred.cost import Truncate
 from tokred.optional import require
 from tokred.reducers import Reducer
@@ -122,9 +120,48 @@ def _parser() -> argparse.ArgumentParser:
             )  # fmt: skip
         if name == "show":
             made.add_argument("--out", type=Path, default=Path("tokens.png"))
+    swept = command("fid", _fid, "images of a diffusion pipeline by method and keep rate: FID, KID")
+    _add_fid_options(swept)
     cited = command("cite", _cite, "the BibTeX entry of a method")
     cited.add_argument("method")
     return parser
+
+
+def _add_fid_options(swept: argparse.ArgumentParser) -> None:
+    add = swept.add_argument
+    add(
+        "pipeline", metavar="PIPELINE",
+        help="'digits_diffusion', which is bundled, or what diffusers loads: a folder or a name",
+    )  # fmt: skip
+    add(
+        "--methods", nargs="*", default=["tome"], metavar="METHOD",
+        help="with options after a colon, such as atc:single (default: tome)",
+    )  # fmt: skip
+    add(
+        "--keep-rates", nargs="+", type=float, default=list(fid.KEEP_RATES),
+        help=f"in (0, 1] (default: {' '.join(f'{rate:g}' for rate in fid.KEEP_RATES)})",
+    )  # fmt: skip
+    add("--seeds", nargs="+", type=int, default=[0], help="every setting for each (default: 0)")
+    add(
+        "--prompts", metavar="FILE|PRESET",
+        help="a file with a prompt on each line, or a preset, which also sets images, steps, "
+        f"guidance, size and reference, if not given: {', '.join(fid.presets)}",
+    )  # fmt: skip
+    add("--images", type=int, help="of each setting and seed (default: the preset's, or 500)")
+    add("--steps", type=int, help="default: the preset's, or the pipeline's")
+    add("--guidance", type=float, help="default: the preset's, or the pipeline's")
+    add("--size", type=int, help="height and width (default: the preset's, or the pipeline's)")
+    add("--reference", type=Path, help="a folder of pictures (digits_diffusion comes with some)")
+    add("--reference-per-folder", type=int, help="take so many of each of its folders")
+    add(
+        "--features", choices=("inception", "digits"),
+        help="what images are compared in (default: inception; for digits_diffusion: digits)",
+    )  # fmt: skip
+    add("--weights", type=Path, help="the file with the weights of inception")
+    add("--out", type=Path, default=Path("tokred-fid"), help="folder for all of it")
+    add("--batch", type=int, default=8, help="images per call (default: 8)")
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    add("--device", choices=("cpu",), help="default: what accelerate finds")
 
 
 def _list(options: argparse.Namespace) -> None:
@@ -258,7 +295,7 @@ def _fidelity(options: argparse.Namespace) -> None:
         named = options.methods or [options.method]
         if options.option and len(named) > 1:
             raise ValueError("--option goes with one method: use --method")
-        methods = {name: reducers.make(name) for name in named}
+        methods = {name: reducers.parse(name) for name in named}
         if options.option or not options.methods:
             methods = {options.method: _reducer(options)}
         for rate in rates:
@@ -299,6 +336,72 @@ def _show(options: argparse.Namespace) -> None:
     strips = tokred.visualise(tokred.inspect(model, images), pictures)
     drawing.stack(strips).save(options.out)
     print(f"wrote {options.out}")
+
+
+def _fid(options: argparse.Namespace) -> None:
+    bundled = options.pipeline == "digits_diffusion"
+    named = options.prompts or ("digits" if bundled else None)
+    if named is None:
+        raise ValueError(f"give --prompts: a file, or one of {', '.join(fid.presets)}")
+    if named in fid.presets:
+        preset = fid.presets[named]
+    else:
+        lines = Path(named).read_text().splitlines()
+        preset = fid.Preset(lambda: tuple(line for line in lines if line.strip()), images=500)
+
+    def given(name: str) -> Any:
+        value = getattr(options, name)
+        return getattr(preset, name) if value is None else value
+
+    sweep = fid.Sweep(
+        tuple(options.methods), tuple(options.keep_rates), preset.prompts(), given("images"),
+        tuple(options.seeds), given("steps"), given("guidance"), given("size"),
+    )  # fmt: skip
+    per_folder, reference = options.reference_per_folder, options.reference
+    if reference is not None:
+        per_folder = preset.per_folder if per_folder is None else per_folder
+        fid.pictures_in(reference, per_folder)  # whether they are there, before hours go by
+    elif not bundled:
+        raise ValueError("give --reference: a folder of real pictures to compare with")
+    in_digits = (options.features or ("digits" if bundled else "inception")) == "digits"
+    features = fid.DigitFeatures() if in_digits else fid.inception(options.weights)
+
+    state = fid.processes(cpu=options.device == "cpu")
+    dtype = getattr(torch, options.dtype)
+    if bundled:
+        pipe = zoo.diffusion().to(dtype)
+    else:
+        diffusion = require("diffusers", "diffusers").DiffusionPipeline
+        pipe = diffusion.from_pretrained(options.pipeline, torch_dtype=dtype)
+    pipe.to(state.device)
+    pipe.set_progress_bar_config(disable=True)
+
+    with _bar(0, "drawing", disable=not state.is_main_process) as bar:
+
+        def lap(batch: fid.Batch, left: int) -> None:
+            bar.total = bar.n + len(batch.numbers) + left
+            bar.set_postfix_str(batch.setting.name, refresh=False)
+            bar.update(len(batch.numbers))
+
+        fid.generate(
+            pipe, sweep, options.out, model=options.pipeline, batch=options.batch, on_batch=lap
+        )
+    if state.is_main_process:
+        reference = reference or fid.digit_reference(options.out / "reference")
+        with _bar(0, "comparing") as bar:
+
+            def looked(done: int, of: int) -> None:
+                bar.total, bar.n = of, done
+                bar.refresh()
+
+            features.eval().to(state.device)
+            scores = fid.score(
+                sweep, options.out, reference, features, per_folder=per_folder, on_images=looked
+            )
+        files = fid.report(sweep, options.out, scores)
+        print(fid.markdown(scores))
+        print(f"wrote {', '.join(map(str, files))}", file=sys.stderr)
+    state.destroy_process_group()
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -484,28 +587,18 @@ def _model_and_images(
 
 def _reducer(options: argparse.Namespace) -> Reducer:
     """The method with the options that were given on the command line."""
-    reducer = reducers.make(options.method)
-    changes = {}
-    for option in options.option:
-        name, _, value = option.partition("=")
-        known = [field.name for field in dataclasses.fields(reducer)]  # type: ignore[arg-type]
-        if name not in known:
-            raise ValueError(f"{options.method} has no option {name!r}; it has {known or 'none'}")
-        try:
-            changes[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            changes[name] = value
-    changed: Reducer = dataclasses.replace(reducer, **changes)  # type: ignore[type-var]
-    return changed
+    changes = ",".join(options.option)
+    colon = "," if ":" in options.method else ":"
+    return reducers.parse(f"{options.method}{colon}{changes}" if changes else options.method)
 
 
 def _first_clause(reducer: Reducer) -> str:
     return (type(reducer).__doc__ or "").strip().split("\n")[0]
 
 
-def _bar(total: int, text: str) -> Any:
+def _bar(total: int, text: str, disable: bool = False) -> Any:
     tqdm = require("tqdm", "plots")
-    return tqdm.tqdm(total=total, desc=text, leave=False)
+    return tqdm.tqdm(total=total, desc=text, leave=False, disable=disable)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -202,6 +204,40 @@ def make(method: str | Reducer) -> Reducer:
             f"known names: {', '.join(names())}"
         )
     return method
+
+
+def parse(text: str) -> Reducer:
+    """A method as it is written on the command line: "tome", "atc:single", "tome:threshold=0.9".
+
+    What follows the colon are options, as in a call: in the order of the fields, or by name. Words
+    need no quotes.
+
+    Raises:
+        ValueError: no method has that name, it has no such option, or the option no such value.
+    """
+    name, colon, options = text.partition(":")
+    reducer: Any = make(name)
+    known = [field.name for field in dataclasses.fields(reducer)] if colon else []
+    try:
+        call = ast.parse(f"_({options})", mode="eval").body
+        assert isinstance(call, ast.Call)
+        given = dict(zip(known, map(_value, call.args), strict=False))
+        named = {str(option.arg): _value(option.value) for option in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(
+            f"{options!r} are no options: write {name}:VALUE or {name}:NAME=VALUE, with commas in "
+            "between"
+        ) from error
+    for unknown in (option for option in named if option not in known):
+        raise ValueError(f"{name} has no option {unknown!r}; it has {known or 'none'}")
+    if len(call.args) > len(known) or given.keys() & named.keys():
+        raise ValueError(f"{options!r} are too many options: {name} has {known or 'none'}")
+    changed: Reducer = dataclasses.replace(reducer, **given, **named)
+    return changed
+
+
+def _value(node: ast.expr) -> Any:
+    return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
 
 
 def _where(method: object) -> str:
