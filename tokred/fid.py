@@ -240,6 +240,8 @@ def processes(cpu: bool = False) -> Any:
         ModuleNotFoundError: accelerate is not installed.
     """
     cpu = cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes")
+    # Without being told, accelerate takes each of several processes on CPUs for the only one.
+    cpu = cpu or not torch.accelerator.is_available()
     # The fastest process may have to wait for the slowest as long as that takes.
     return require("accelerate", "fid").PartialState(cpu, timeout=datetime.timedelta(days=14))
 
