@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -33,7 +34,7 @@ pytest.importorskip("accelerate")
 
 SWEEP = Sweep(("tome", "atc:single"), (1, 0.5), ("1", "2", "3"), images=7)
 FOLDERS = ["dense-seed0", "tome-keep0.5-seed0", "atc-single-keep0.5-seed0"]
-ROOT = Path(__file__).parent.parent
+TIMES = ("images_per_second", "processes")
 
 
 class Pipe:
@@ -82,7 +83,7 @@ class Means(nn.Module):
 def _patched(monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
     def applied(pipe: Pipe, method: Any, keep_rate: float) -> Iterator[None]:
-        pipe.applied = (1 - keep_rate) * (1 if isinstance(method, tokred.ToMe) else 0.5)
+        pipe.applied = (1 - keep_rate) * (1 if isinstance(method, tokred.ToMe2d) else 0.5)
         yield
         pipe.applied = 0.0
 
@@ -174,9 +175,7 @@ def test_every_setting_has_the_same_prompts_and_seeds(tmp_path: Path) -> None:
     once = [(str(i % 3 + 1), seed * fid.SEEDS + i) for seed in (0, 3) for i in range(7)]
     assert pipe.drawn == once * 3
     folders = {file.split("/")[0] for file in contents(tmp_path)}
-    assert folders == {
-        name.replace("seed0", seed) for name in FOLDERS for seed in ("seed0", "seed3")
-    }
+    assert folders == {*FOLDERS, *(name.replace("seed0", "seed3") for name in FOLDERS)}
     dense, tome, _ = (tmp_path / name / "000005.png" for name in FOLDERS)
     by_hand = torch.rand(8, 8, generator=torch.Generator().manual_seed(5)) * 100 + 30
     assert np.array_equal(np.asarray(Image.open(dense)), by_hand.to(torch.uint8).numpy())
@@ -259,7 +258,7 @@ def test_shares_are_everything_once_and_alike(tmp_path: Path) -> None:
     batches = fid.plan(SWEEP, tmp_path, 2)
     for processes in (1, 2, 3, 5):
         shares = [fid.share(batches, process, processes) for process in range(processes)]
-        assert sorted(map(repr, sum(shares, []))) == sorted(map(repr, batches))
+        assert sorted(map(repr, itertools.chain(*shares))) == sorted(map(repr, batches))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
@@ -420,11 +419,14 @@ def test_the_report_has_a_row_for_every_setting(tmp_path: Path, reference: Path)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"methods": ("tomme",)}, "unknown method 'tomme' .*; known methods: atc, ats"),
+        (
+            {"methods": ("tomme",)},
+            "unknown method 'tomme' .*; known methods: atc, .* todo, tome",
+        ),
         ({"methods": ("atc:sigle",)}, "linkage must be one of single, complete, average"),
         ({"methods": ("atc:link=single",)}, r"has no option 'link'; it has \['linkage', 'backend"),
         ({"methods": ("atc:,",)}, "',' are no options: write atc:VALUE or atc:NAME=VALUE"),
-        ({"methods": ("tome:0.5,1",)}, r"are too many options: tome has \['threshold'\]"),
+        ({"methods": ("todo:1",)}, r"are too many options: todo has none"),
         ({"keep_rates": (0.0,)}, r"keep rates must be in \(0, 1\], the share of tokens, not 0.0"),
         ({"prompts": ()}, "prompts must hold at least one"),
         ({"images": 1}, "images must be 2 to 1,000,000 of each setting, not 1"),
@@ -440,6 +442,7 @@ def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
 
 def test_methods_are_spelled_as_calls() -> None:
     assert tokred.reducers.parse("tome") == tokred.ToMe()
+    assert tokred.reducers.parse("tome", fid.NAMED) == tokred.ToMe2d()
     assert tokred.reducers.parse("atc:single") == tokred.ATC(linkage="single")
     assert tokred.reducers.parse("atc:backend=numba") == tokred.ATC(backend="numba")
     assert tokred.reducers.parse("slic:grid=(4,6),tau=5.0") == tokred.SLIC((4, 6), tau=5.0)
@@ -487,3 +490,69 @@ def test_mistakes_on_the_command_line_are_one_line(
     assert main(["fid", *arguments]) == 1
     error = capsys.readouterr().err.strip().split("\n")[-1]
     assert error.startswith("tokred: error: ") and message in error
+
+
+@pytest.fixture
+def digits(tmp_path: Path) -> list[str]:
+    """Arguments for few images of few steps, and a few to compare with."""
+    pytest.importorskip("diffusers")
+    folder = tmp_path / "digits"
+    folder.mkdir()
+    for number, image in enumerate(tokred.zoo.held_out("digits").images[:10, 0].numpy()):
+        Image.fromarray(image).resize((32, 32)).save(folder / f"{number}.png")
+    return ["fid", "digits_diffusion", "--methods", "tome", "atc:complete", "--keep-rates", "0.5",
+            "--images", "5", "--batch", "2", "--steps", "1", "--reference", str(folder),
+            "--device", "cpu"]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:[0-9]+ images for 64 features")
+def test_the_command_sweeps_the_bundled_pipeline(
+    digits: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*digits, "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    table = capsys.readouterr().out
+    assert [line.split(" | ")[0] for line in table.split("\n")[2:5]] == [
+        "| dense", "| tome", "| atc:complete"
+    ]  # fmt: skip
+    rows = list(csv.DictReader((tmp_path / "out" / "fid.csv").open()))
+    assert float(rows[1]["pixel_distance"]) > 0 and float(rows[2]["pixel_distance"]) > 0
+    before = contents(tmp_path / "out")
+    assert main(arguments) == 0 and capsys.readouterr().out == table
+    assert contents(tmp_path / "out") == before
+    assert main([*arguments, "--steps", "2"]) == 1
+    assert "steps was 1, and is 2" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_images_and_figures_of_one(
+    digits: list[str], tmp_path: Path
+) -> None:
+    # On machines without a GPU, too, that is how accelerate starts several processes.
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    for name, how in (("one", []), ("two", launch)):
+        program = [sys.executable, *how, "-m", "tokred", *digits, "--out", str(tmp_path / name)]
+        subprocess.run(program, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    one, two = (contents(tmp_path / name) for name in ("one", "two"))
+    assert one == two and len(one) == 3 * 5
+    assert len(list((tmp_path / "two" / "times").iterdir())) == 2
+    files = [(tmp_path / name / "distances.csv").read_text() for name in ("one", "two")]
+    assert files[0] == files[1]
+    tables = [list(csv.DictReader((tmp_path / n / "fid.csv").open())) for n in ("one", "two")]
+    for row, other in zip(*tables, strict=True):
+        assert {**row, **dict.fromkeys(TIMES)} == {**other, **dict.fromkeys(TIMES)}
+        assert (row["processes"], other["processes"]) == ("1", "2")
+
+
+@pytest.mark.slow
+def test_inception_gives_2048_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    network = module.FeatureExtractorInceptionV3
+    with monkeypatch.context() as patched:  # of random weights: the published are not at hand
+        patched.setattr(module, "load_state_dict_from_url", lambda *_, **__: None)
+        patched.setattr(network, "load_state_dict", lambda *_, **__: None)
+        torch.save(network("random", ["2048"]).state_dict(), tmp_path / "random.pth")
+    extractor = fid.inception(tmp_path / "random.pth")
+    with torch.no_grad():
+        features = extractor(torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8))
+    assert features.shape == (2, 2048) and features.isfinite().all()

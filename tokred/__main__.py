@@ -152,7 +152,10 @@ def _add_fid_options(swept: argparse.ArgumentParser) -> None:
     add("--guidance", type=float, help="default: the preset's, or the pipeline's")
     add("--size", type=int, help="height and width (default: the preset's, or the pipeline's)")
     add("--reference", type=Path, help="a folder of pictures (digits_diffusion comes with some)")
-    add("--reference-per-folder", type=int, help="take so many of each of its folders")
+    add(
+        "--reference-per-folder", dest="per_folder", type=int, metavar="NUMBER",
+        help="take so many of each of its folders (default: the preset's, or 0, all)",
+    )  # fmt: skip
     add(
         "--features", choices=("inception", "digits"),
         help="what images are compared in (default: inception; for digits_diffusion: digits)",
@@ -357,9 +360,9 @@ def _fid(options: argparse.Namespace) -> None:
         tuple(options.methods), tuple(options.keep_rates), preset.prompts(), given("images"),
         tuple(options.seeds), given("steps"), given("guidance"), given("size"),
     )  # fmt: skip
-    per_folder, reference = options.reference_per_folder, options.reference
+    reference = options.reference
+    per_folder = given("per_folder") or None
     if reference is not None:
-        per_folder = preset.per_folder if per_folder is None else per_folder
         fid.pictures_in(reference, per_folder)  # whether they are there, before hours go by
     elif not bundled:
         raise ValueError("give --reference: a folder of real pictures to compare with")
@@ -369,7 +372,9 @@ def _fid(options: argparse.Namespace) -> None:
     state = fid.processes(cpu=options.device == "cpu")
     dtype = getattr(torch, options.dtype)
     if bundled:
-        pipe = zoo.diffusion().to(dtype)
+        pipe = zoo.diffusion()
+        if dtype != torch.float32:
+            pipe.to(dtype)
     else:
         diffusion = require("diffusers", "diffusers").DiffusionPipeline
         pipe = diffusion.from_pretrained(options.pipeline, torch_dtype=dtype)

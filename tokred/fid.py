@@ -41,9 +41,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from tokred import reducers, zoo
+from tokred import zoo
+from tokred.denoising import NAMED
+from tokred.host import module_of
 from tokred.optional import require
 from tokred.patching import applied, reduction_of
+from tokred.reducers import parse
 
 T = TypeVar("T")
 
@@ -81,7 +84,8 @@ class Sweep:
     """What is drawn.
 
     Args:
-        methods: as on the command line: "tome", "atc:single" (`tokred.reducers.parse`).
+        methods: as on the command line: "tome", "atc:single" (`tokred.reducers.parse`), by what
+            their names mean for denoisers.
         keep_rates: in (0, 1]. At 1 nothing is reduced: those images are drawn once for all methods,
             also if 1 is not among the keep rates, since the others are compared with them.
         prompts: image i shows prompt i, counted from the first again after the last.
@@ -105,7 +109,7 @@ class Sweep:
 
     def __post_init__(self) -> None:
         for method in self.methods:
-            reducers.parse(method)
+            parse(method, NAMED)
         for rate in self.keep_rates:
             if not 0 < rate <= 1:
                 raise ValueError(f"keep rates must be in (0, 1], the share of tokens, not {rate}")
@@ -252,10 +256,7 @@ def pins(pipe: Any, sweep: Sweep, model: str = "") -> dict[str, Any]:
     Raises:
         ValueError: the pipeline is reduced already.
     """
-    denoiser = next(
-        (part for part in (getattr(pipe, name, None) for name in ("unet", "transformer")) if part),
-        None,
-    )
+    denoiser = module_of(pipe)
     if isinstance(denoiser, nn.Module) and reduction_of(denoiser) is not None:
         raise ValueError("the pipeline is reduced already: call tokred.remove(pipe) first")
     scheduler = getattr(pipe, "scheduler", None)
@@ -385,7 +386,7 @@ def generator(seed: int, number: int) -> torch.Generator:
 def _reduced(pipe: Any, setting: Setting) -> AbstractContextManager[Any]:
     if setting.method == DENSE or setting.keep_rate == 1:
         return nullcontext()
-    return applied(pipe, reducers.parse(setting.method), setting.keep_rate)
+    return applied(pipe, parse(setting.method, NAMED), setting.keep_rate)
 
 
 def _by_main_process(state: Any, work: Callable[[], T]) -> T:
@@ -672,21 +673,25 @@ def digit_reference(folder: Path, drawings: int = 4) -> Path:
 def pictures_in(folder: Path, per_folder: int | None = None) -> list[Path]:
     """The pictures in a folder and those below it, by name.
 
+    Args:
+        folder: where to look.
+        per_folder: take only so many of each of the folders in it; all if None.
+
     Raises:
-        ValueError: there are fewer than two, or fewer than `per_folder` in one of its folders.
+        ValueError: there are fewer than two, or fewer than `per_folder` in one of the folders.
     """
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
     if per_folder is not None:
-        chosen = []
-        for parent, group in itertools.groupby(found, key=lambda path: path.parent):
-            few = list(group)[:per_folder]
-            if parent == folder or len(few) < per_folder:
-                raise ValueError(
-                    f"{parent} should hold folders, each with at least {per_folder} pictures; or "
-                    "say how many to take of each with --reference-per-folder"
-                )
-            chosen += few
-        found = chosen
+        by_folder: dict[Path, list[Path]] = {}
+        for path in found:
+            by_folder.setdefault(path.parent, []).append(path)
+        poor = [parent for parent, there in by_folder.items() if len(there) < per_folder]
+        if folder in by_folder or poor:
+            raise ValueError(
+                f"{folder} must hold folders, each with at least {per_folder} pictures"
+                + (f"; {poor[0]} does not" if poor else ", and no pictures beside them")
+            )
+        found = [path for there in by_folder.values() for path in there[:per_folder]]
     if len(found) < 2:
         raise ValueError(f"the reference {folder} holds {len(found)} pictures, and must hold two")
     return found

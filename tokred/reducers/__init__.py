@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pkgutil import iter_modules
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from jaxtyping import Float, Int
@@ -183,21 +184,28 @@ def names() -> list[str]:
     return sorted(_METHODS)
 
 
-def make(method: str | Reducer) -> Reducer:
+def make(
+    method: str | Reducer, also: Mapping[str, Callable[[], Reducer]] = MappingProxyType({})
+) -> Reducer:
     """A short name becomes the method with its default options; a reducer stays itself.
+
+    Args:
+        method: the name, or the reducer.
+        also: further names, or other meanings of the same.
 
     Raises:
         ValueError: no method has that name.
         TypeError: neither a name nor a reducer.
     """
     if isinstance(method, str):
-        if method not in _METHODS:
-            close = difflib.get_close_matches(method, names(), n=1)
+        known = {**_METHODS, **also}
+        if method not in known:
+            close = difflib.get_close_matches(method, sorted(known), n=1)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise ValueError(
-                f"unknown method {method!r}{hint}; known methods: {', '.join(names())}"
+                f"unknown method {method!r}{hint}; known methods: {', '.join(sorted(known))}"
             )
-        return _METHODS[method]()
+        return known[method]()
     if isinstance(method, type) or not callable(method) or not hasattr(method, "needs"):
         raise TypeError(
             f"method must be a name or a reducer such as tokred.ToMe(), not {method!r}; "
@@ -206,17 +214,21 @@ def make(method: str | Reducer) -> Reducer:
     return method
 
 
-def parse(text: str) -> Reducer:
+def parse(text: str, also: Mapping[str, Callable[[], Reducer]] = MappingProxyType({})) -> Reducer:
     """A method as it is written on the command line: "tome", "atc:single", "tome:threshold=0.9".
 
     What follows the colon are options, as in a call: in the order of the fields, or by name. Words
     need no quotes.
 
+    Args:
+        text: the method.
+        also: further names, or other meanings of the same (see `make`).
+
     Raises:
         ValueError: no method has that name, it has no such option, or the option no such value.
     """
     name, colon, options = text.partition(":")
-    reducer: Any = make(name)
+    reducer: Any = make(name, also)
     known = [field.name for field in dataclasses.fields(reducer)] if colon else []
     try:
         call = ast.parse(f"_({options})", mode="eval").body
