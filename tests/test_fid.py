@@ -244,7 +244,7 @@ def test_images_of_another_model_are_not_mixed(tmp_path: Path) -> None:
         fid.generate(Pipe(), SWEEP, tmp_path, model="other")
     trained = Pipe()
     nn.init.zeros_(trained.unet.bias)
-    with pytest.raises(ValueError, match="weights was '"):
+    with pytest.raises(ValueError, match=r"weights\.denoiser was '"):
         fid.generate(trained, SWEEP, tmp_path, model="one")
     file = tmp_path / "sweep.json"
     pinned = json.loads(file.read_text())

@@ -369,7 +369,7 @@ def _fid(options: argparse.Namespace) -> None:
     in_digits = (options.features or ("digits" if bundled else "inception")) == "digits"
     features = fid.DigitFeatures() if in_digits else fid.inception(options.weights)
 
-    state = fid.processes(cpu=options.device == "cpu")
+    state = fid.process_state(cpu=options.device == "cpu")
     dtype = getattr(torch, options.dtype)
     if bundled:
         pipe = zoo.diffusion()

@@ -216,7 +216,7 @@ def generate(
             size, dtype or versions; or the pipeline is reduced already.
         ModuleNotFoundError: accelerate is not installed.
     """
-    state = processes()
+    state = process_state()
     pinned = pins(pipe, sweep, model)
     for method in sweep.methods:
         with _reduced(pipe, Setting(method, min(sweep.keep_rates, default=1), 0)):
@@ -234,7 +234,7 @@ def generate(
     state.wait_for_everyone()
 
 
-def processes(cpu: bool = False) -> Any:
+def process_state(cpu: bool = False) -> Any:
     """accelerate's `PartialState`: which of how many processes this is, and its device.
 
     Args:
@@ -259,6 +259,7 @@ def pins(pipe: Any, sweep: Sweep, model: str = "") -> dict[str, Any]:
     denoiser = module_of(pipe)
     if isinstance(denoiser, nn.Module) and reduction_of(denoiser) is not None:
         raise ValueError("the pipeline is reduced already: call tokred.remove(pipe) first")
+    parts = getattr(pipe, "components", {"denoiser": denoiser})
     scheduler = getattr(pipe, "scheduler", None)
     config = {
         key: value
@@ -268,7 +269,9 @@ def pins(pipe: Any, sweep: Sweep, model: str = "") -> dict[str, Any]:
     found = {
         "model": model,
         "pipeline": type(pipe).__name__,
-        "weights": fingerprint(denoiser) if isinstance(denoiser, nn.Module) else None,
+        "weights": {
+            name: fingerprint(part) for name, part in parts.items() if isinstance(part, nn.Module)
+        },
         "scheduler": {"class": type(scheduler).__name__, **config},
         "dtype": str(getattr(denoiser, "dtype", None)).removeprefix("torch."),
         "prompts": sweep.prompts,
