@@ -25,7 +25,7 @@ from PIL import Image
 from torch import nn
 
 import tokred
-from tokred import fid
+from tokred import fid, zoo
 from tokred.__main__ import main
 from tokred.fid import Batch, Setting, Sweep
 
@@ -556,3 +556,23 @@ def test_inception_gives_2048_features(tmp_path: Path, monkeypatch: pytest.Monke
     with torch.no_grad():
         features = extractor(torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8))
     assert features.shape == (2, 2048) and features.isfinite().all()
+
+
+def test_where_tokens_are_merged_is_part_of_a_sweep(tmp_path: Path) -> None:
+    pipe = zoo.diffusion()
+    pipe.set_progress_bar_config(disable=True)
+    sweep = Sweep(("tome",), (0.5,), ("1",), images=2, steps=2, around=tokred.Around(shared=True))
+    shared: list[bool] = []
+    own = tokred.denoising.Denoising._match
+
+    def counted(self: Any, *args: Any) -> Any:
+        shared.append(self.around.shared)
+        return own(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokred.denoising.Denoising, "_match", counted)
+        fid.generate(pipe, sweep, tmp_path)
+    assert shared == [True] * 2, "once in each step, for two blocks"
+    other = Sweep(("tome",), (0.5,), ("1",), images=2, steps=2)
+    with pytest.raises(ValueError, match=r"around.shared was True, and is None"):
+        fid.generate(pipe, other, tmp_path)

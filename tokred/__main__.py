@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import tokred
 from tokred import drawing, fid, host, reducers, zoo
 from tokred.cost import Truncate
+from tokred.denoising import MODULES
 from tokred.optional import require
 from tokred.reducers import Reducer
 from tokred.suites import clustering, dense, diffusion, vit
@@ -140,6 +141,17 @@ def _add_fid_options(swept: argparse.ArgumentParser) -> None:
     add(
         "--keep-rates", nargs="+", type=float, default=list(fid.KEEP_RATES),
         help=f"in (0, 1] (default: {' '.join(f'{rate:g}' for rate in fid.KEEP_RATES)})",
+    )  # fmt: skip
+    add(
+        "--modules", nargs="+", default=["attention"], choices=MODULES,
+        help="around which tokens are merged (default: attention)",
+    )  # fmt: skip
+    add("--levels", nargs="+", type=int, help="resolutions (default: the finest that attends)")
+    add("--shared", action="store_true", help="one matching for all blocks of a level")
+    add("--every", type=int, default=1, metavar="STEPS", help="how long a matching is kept")
+    add(
+        "--during", nargs=2, type=float, default=[0.0, 1.0], metavar=("BEGIN", "END"),
+        help="the part of the sampling, 0 (noise) to 1 (image), in which tokens are merged",
     )  # fmt: skip
     add("--seeds", nargs="+", type=int, default=[0], help="every setting for each (default: 0)")
     add(
@@ -359,6 +371,13 @@ def _fid(options: argparse.Namespace) -> None:
     sweep = fid.Sweep(
         tuple(options.methods), tuple(options.keep_rates), preset.prompts(), given("images"),
         tuple(options.seeds), given("steps"), given("guidance"), given("size"),
+        tokred.Around(
+            modules=tuple(options.modules),
+            levels=None if options.levels is None else tuple(options.levels),
+            shared=options.shared,
+            every=options.every,
+            during=tuple(options.during),
+        ),
     )  # fmt: skip
     reference = options.reference
     per_folder = given("per_folder") or None

@@ -30,7 +30,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,7 +42,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from tokred import zoo
-from tokred.denoising import NAMED
+from tokred.denoising import NAMED, Around
 from tokred.host import module_of
 from tokred.optional import require
 from tokred.patching import applied, reduction_of
@@ -93,6 +93,7 @@ class Sweep:
         seeds: every setting is drawn for each of them.
         steps, guidance, size: what the pipeline is called with as `num_inference_steps`,
             `guidance_scale`, and `height` and `width`; its own values if not given.
+        around: where and when tokens are merged, at the keep rate of each setting.
 
     Raises:
         ValueError: a method or an option is unknown, or another value is out of range.
@@ -106,6 +107,7 @@ class Sweep:
     steps: int | None = None
     guidance: float | None = None
     size: int | None = None
+    around: Around = field(default_factory=Around)
 
     def __post_init__(self) -> None:
         for method in self.methods:
@@ -219,7 +221,7 @@ def generate(
     state = process_state()
     pinned = pins(pipe, sweep, model)
     for method in sweep.methods:
-        with _reduced(pipe, Setting(method, min(sweep.keep_rates, default=1), 0)):
+        with _reduced(pipe, sweep, Setting(method, min(sweep.keep_rates, default=1), 0)):
             pass  # refused now, rather than after hours
 
     def begin() -> tuple[list[Batch], str]:
@@ -278,6 +280,11 @@ def pins(pipe: Any, sweep: Sweep, model: str = "") -> dict[str, Any]:
         "steps": sweep.steps,
         "guidance": sweep.guidance,
         "size": sweep.size,
+        "around": {  # but for what is the default
+            key: value
+            for key, value in asdict(sweep.around).items()
+            if key not in ("keep_rate", "_ratio") and value != getattr(Around(), key)
+        },
         "versions": {
             "tokred": sys.modules["tokred"].__version__,
             **{name: _version(name) for name in ("torch", "diffusers")},
@@ -359,7 +366,7 @@ def draw(
         on_batch(Batch(batches[0].setting, ()), left)
     for setting, together in itertools.groupby(batches, key=lambda batch: batch.setting):
         (out / setting.name).mkdir(parents=True, exist_ok=True)
-        with _reduced(pipe, setting):
+        with _reduced(pipe, sweep, setting):
             for batch in together:
                 begin = time.perf_counter()
                 images = pipe(
@@ -386,10 +393,11 @@ def generator(seed: int, number: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * SEEDS + number)
 
 
-def _reduced(pipe: Any, setting: Setting) -> AbstractContextManager[Any]:
+def _reduced(pipe: Any, sweep: Sweep, setting: Setting) -> AbstractContextManager[Any]:
     if setting.method == DENSE or setting.keep_rate == 1:
         return nullcontext()
-    return applied(pipe, parse(setting.method, NAMED), setting.keep_rate)
+    around = replace(sweep.around, keep_rate=setting.keep_rate)
+    return applied(pipe, parse(setting.method, NAMED), around)
 
 
 def _by_main_process(state: Any, work: Callable[[], T]) -> T:
@@ -817,7 +825,7 @@ def report(sweep: Sweep, out: Path, scores: Scores) -> list[Path]:
     names = ("fid.csv", "fid.json", "distances.csv", "fid.png", "contact.png")
     table, whole, distances, plot, sheet = (out / name for name in names)
     with table.open("w", newline="") as file:
-        rows = csv.DictWriter(file, [field.name for field in fields(Score)], lineterminator="\n")
+        rows = csv.DictWriter(file, [column.name for column in fields(Score)], lineterminator="\n")
         rows.writeheader()
         rows.writerows(asdict(row) for row in scores.rows)
     with distances.open("w", newline="") as file:
