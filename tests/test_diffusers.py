@@ -507,6 +507,17 @@ def test_a_pipeline_is_accepted_where_its_denoiser_is_meant() -> None:
 
 
 @torch.no_grad()
+def test_a_compiled_model_is_the_model_inside() -> None:
+    model, inputs = unet(**SD), sd_inputs(1)
+    compiled = torch.compile(model, backend="eager")
+    with tokred.applied(compiled, "tome", 0.5):
+        assert len(tokred.inspect(compiled, inputs).blocks) == 3
+        few = model(**inputs).sample
+        torch.testing.assert_close(compiled(**inputs).sample, few)
+    assert not torch.equal(model(**inputs).sample, few)
+
+
+@torch.no_grad()
 def test_it_is_measured_against_the_dense_model_and_the_limit() -> None:
     model, inputs = unet(**SD), sd_inputs(2)
     found = tokred.bench(model, inputs, "tome", Around(0.5, EVERYWHERE), rounds=2, warmup=1)

@@ -104,7 +104,7 @@ def apply(
     if torch.compiler.is_compiling():
         raise RuntimeError("tokred.apply cannot be compiled: call it outside torch.compile's code")
     model = module_of(model)
-    denoiser = find_denoiser(model) if host is None else None
+    denoiser = find_denoiser(uncompiled(model)) if host is None else None
     if denoiser is not None and not isinstance(method, Preset):
         options = {
             "schedule": schedule,
@@ -112,7 +112,7 @@ def apply(
             "stage": stage,
             "proportional_attention": proportional_attention,
         }
-        denoising = plan_for(model, denoiser, method, keep_rate, options)
+        denoising = plan_for(uncompiled(model), denoiser, method, keep_rate, options)
         hang(model, denoiser, denoising)
         return denoising
     if isinstance(keep_rate, Around):
@@ -213,7 +213,8 @@ def host_of(model: nn.Module, host: Host | None = None) -> Host | Denoiser:
     Raises:
         UnsupportedModelError: there is none.
     """
-    return (find_denoiser(model) if host is None else None) or find_host(model, host)[0]
+    denoiser = find_denoiser(uncompiled(model)) if host is None else None
+    return denoiser or find_host(model, host)[0]
 
 
 def reduction_of(model: Any) -> Any:
@@ -229,6 +230,7 @@ def hang(model: nn.Module, host: Host | Denoiser, reduction: Reduction | Denoisi
     """Hangs a checked reduction on the model, in place of what hung there."""
     if isinstance(host, Denoiser):
         assert isinstance(reduction, Denoising)
+        model = uncompiled(model)
         replaced = stand_ins(model, reduction)
         remove(model)
         for module, stand_in in replaced:
