@@ -917,16 +917,24 @@ def contact_sheet(sweep: Sweep, out: Path, columns: int = 10, cell: int = 96) ->
 
 
 def _plot(scores: Scores, file: Path) -> None:
-    """FID over the keep rate, a line per method, mean over seeds and their range; dense as a
-    horizontal line."""
-    figure = require("matplotlib.figure", "plots").Figure(figsize=(7, 5), layout="constrained")
-    axes = figure.add_subplot()
-    dense = statistics.mean(row.fid for row in scores.rows if row.method == DENSE)
+    """FID, and the distance from the images without reduction, over the keep rate: a line per
+    method, mean over seeds and their range."""
+    figure = require("matplotlib.figure", "plots").Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    named = scores.features[0]
+    _lines(left, scores, "fid", f"FID, {named}")
+    _lines(right, scores, "feature_distance", f"from the dense image, {named}")
+    left.legend()
+    figure.savefig(file, dpi=110)
+
+
+def _lines(axes: Any, scores: Scores, column: str, label: str) -> None:
+    dense = statistics.mean(getattr(row, column) for row in scores.rows if row.method == DENSE)
     by_method: dict[str, dict[float, list[float]]] = {}
     for row in scores.rows:
         if row.method != DENSE:
             by_rate = by_method.setdefault(row.method, {1.0: [dense]})
-            by_rate.setdefault(row.keep_rate, []).append(row.fid)
+            by_rate.setdefault(row.keep_rate, []).append(getattr(row, column))
     markers = itertools.cycle("osD^vPX*")
     for (method, by_rate), marker in zip(by_method.items(), markers, strict=False):
         rates = sorted(by_rate)
@@ -938,10 +946,8 @@ def _plot(scores: Scores, file: Path) -> None:
     axes.axhline(dense, color="grey", linewidth=1, linestyle=":", label=DENSE)
     axes.invert_xaxis()
     axes.set_xlabel("keep rate")
-    axes.set_ylabel(f"FID, {scores.features[0]}")
+    axes.set_ylabel(label)
     axes.grid(alpha=0.25)
-    axes.legend()
-    figure.savefig(file, dpi=110)
 
 
 # Files
