@@ -82,8 +82,8 @@ class Means(nn.Module):
 @pytest.fixture(autouse=True)
 def _patched(monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
-    def applied(pipe: Pipe, method: Any, keep_rate: float) -> Iterator[None]:
-        pipe.applied = (1 - keep_rate) * (1 if isinstance(method, tokred.ToMe2d) else 0.5)
+    def applied(pipe: Pipe, method: Any, around: tokred.Around) -> Iterator[None]:
+        pipe.applied = (1 - around.keep_rate) * (1 if isinstance(method, tokred.ToMe2d) else 0.5)
         yield
         pipe.applied = 0.0
 
