@@ -179,14 +179,16 @@ def best(
     a: Float[Tensor, "batch a dim"],
     b: Float[Tensor, "batch b dim"],
     valid: Bool[Tensor, "batch b"] | None = None,
-    elements: int = 2**26,
+    elements: int | None = None,
 ) -> tuple[Float[Tensor, "batch a"], Int[Tensor, "batch a"]]:
     """For every row of a, its highest inner product with a (valid) row of b, and which that is.
 
     The products are only ever reduced by their maximum, so they are never all kept at once:
-    `elements` bounds how many are.
+    `elements` bounds how many are. On the CPU, they stay in the cache.
     """
     rows = a.shape[1]
+    if elements is None:
+        elements = 2**20 if a.device.type == "cpu" else 2**26
     if not torch.compiler.is_compiling():  # there the batch may have no number
         rows = max(1, elements // max(1, a.shape[0] * b.shape[1]))
     invalid = None if valid is None else ~valid[:, None]
