@@ -13,6 +13,7 @@ from torch import nn
 import tokred
 from tokred import cost
 from tokred.patching import reduction_of
+from tokred.reducers.truncate import Truncate
 
 
 def by_hand(model: nn.Module, counts: list[int], tokens: int) -> float:
@@ -82,7 +83,7 @@ def test_the_free_limit_runs_on_as_many_tokens(deit: nn.Module) -> None:
     seen = []
     for block in deit.blocks:
         block.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
-    tokred.apply(deit, cost.Truncate(), keep_rate=0.5, full_grid=False)
+    tokred.apply(deit, Truncate(), keep_rate=0.5, full_grid=False)
     features = deit.forward_features(torch.randn(1, 3, 224, 224))
     assert seen == [197, 99, 50, 25]
     assert features.shape[1] == 25

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 import tokred
 from tokred import drawing, fid, host, reducers, zoo
-from tokred.cost import Truncate
 from tokred.denoising import MODULES
 from tokred.optional import require
 from tokred.reducers import Reducer
+from tokred.reducers.truncate import Truncate
 from tokred.suites import clustering, dense, diffusion, vit
 
 KEEP_RATES = (0.9, 0.7, 0.5, 0.25)

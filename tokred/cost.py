@@ -18,21 +18,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from tokred.denoising import Around, Denoising
 from tokred.denoising import limit as limit_of_denoiser
 from tokred.host import Denoiser, Host, find_host, module_of
 from tokred.inputs import Inputs, call, device_of, pixels
-from tokred.maps import Kept
 from tokred.patching import apply, hang, host_of, reduction_of, remove, uncompiled
 from tokred.presets import Preset
-from tokred.reducers import Reducer, Tokens, place, varies
+from tokred.reducers import Reducer, place, varies
+from tokred.reducers.truncate import Truncate
 from tokred.run import Reduction
 from tokred.schedule import Exactly, Schedule
 from tokred.windows import InWindows, limit
@@ -261,31 +260,6 @@ def bench(
         versions=versions_of(model),
         **measured,
     )
-
-
-@dataclass(frozen=True)
-class Leading(Kept):
-    """The first tokens, whatever they are: a slice, which costs nothing."""
-
-    def down(
-        self, x: Float[Tensor, "batch fine dim"], size: Float[Tensor, "batch fine"]
-    ) -> Float[Tensor, "batch coarse dim"]:
-        return x[:, : self.num_coarse]
-
-
-@dataclass(frozen=True)
-class Truncate:
-    """Cuts the sequence off. Not a method: the ceiling that methods are measured against."""
-
-    place: str = "between"
-
-    needs: ClassVar[frozenset[str]] = frozenset()
-    bibtex: ClassVar[str] = ""
-
-    def __call__(self, tokens: Tokens, keep: int) -> Leading:
-        batch, num, _ = tokens.x.shape
-        index: Int[Tensor, "batch coarse"] = torch.arange(keep, device=tokens.x.device)[None]
-        return Leading(index.expand(batch, keep), num)
 
 
 def _limit(reduction: Reduction | Denoising, counts: tuple[int, ...]) -> Reduction | Denoising:

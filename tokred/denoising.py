@@ -23,17 +23,17 @@ from types import MethodType
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tokred.host import Denoiser, Place, UnsupportedModelError
-from tokred.maps import Kept, TokenMap
+from tokred.maps import TokenMap
 from tokred.reducers import Reducer, Tokens, prunes, varies
 from tokred.reducers import make as named
 from tokred.reducers.todo import ToDo
 from tokred.reducers.tome2d import ToMe2d
+from tokred.reducers.truncate import Truncate
 from tokred.schedule import Schedule, check_keep_rate, ratio_of
 
 
@@ -526,40 +526,7 @@ def hook_on(model: nn.Module, host: Denoiser, reduction: Denoising) -> None:
         block.register_forward_hook(Leaves(reduction, place))
 
 
-# The free limit
-
-
-@dataclass(frozen=True)
-class CutOff:
-    """Cuts sequences off. Not a method: the ceiling that methods are measured against."""
-
-    keys_only: bool = False
-
-    needs: ClassVar[frozenset[str]] = frozenset()
-    bibtex: ClassVar[str] = ""
-
-    def __call__(self, tokens: Tokens, keep: int) -> TokenMap:
-        batch, num, _ = tokens.x.shape
-        index = torch.arange(keep, device=tokens.x.device)[None]
-        return Leading(index.expand(batch, keep), num)
-
-
-@dataclass(frozen=True)
-class Leading(Kept):
-    """The first tokens, whatever they are: a slice; beyond them, `up` has zeros."""
-
-    def down(
-        self, x: Float[Tensor, "batch fine dim"], size: Float[Tensor, "batch fine"]
-    ) -> Float[Tensor, "batch coarse dim"]:
-        return x[:, : self.num_coarse]
-
-    def up(
-        self, y: Float[Tensor, "batch coarse dim"], stale: Float[Tensor, "batch fine dim"] | None
-    ) -> Float[Tensor, "batch fine dim"]:
-        return F.pad(y, (0, 0, 0, self.num_fine - self.num_coarse))
-
-
 def limit(reduction: Denoising) -> Denoising:
     """What a reduction is measured against: the same numbers of tokens for nothing."""
-    cut = CutOff(keys_only(reduction.reducer))
+    cut = Truncate(keys_only=keys_only(reduction.reducer))
     return Denoising(cut, reduction.around, reduction.places, reduction.total)

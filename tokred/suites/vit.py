@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokred.cost import Arm, Truncate, counts_of, device_name, measure, sides, versions_of
+from tokred.cost import Arm, counts_of, device_name, measure, sides, versions_of
 from tokred.host import find_host
 from tokred.optional import require
 from tokred.reducers import Reducer, make, place, proportional, varies
+from tokred.reducers.truncate import Truncate
 from tokred.run import Reduction
 from tokred.schedule import Exactly, Stages
 
