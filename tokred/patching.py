@@ -63,13 +63,16 @@ def apply(
 
     Args:
         model: a model of a supported family (see `tokred.hosts`), or one that has such a vision
-            tower somewhere inside; the rest of it is left alone.
+            tower somewhere inside; the rest of it is left alone. Or a denoiser of diffusers, or a
+            pipeline whose denoiser is meant; of the options, only `method` and `keep_rate` have a
+            meaning there.
         method: a short name (see `tokred.methods`), a reducer such as
             `tokred.ATC(linkage="complete")`, or a preset (see `tokred.presets`), which brings its
             own schedule.
         keep_rate: the share of patch tokens kept, in (0, 1], 0.7 if not given: at each of three
             stages, a quarter, a half and three quarters of the way; by methods for dense
-            prediction, from a third of the way on. Or a schedule.
+            prediction, from a third of the way on. Or a schedule. Of a denoiser, 0.5 if not given,
+            around self-attention; or `tokred.Around`.
         schedule: the same as a schedule given for `keep_rate`.
         reconstruction: what the full grid is made of, where it is handed out: "copy" (each token
             that of its cluster, or its last value), "nearest" (a mean of the reduced tokens that
@@ -94,7 +97,7 @@ def apply(
             CPUs in bfloat16.
 
     Returns:
-        The reduction, which now hangs on the model.
+        The reduction, which now hangs on the model: a `Reduction`, of a denoiser a `Denoising`.
 
     Raises:
         ValueError: an option is out of range, or no method has that name.
@@ -111,6 +114,8 @@ def apply(
             "reconstruction": reconstruction,
             "stage": stage,
             "proportional_attention": proportional_attention,
+            "full_grid": None if full_grid else full_grid,
+            "attention": None if attention == "host" else attention,
         }
         denoising = plan_for(uncompiled(model), denoiser, method, keep_rate, options)
         hang(model, denoiser, denoising)
