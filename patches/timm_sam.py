@@ -15,9 +15,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokred.host import Host
-from tokred.run import Layout, Step
+from tokred.run import Step
 from tokred.windows import Seen, few_of
 
+from .timm_swin import grid, layout
 from .timm_vit import forward_intermediates
 
 
@@ -36,18 +37,6 @@ def stages(model: Any) -> list[Sequence[nn.Module]]:
 
 def window(block: Any) -> tuple[int, int] | None:
     return (block.window_size, block.window_size) if block.window_size > 0 else None
-
-
-def grid(block: Any, x: Tensor) -> tuple[int, int]:
-    return int(x.shape[1]), int(x.shape[2])
-
-
-def layout(model: Any, image_size: tuple[int, int] | None) -> Layout:
-    """The patches of an image."""
-    rows, columns = model.patch_embed.grid_size
-    if image_size is not None:
-        rows, columns = model.patch_embed.dynamic_feat_size(image_size)
-    return Layout(prefix=0, layers=1, grid=(int(rows), int(columns)), class_token=False)
 
 
 def refuse(model: Any, signals: frozenset[str]) -> str | None:
