@@ -204,7 +204,6 @@ def test_each_module_is_merged_called_and_copied_back(modules: tuple[str, ...]) 
     copied, and nothing else changes."""
     model = unet(**SD)
     block = model.mid_block.attentions[0].transformer_blocks[0]
-    x, context = torch.randn(2, 16, 32), torch.randn(2, 7, 16)
     tokred.apply(model, "tome", Around(0.5, modules, levels=(2,)))
     inputs = sd_inputs(2)
     seen: list[Tensor] = []
@@ -483,6 +482,61 @@ def test_motion_modules_are_left_alone() -> None:
     assert not any("motion" in block.path for block in trace.blocks)
 
 
+VIDEO: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "3d": (
+        lambda: diffusers.UNet3DConditionModel(
+            sample_size=16, block_out_channels=(16, 32), layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+            up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"), cross_attention_dim=16,
+            attention_head_dim=4, norm_num_groups=4,
+        ),
+        {"sample": torch.ones(1, 4, 3, 16, 16), "encoder_hidden_states": torch.ones(1, 7, 16)},
+    ),
+    "svd": (
+        lambda: diffusers.UNetSpatioTemporalConditionModel(
+            sample_size=16, block_out_channels=(32, 64), layers_per_block=1, num_frames=3,
+            down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+            up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+            cross_attention_dim=16, num_attention_heads=(2, 4), addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=24,
+        ),
+        {
+            "sample": torch.ones(1, 3, 8, 16, 16), "added_time_ids": torch.ones(1, 3),
+            "encoder_hidden_states": torch.ones(1, 1, 16),
+        },
+    ),
+    "i2vgen": (
+        lambda: diffusers.I2VGenXLUNet(
+            sample_size=16, block_out_channels=(16, 32), layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+            up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"), cross_attention_dim=16,
+            attention_head_dim=4, num_attention_heads=None, norm_num_groups=4,
+        ),
+        {
+            "sample": torch.ones(1, 4, 3, 16, 16), "fps": torch.ones(1),
+            "image_latents": torch.ones(1, 4, 3, 16, 16), "image_embeddings": torch.ones(1, 16),
+            "encoder_hidden_states": torch.ones(1, 7, 16),
+        },
+    ),
+}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", VIDEO)
+def test_other_models_of_videos(name: str) -> None:
+    build, shapes = VIDEO[name]
+    model = lively(build())
+    inputs = {key: torch.randn_like(value) for key, value in shapes.items()}
+    inputs["timestep"] = torch.tensor(500)
+    dense = model(**inputs)[0]
+    keep_all(model)
+    assert torch.equal(model(**inputs)[0], dense)
+    tokred.apply(model, "tome", 0.5)
+    few = model(**inputs)[0]
+    assert few.shape == dense.shape and not torch.equal(few, dense)
+    assert [block.grid for block in tokred.inspect(model, inputs).blocks] == [(16, 16)] * 3
+
+
 class Pipeline:
     """As far as tokred looks at one."""
 
@@ -555,6 +609,11 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], str]] = {
         lambda m: tokred.apply(m, "tome", 0.5, stage=1),
         ValueError,
         "stage must be left out for UNet2DConditionModel",
+    ),
+    "full grid": (
+        lambda m: tokred.apply(m, "tome", 0.5, full_grid=False),
+        ValueError,
+        "full_grid must be left out for UNet2DConditionModel",
     ),
     "keys of what": (
         lambda m: tokred.apply(m, "todo", Around(0.5, EVERYWHERE)),
