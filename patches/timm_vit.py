@@ -150,6 +150,8 @@ def pooled(
     """
     state = reduction.carried(x)
     reduction.forget()
+    if patches and state is not None:
+        reduction.check_pooling(state)
     if not patches or state is None or not needed_for_pooling(state):
         return call(x)
     if not state.prunes:

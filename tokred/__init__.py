@@ -5,6 +5,7 @@ tokred.remove(model)
 """
 
 from tokred import zoo
+from tokred.calibration import calibrate
 from tokred.citing import cite
 from tokred.cost import Bench, Flops, bench, flops
 from tokred.denoising import Around, DenoiserTrace, Denoising
@@ -17,18 +18,20 @@ from tokred.reducers import names as methods
 from tokred.reducers.atc import ATC
 from tokred.reducers.ats import ATS
 from tokred.reducers.dpc_knn import DPCKNN
+from tokred.reducers.dynamicvit import DynamicViT
 from tokred.reducers.evit import EViT
 from tokred.reducers.kmedoids import KMedoids
 from tokred.reducers.mutual import Mutual
 from tokred.reducers.pitome import PiToMe
 from tokred.reducers.random import Random
 from tokred.reducers.slic import SLIC, Bilinear, Nearest
+from tokred.reducers.svit import SViT
 from tokred.reducers.todo import ToDo
 from tokred.reducers.tome import ToMe
 from tokred.reducers.tome2d import ToMe2d
 from tokred.reducers.topk import TopK
 from tokred.run import Reduction
-from tokred.schedule import Constant, Exactly, Hourglass, Linear, Stages
+from tokred.schedule import Constant, Exactly, Hourglass, Linear, Shares, Stages
 from tokred.tracing import Trace, inspect
 
 __version__ = "0.5.0"
@@ -44,6 +47,7 @@ __all__ = [
     "Constant",
     "DenoiserTrace",
     "Denoising",
+    "DynamicViT",
     "EViT",
     "Exactly",
     "Fidelity",
@@ -57,6 +61,8 @@ __all__ = [
     "Preset",
     "Random",
     "Reduction",
+    "SViT",
+    "Shares",
     "Stages",
     "ToDo",
     "ToMe",
@@ -67,6 +73,7 @@ __all__ = [
     "applied",
     "apply",
     "bench",
+    "calibrate",
     "cite",
     "fidelity",
     "flops",

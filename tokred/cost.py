@@ -268,7 +268,12 @@ def _limit(reduction: Reduction | Denoising, counts: tuple[int, ...]) -> Reducti
         return limit_of_denoiser(reduction)
     if isinstance(reduction.reducer, InWindows):
         return limit(reduction)
-    cut = Truncate(place(reduction.reducer))
+    return cut_off(reduction, counts)
+
+
+def cut_off(reduction: Reduction, counts: tuple[int, ...]) -> Reduction:
+    """A reduction to these numbers of tokens that costs nothing, where this one stands."""
+    cut = Truncate("between" if place(reduction.reducer) == "between" else "before")
     return Reduction(cut, Exactly(counts), reduction.layout, full_grid=False)
 
 
@@ -286,7 +291,8 @@ def counts_of(
     model: nn.Module, host: Host, images: Inputs, reduction: Reduction, grid: tuple[int, int]
 ) -> tuple[int, ...]:
     """Patch tokens after each layer: what the schedule asks for, or, of a method whose images
-    vary, what came of it (of the image that has the most; the others are padded to that)."""
+    vary, what came of it: of the image that has the most, where others are padded to that; of one
+    that gates blocks, on average (the layers with most tokens first: the cost is the same)."""
     tokens = grid[0] * grid[1]
     if not varies(reduction.reducer):
         return reduction.counts(tokens, grid)
@@ -294,6 +300,14 @@ def counts_of(
     with torch.no_grad(), reduction.recording() as records:
         call(model, images)
     remove(model)
+    if place(reduction.reducer) == "around":
+        mean = {
+            record.layer: max(1, round(float((record.map.labels() >= 0).sum(1).float().mean())))
+            for record in records
+            if record.map is not None
+        }
+        each = [mean.get(layer, tokens) for layer in range(reduction.layout.layers)]
+        return tuple(sorted(each, reverse=True))
     left = {record.layer: record.after for record in records}
     counts = []
     for layer in range(reduction.layout.layers):

@@ -203,6 +203,8 @@ class Kept:
         """Kept tokens are renewed; the others stay what they were when they were dropped."""
         if stale is None:
             raise ValueError("stale is needed: the tokens that were dropped are not in y")
+        if self.num_coarse == 0:
+            return stale
         if self.counts is not None:
             labels = self.labels()
             return torch.where(labels[..., None] >= 0, take(y, labels.clamp(min=0)), stale)

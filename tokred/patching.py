@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from types import MethodType
 from typing import Any, ClassVar, TypeGuard
 
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokred import gates as weights
 from tokred.denoising import HOOKS, Around, AroundModule, Denoising, hook_on, plan_for, stand_ins
 from tokred.host import (
     Denoiser,
@@ -33,10 +35,20 @@ from tokred.host import (
     submodule,
 )
 from tokred.presets import Preset
-from tokred.reducers import Reconstruction, Reducer, make, proportional, prunes, varies
+from tokred.reducers import (
+    Learned,
+    Reconstruction,
+    Reducer,
+    learned,
+    make,
+    place,
+    proportional,
+    prunes,
+    varies,
+)
 from tokred.reducers.slic import Bilinear, Nearest
-from tokred.run import Reduction, State, Step, needed_for_pooling
-from tokred.schedule import Hourglass, Schedule, Stages, check_keep_rate
+from tokred.run import Reduction, State, Step, check_gates, needed_for_pooling
+from tokred.schedule import Hourglass, Schedule, Shares, Stages, check_keep_rate
 from tokred.windows import in_windows, too_small, why_not
 
 
@@ -133,6 +145,11 @@ def apply(
         schedule = method.schedule
         method = method.reducer
     reducer = make(method)
+    gated = None
+    if learned(reducer) and isinstance(reducer.gates, str | Path):
+        gated = weights.read(reducer.gates)
+        if keep_rate is None and schedule is None:
+            schedule = Shares(gated[1]["shares"])
     chosen = _schedule(reducer, keep_rate, schedule)
     if isinstance(chosen, Hourglass) and chosen.grid and getattr(reducer, "grid", ()) is None:
         reducer = replace(reducer, grid=chosen.grid)  # type: ignore[type-var]
@@ -164,6 +181,8 @@ def apply(
         host.averages(model, tower),
         rebuilt,
     )
+    if learned(reducer):
+        reduction.gates = _gates(model, host, tower, reducer, reduction, gated)
     if min(reduction.counts(layout.patches, layout.grid)) == layout.patches:
         warnings.warn(
             f"{chosen} keeps all {layout.patches} tokens: nothing is reduced", stacklevel=2
@@ -388,10 +407,17 @@ class Patched:
         if self.grid is not None:
             return self._on_a_map(x, others, kwargs)
         mask = self._given_mask(others, kwargs) if self.first else None
-        step = self.reduction.enter(self.layer, self.first, self.scale, x, mask, self.explicit)
+        training = self.block.training
+        step = self.reduction.enter(
+            self.layer, self.first, self.scale, x, mask, self.explicit, training
+        )
         if self.taps and not torch.compiler.is_compiling() and step.wants_signals:
             self.tap()
-        y = self.call(self.block, step, step.open(x), *others, **kwargs)
+        few = step.open(x)
+        if step.masked or place(self.reduction.reducer) != "around":
+            y = self.call(self.block, step, few, *others, **kwargs)
+        else:
+            y = step.gated(lambda x: self.call(self.block, step, x, *others, **kwargs), few)
         if isinstance(y, tuple):
             return (step.close(y[0]), *y[1:])
         return step.close(y)
@@ -465,6 +491,8 @@ class Patched:
         """Whether how many tokens there will be depends on the images."""
         if varies(self.reduction.reducer):
             return True
+        if self.reduction.gates is not None and self.block.training:
+            return True  # decisions are kept for the loss
         return self.pads and self._given_mask(args[1:], kwargs) is not None
 
     def _given_mask(self, others: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
@@ -580,7 +608,10 @@ class Pool:
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         x = args[0]
         state = self.reduction.carried(x)
-        if state is None or not needed_for_pooling(state):
+        if state is None:
+            return None
+        self.reduction.check_pooling(state)
+        if not needed_for_pooling(state):
             return None
         if not state.prunes:
             return (self.reduction.expand(x, state), *args[1:])
@@ -619,6 +650,69 @@ def signals_of(reducer: Reducer) -> frozenset[str]:
     if unknown:
         raise UnsupportedModelError(f"{reducer} needs {sorted(unknown)}; known are {sorted(read)}")
     return frozenset().union(*(read.get(signal, ()) for signal in reducer.needs))
+
+
+def _gates(
+    model: nn.Module,
+    host: Host,
+    tower: nn.Module,
+    reducer: Learned,
+    reduction: Reduction,
+    read: tuple[dict[str, Tensor], dict[str, Any]] | None,
+) -> nn.ModuleDict | None:
+    """The modules of a learned method: those given, those read, or random ones.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    shares = reduction.shares
+    layers = reducer.layers(shares)
+    if not layers:
+        return None
+    block = host.blocks(tower)[0]
+    width = weights.width_of(block)
+    if width is None:
+        raise UnsupportedModelError(
+            f"{type(model).__qualname__}: blocks have no linear layer that tells the width of "
+            "their tokens"
+        )
+    gates = nn.ModuleDict()
+    for layer in layers:
+        share = shares[layer]
+        if reducer.remembers:
+            share = share / min(1.0, *shares[:layer])
+        gates[str(layer)] = reducer.gate(width, share / max(1 - share, 1e-3))
+    gates.to(next(block.parameters()).device)
+    gates.train(tower.training)
+    if read is not None:
+        tensors, about = read
+        where = str(reducer.gates)
+        check_gates(reducer, about, len(shares), where)
+        if about["width"] != width:
+            raise ValueError(
+                f"gates: {where} is for tokens of width {about['width']}; those of "
+                f"{type(tower).__qualname__} have {width}"
+            )
+        if varies(reducer) and any(
+            abs(a - b) > 1e-3 for a, b in zip(about["shares"], shares, strict=True)
+        ):
+            raise ValueError(
+                f"gates: {where} was trained for another keep rate, and its gates decide by "
+                "themselves how many tokens stay: leave keep_rate and schedule out, or use "
+                f"{type(reducer).__name__}(gates, fixed=True), which keeps as many as it is told"
+            )
+        own = {name: value for name, value in tensors.items() if name.split(".")[0] in gates}
+        weights.fill(gates, own if not varies(reducer) else tensors, where)
+    elif isinstance(reducer.gates, nn.ModuleDict):
+        weights.fill(gates, reducer.gates.state_dict(), "gates")
+        gates = reducer.gates
+    elif not tower.training:
+        warnings.warn(
+            f"the gates of {reducer} are random, and so is what it leaves out: train them "
+            "(`tokred train`), or give gates=, a file of trained ones",
+            stacklevel=3,
+        )
+    return gates
 
 
 def _schedule(

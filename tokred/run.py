@@ -9,9 +9,10 @@ forward passes before a backward.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +21,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from tokred import gates as weights
+from tokred.kernels.varlen import NotPerImageError, PerImage
 from tokred.maps import Clusters, Kept, TokenMap, Weighted, ranked, side_by_side, take
-from tokred.reducers import Reconstruction, Reducer, Tokens, place, varies
-from tokred.schedule import Schedule, plan
+from tokred.reducers import Reconstruction, Reducer, Tokens, learned, place, prunes, varies
+from tokred.schedule import Schedule, plan, shares
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,8 @@ class State:
         grid: rows and columns of the few tokens, where they are known to stand on a grid.
         aside: the few tokens themselves, where the activation is expanded and they could not be
             had back from it (see `Weighted`).
+        kept: of a learned method that remembers, which tokens of the full grid it has not left
+            out, 1 or 0. None if all are there, or nobody asks.
     """
 
     ahead: Ahead | None
@@ -129,6 +134,7 @@ class State:
     lengths: tuple[int, ...] | None = None
     grid: tuple[int, int] | None = None
     aside: Tensor | None = None
+    kept: Float[Tensor, "batch full"] | None = None
 
     # Written out, because older versions of torch.compile cannot follow dataclasses.replace.
     def seen(
@@ -148,6 +154,7 @@ class State:
             self.lengths,
             self.grid,
             aside,
+            self.kept,
         )
 
     def at(self, ahead: Ahead | None) -> State:
@@ -164,6 +171,13 @@ class State:
             self.lengths,
             self.grid,
             self.aside,
+            self.kept,
+        )
+
+    def masked(self, bias: Tensor | None, kept: Float[Tensor, "batch full"] | None) -> State:
+        """The same tokens, none of them gone, with another bias of attention."""
+        return State(
+            self.ahead, self.full, bias=bias, lengths=self.lengths, grid=self.grid, kept=kept
         )
 
     @property
@@ -212,6 +226,7 @@ class Record:
         after: patch tokens after it.
         map: how they became few; None if they became many.
         undone: how many of the last reductions a rise has undone.
+        around: whether there are all tokens again behind the block.
     """
 
     layer: int
@@ -219,6 +234,7 @@ class Record:
     after: int
     map: TokenMap | None
     undone: int = 0
+    around: bool = False
 
 
 @dataclass(eq=False)
@@ -237,6 +253,9 @@ class Reduction:
         averages: whether the model averages the patch tokens that leave its last block, where it
             cannot be told which of them were dropped.
         reconstruction: what the full grid is made of; None: of copies.
+        gates: of a learned method, its modules, by layer. They are no part of the model.
+        noise: what is added to the logits of gates in training, `noise(layer, logits)`; Gumbel
+            noise from the global random stream, if None.
     """
 
     reducer: Reducer
@@ -248,12 +267,16 @@ class Reduction:
     tapped_by: Callable[[int], frozenset[int]] | None = None
     averages: bool = False
     reconstruction: Reconstruction | None = None
+    gates: nn.ModuleDict | None = None
+    noise: Callable[[int, Float[Tensor, "batch tokens 2"]], Tensor] | None = None
     # Runtime state: by activation, and by thread. (An attribute of the tensor would do as well as
     # a weak dictionary, but would be saved and copied with features that leave the model.) Code
     # that is being compiled can see neither, and has a plain dictionary instead.
     _riding: Any = field(default_factory=WeakTensorKeyDictionary, repr=False)
     _local: Any = field(default_factory=threading.local, repr=False)
     _traced: dict[str, Any] = field(default_factory=dict, repr=False)
+    # Layers whose attention was seen not to be fused, or not to be the host's alone.
+    _unfused: set[int] = field(default_factory=set, repr=False)
 
     def __str__(self) -> str:
         tokens = self.layout.patches
@@ -267,6 +290,65 @@ class Reduction:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._riding, self._local, self._traced = WeakTensorKeyDictionary(), threading.local(), {}
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The share of patch tokens that is to leave each layer, at the model's own image size."""
+        return shares(self.schedule, self.layout.patches, self.layout.layers)
+
+    @property
+    def targets(self) -> dict[int, float]:
+        """Of a learned method: the share of patch tokens that each of its gates is to keep."""
+        return {int(layer): self.shares[int(layer)] for layer in self.gates or ()}
+
+    @property
+    def decisions(self) -> dict[int, Float[Tensor, "batch tokens"]]:
+        """Of a learned method: which tokens each gate has kept (1) in the last forward pass of
+        this thread in training mode, with the gradients of a softmax."""
+        found: dict[int, Tensor] = getattr(self._local, "decisions", {})
+        return found
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights of a learned method; empty of others."""
+        return {} if self.gates is None else dict(self.gates.state_dict())
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts weights in, all or none.
+
+        Raises:
+            ValueError: they do not fit, or are not finite.
+        """
+        weights.fill(self._gates(), tensors, "the state dict")
+
+    def save(self, path: str | Path) -> None:
+        """Writes the weights of a learned method, as safetensors, for `SViT(gates=path)`.
+
+        Raises:
+            ValueError: the method learns nothing.
+        """
+        gates = self._gates()
+        width = int(gates.get_submodule(next(iter(gates))).width)  # type: ignore[arg-type]
+        assert learned(self.reducer)
+        weights.write(path, gates, self.reducer.learned, self.shares, width)
+
+    def load(self, path: str | Path) -> None:
+        """Reads weights that `save` has written, all or none.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: they do not fit, or are not finite, or the method learns nothing.
+        """
+        gates = self._gates()
+        tensors, about = weights.read(path)
+        check_gates(self.reducer, about, self.layout.layers, str(path))
+        weights.fill(gates, tensors, str(path))
+
+    def _gates(self) -> nn.ModuleDict:
+        if not self.gates:
+            raise ValueError(
+                f"{self.reducer} has no weights: it learns nothing, or keeps all tokens"
+            )
+        return self.gates
 
     def start(self, x: Float[Tensor, "batch tokens dim"], mask: Tensor | None = None) -> State:
         """The state of tokens that nothing has been done to.
@@ -284,9 +366,10 @@ class Reduction:
         valid = visible(mask, x.shape[0])[:, layout.prefix : x.shape[1] - layout.suffix]
         if bool(valid.all()):
             return State(self._ahead(tokens, tokens, grid), tokens, grid=grid)
-        if self.reconstruction is not None:
+        if self.reconstruction is not None or self.gates is not None:
             raise ValueError(
-                f"{self.reconstruction} needs images that are not padded: give them one by one"
+                f"{self.reconstruction or self.reducer} needs images that are not padded: give "
+                "them one by one"
             )
         lengths = tuple(valid.sum(1).tolist())
         ahead = self._ahead(tokens, max(lengths), None)
@@ -332,14 +415,49 @@ class Reduction:
         x: Float[Tensor, "batch tokens dim"],
         mask: Tensor | None = None,
         explicit: nn.Module | None = None,
+        training: bool = False,
     ) -> Step:
         """Called when a patched block begins. The first block starts a pass, whoever called it."""
         state = self.start(x, mask) if first else self.carried(x, layer) or self._alone(layer, x)
+        if first and self.gates is not None and not torch.compiler.is_compiling():
+            self._local.decisions = {}
         if not first and not torch.compiler.is_compiling():
             self._riding[x] = state  # for recomputation, if the host has changed what it rode on
-        step = Step(self, layer, scale, state, explicit)
+        gate = None if self.gates is None else self._gate(layer, x.device)
+        masked = training and self.gates is not None
+        step = Step(self, layer, scale, state, explicit, gate, masked)
         self._put("step", step)
         return step
+
+    def _gate(self, layer: int, device: torch.device) -> nn.Module | None:
+        """The gate of a layer, on the device of its tokens: it does not move with the model."""
+        gates = self.gates
+        if gates is None or str(layer) not in gates:
+            return None
+        gate: nn.Module = gates[str(layer)]
+        weight = next(gate.parameters())
+        return gate if weight.device == device else gate.to(device)
+
+    def drops_in_training(self, state: State) -> bool:
+        """Whether some tokens of the full grid are there for the sake of training alone."""
+        return state.kept is not None and prunes(self.reducer)
+
+    def check_pooling(self, state: State) -> None:
+        """Raises where a head is about to pool tokens of which some should not be there.
+
+        Raises:
+            ValueError: it is.
+        """
+        if self.drops_in_training(state):
+            raise ValueError(
+                f"{self.reducer} cannot be trained on a model that pools its patch tokens, which "
+                "would see those that are to be dropped: use SViT(), which keeps them"
+            )
+
+    def decided(self, layer: int, mask: Float[Tensor, "batch tokens"]) -> None:
+        """Keeps what a gate has decided in training, for its loss."""
+        if not torch.compiler.is_compiling():
+            self._local.decisions[layer] = mask
 
     def leave(self) -> None:
         """Called when a patched block ends: what was read off its submodules is let go."""
@@ -546,9 +664,13 @@ class Step:
     scale: float
     state: State
     explicit: nn.Module | None = None
+    gate: nn.Module | None = None
+    masked: bool = False
     signals: dict[str, Tensor] = field(default_factory=dict)
     mask: Tensor | None = None
     rotate: Callable[[Tensor], Tensor] | None = None
+    flat: bool = False
+    entered: tuple[Tensor, Tensor] | None = None
 
     @property
     def wants_signals(self) -> bool:
@@ -571,7 +693,132 @@ class Step:
             x, self.state = self.reduction.descend(x, state)
         if rises:
             x = self._rise(x, state.ahead.keep)
+        if self.masked:
+            return self._mask(x)
         return self._change(x) if place(self.reduction.reducer) == "before" else x
+
+    def _mask(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
+        """The masked form of a learned method, for training: all tokens stay, those that the gate
+        leaves out cannot be seen, and `close` puts back what they were."""
+        reduction, state = self.reduction, self.state
+        reducer, mask = reduction.reducer, state.kept
+        assert learned(reducer)
+        if self.gate is not None:
+            view = self._tokens(patches(reduction.layout, x), self._ones(x))
+            with torch.autocast(x.device.type, enabled=False):
+                logits = reducer.score(view)
+                noise = (reduction.noise or _drawn)(self.layer, logits)
+                mask = weights.straight_through(logits, noise)
+                if state.kept is not None:
+                    mask = mask * state.kept
+            reduction.decided(self.layer, mask)
+        if mask is None:
+            return x
+        self.entered = x, mask
+        bias = self._around(weights.log_mask(mask), 0.0)[:, None, None, :]
+        self.state = state.masked(bias, mask if reducer.remembers else None)
+        return x
+
+    def gated(
+        self,
+        run: Callable[[Float[Tensor, "batch some dim"]], Any],
+        x: Float[Tensor, "batch tokens dim"],
+    ) -> Any:
+        """Runs the block on the tokens that its gate chooses; the others stay what they are, and
+        there are all tokens again behind it. What the block returns besides is left alone.
+
+        The tokens of all images are laid end to end where attention can be computed image by image
+        (see `PerImage`); else images are padded to the one with the most tokens.
+
+        Args:
+            run: the block, from its tokens on.
+            x: all tokens.
+        """
+        reduction, state = self.reduction, self.state
+        if self.gate is None and state.kept is None:
+            return run(x)
+        tokens, size = patches(reduction.layout, x), self._ones(x)
+        if self.gate is None:
+            assert state.kept is not None
+            token_map = _those(state.kept)
+        else:
+            with torch.autocast(x.device.type, enabled=False):
+                chosen = reduction.reducer(self._tokens(tokens, size), self._asked)
+            assert isinstance(chosen, Kept)
+            token_map = chosen
+        assert learned(reduction.reducer)
+        kept = (token_map.labels() >= 0).to(size) if reduction.reducer.remembers else None
+        num = tokens.shape[1]
+        record = Record(self.layer, num, token_map.num_coarse, token_map, around=True)
+        if self.gate is not None:
+            reduction.record(record)
+        if token_map.counts is None and token_map.num_coarse == num:
+            y = run(x)
+        else:
+            y = self._end_to_end(run, x, token_map)
+            if y is None:
+                y = self._padded(run, x, token_map, tokens, size)
+        self.state = state.masked(None, kept)
+        return y
+
+    @property
+    def _asked(self) -> int:
+        assert self.state.ahead is not None
+        return self.state.ahead.keep
+
+    def _end_to_end(self, run: Callable[[Tensor], Any], x: Tensor, token_map: Kept) -> Any:
+        """`gated` on the chosen tokens of all images as one sequence; None if that cannot be."""
+        layout = self.reduction.layout
+        if token_map.counts is None or layout.by_position or self.layer in self.reduction._unfused:
+            return None
+        active = self._around((token_map.labels() >= 0).to(x.dtype), 1.0) > 0
+        lengths = active.sum(1).tolist()
+        if sum(lengths) == 0:
+            return x
+        rows = active.flatten().nonzero()[:, 0]
+        one_by_one = PerImage(lengths)
+        self.flat = True
+        try:
+            with one_by_one:
+                y = run(x.flatten(0, 1).index_select(0, rows)[None])
+        except NotPerImageError:
+            return None
+        finally:
+            self.flat = False
+        if one_by_one.calls == 0:
+            self.reduction._unfused.add(self.layer)
+            return None
+
+        def back(few: Tensor) -> Tensor:
+            return x.flatten(0, 1).index_copy(0, rows, few[0].to(x.dtype)).view_as(x)
+
+        return (back(y[0]), *y[1:]) if isinstance(y, tuple) else back(y)
+
+    def _padded(
+        self, run: Callable[[Tensor], Any], x: Tensor, token_map: Kept, tokens: Tensor, size: Tensor
+    ) -> Any:
+        """`gated` on the chosen tokens of every image, padded."""
+        layout = self.reduction.layout
+        if token_map.num_coarse + layout.others == 0:
+            return x
+        few = _between(layout, x, token_map.down(tokens, size))
+        self._went_down(token_map, token_map.num_coarse, tokens, size, None)
+        undone = _unrolled(self.state.trail)
+        y = run(few)
+        if isinstance(y, tuple):
+            return (_up(layout, y[0], undone), *y[1:])
+        return _up(layout, y, undone)
+
+    def _ones(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch patches"]:
+        patch_tokens = x.shape[1] - self.reduction.layout.others
+        return torch.ones(x.shape[0], patch_tokens, dtype=torch.float32, device=x.device)
+
+    def _around(
+        self, x: Float[Tensor, "batch patches"], value: float
+    ) -> Float[Tensor, "batch tokens"]:
+        """Numbers of the patch tokens, and one of the others."""
+        layout = self.reduction.layout
+        return F.pad(x, (layout.prefix, layout.suffix), value=value)
 
     def grid_of(self, x: Float[Tensor, "batch tokens dim"]) -> tuple[int, int]:
         """Rows and columns of the tokens of this block, which may be few, or on the full grid."""
@@ -590,6 +837,10 @@ class Step:
                 or [batch, tokens] that says which tokens are there.
         """
         given = mask
+        if self.flat:
+            if mask is not None:
+                raise NotPerImageError
+            return None
         if mask is not None:
             if not isinstance(mask, Tensor):
                 raise ValueError(f"a mask that is a {type(mask).__name__} cannot be re-indexed")
@@ -602,7 +853,7 @@ class Step:
             # on the CPU is silently wrong.
             mask = added(self.state.bias.to(x.dtype), mask)
         self.mask = mask
-        return given if self.state.trail is None else mask
+        return given if self.state.trail is None and not self.masked else mask
 
     def rows_and_columns(self, mask: Tensor) -> Tensor:
         """A mask over the full sequence, re-indexed for the tokens that are left; itself as long
@@ -679,7 +930,7 @@ class Step:
         self, attention: nn.Module, x: Float[Tensor, "batch tokens dim"], heads: int
     ) -> nn.Module:
         """The attention to call on `x`: the host's, or the same one computed the other way."""
-        if self.explicit is not None and explicit_is_faster(x, heads):
+        if self.explicit is not None and not self.flat and explicit_is_faster(x, heads):
             return self.explicit
         return attention
 
@@ -712,7 +963,7 @@ class Step:
         asked = num
         if not exact:
             asked = state.full if state.trail is None else state.trail.asked
-        if keep >= asked or keep >= num:
+        if self.gate is None and (self.reduction.gates is not None or keep >= min(asked, num)):
             return x
         tokens = patches(layout, x)
         size = state.size
@@ -764,10 +1015,14 @@ class Step:
 
     def close(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch out dim"]:
         """After the block: the full grid, if somebody is going to see it."""
+        if self.entered is not None:
+            x = self._unmask(x)
         reduction, state = self.reduction, self.state
         ahead = state.ahead
         assert ahead is not None
         last = ahead.rest is None
+        if last and reduction.averages:
+            reduction.check_pooling(state)
         averaged = last and reduction.averages and state.prunes
         if averaged and state.ragged:
             raise ValueError(
@@ -791,10 +1046,19 @@ class Step:
             reduction.remember(state)
             return x
         reduction.forget()
-        if needed_for_pooling(state):
+        if reduction.drops_in_training(state) or needed_for_pooling(state):
             # The maps suffice for that; what was dropped need not live on with the features.
             reduction.carry(x, _without_stale(state))
         return x
+
+    def _unmask(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
+        """x <- M Block(x) + (1 - M) x (SViT, section 4.1): gradients reach the gate here, too."""
+        assert self.entered is not None
+        before, mask = self.entered
+        through = self._around(mask, 1.0)[..., None].to(x.dtype)
+        self.entered = None
+        self.state = self.state.masked(None, self.state.kept)
+        return through * x + (1 - through) * before
 
     def _tokens(
         self, x: Float[Tensor, "batch tokens dim"], size: Float[Tensor, "batch tokens"]
@@ -825,6 +1089,8 @@ class Step:
             layer=self.layer,
             layers=layout.layers,
             before=layout.prefix,
+            gate=self.gate,
+            kept=self.state.kept,
         )
 
     def _attention(self, rows: slice) -> Float[Tensor, "batch heads tokens"]:
@@ -943,6 +1209,31 @@ class Step:
             grid=grid,
         )
         return x
+
+
+def check_gates(reducer: Reducer, about: Mapping[str, Any], layers: int, where: str) -> None:
+    """Raises unless a file of weights is for this method, and for so many layers.
+
+    Raises:
+        ValueError: it is for another.
+    """
+    if not learned(reducer) or about["method"] != reducer.learned:
+        raise ValueError(f"gates: {where} is of {about['method']!r}, not of {reducer}")
+    if len(about["shares"]) != layers:
+        raise ValueError(
+            f"gates: {where} is for a model of {len(about['shares'])} layers; this one has {layers}"
+        )
+
+
+def _drawn(layer: int, logits: Float[Tensor, "batch tokens 2"]) -> Float[Tensor, "batch tokens 2"]:
+    return weights.gumbel(logits)
+
+
+def _those(kept: Float[Tensor, "batch tokens"]) -> Kept:
+    """The tokens that are marked, as a map."""
+    counts = (kept > 0).sum(1)
+    most = int(counts.max()) if len(counts) > 0 else 0
+    return Kept(ranked((kept > 0).int())[:, :most], kept.shape[1], counts)
 
 
 def fitted(reducer: Reducer, keep: int, tokens: int, grid: tuple[int, int] | None) -> int:

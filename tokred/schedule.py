@@ -60,6 +60,28 @@ class Stages:
 
 
 @dataclass(frozen=True)
+class Shares:
+    """The share of the tokens that is to leave each layer, in (0, 1]: floor(tokens * share).
+
+    >>> Shares((1, 0.7, 0.7, 0.49))(tokens=196, layers=4)
+    [196, 137, 137, 96]
+    """
+
+    shares: tuple[float, ...]
+    _ratios: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shares", tuple(self.shares))
+        for share in self.shares:
+            if isinstance(share, bool) or not isinstance(share, Real) or not 0 < share <= 1:
+                raise ValueError(f"shares must be numbers in (0, 1], not {share!r}")
+        object.__setattr__(self, "_ratios", tuple(map(ratio_of, self.shares)))
+
+    def __call__(self, tokens: int, layers: int) -> list[int]:
+        return [max(1, tokens * over // under) for over, under in self._ratios]
+
+
+@dataclass(frozen=True)
 class Constant:
     """Removes the same number of tokens in every layer, at most half of what is left.
 
@@ -217,6 +239,18 @@ def plan(schedule: Schedule, tokens: int, layers: int) -> tuple[int, ...]:
             before.pop()
         before.append(count)
     return counts
+
+
+def shares(schedule: Schedule, tokens: int, layers: int) -> tuple[float, ...]:
+    """The share of the tokens that leaves each layer, before it is rounded to whole tokens where
+    the schedule knows it."""
+    if isinstance(schedule, Shares):
+        plan(schedule, tokens, layers)
+        return tuple(map(float, schedule.shares))
+    if isinstance(schedule, Stages):
+        many = 10**9
+        return tuple(round(count / many, 6) for count in plan(schedule, many, layers))
+    return tuple(count / tokens for count in plan(schedule, tokens, layers))
 
 
 def check_keep_rate(keep_rate: object) -> None:

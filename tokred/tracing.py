@@ -29,6 +29,7 @@ class StageTrace:
         map: how they became few.
         labels: the token that each cell of the full grid belongs to after this stage, [B, H, W];
             -1 where it was dropped, here or before.
+        around: whether all tokens are there again behind this block.
     """
 
     layer: int
@@ -37,6 +38,7 @@ class StageTrace:
     counts: tuple[int, ...]
     map: TokenMap
     labels: Int[Tensor, "batch height width"]
+    around: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,20 +71,61 @@ class Trace:
         lines.append("layer  patch tokens")
         count = full
         for layer in range(self.layers):
-            stage = by_layer.get(layer)
+            stage, former = by_layer.get(layer), by_layer.get(layer - 1)
             note = ""
+            if former and former.around:
+                count = former.before
             if layer in rises:
                 note = f"  {count} -> {rises[layer]} again"
                 count = rises[layer]
             if stage:
                 count = stage.after
-                note += f"  {stage.before} -> {stage.after}, {_told(stage)}"
+                note += f"  {stage.before} -> {stage.after}{' for this block' * stage.around}, "
+                note += _told(stage)
                 if stage.map.ragged:
                     mean = sum(stage.counts) / len(stage.counts)
                     note += f"; images have {min(stage.counts)} to {stage.after}, mean {mean:.1f}"
             bar = "#" * max(1, round(30 * count / full))
             lines.append(f"{layer:5d}  {count:12d}  {bar:30s}{note}".rstrip())
         return "\n".join(lines)
+
+    def usage(self) -> Int[Tensor, "batch height width"]:
+        """How many layers each cell of the full grid has gone through, as a token of its own or as
+        part of one (SViT, figures 1 and 9)."""
+        labels = self._per_layer()
+        return (labels >= 0).sum(0)
+
+    def reactivated(self) -> dict[int, float]:
+        """For each layer that was reduced, the share of the tokens it works on that the layer
+        before did not work on (SViT, figure 5): 0 where nothing comes back."""
+        labels = self._per_layer() >= 0
+        shares = {}
+        for stage in self.stages:
+            now = labels[stage.layer]
+            before = labels[stage.layer - 1] if stage.layer else torch.ones_like(now)
+            shares[stage.layer] = int((now & ~before).sum()) / max(1, int(now.sum()))
+        return shares
+
+    def _per_layer(self) -> Int[Tensor, "layers batch height width"]:
+        """The token of each cell in each block. (What falls between attention and MLP counts for
+        the block it falls in.)"""
+        by_layer, rises = {stage.layer: stage for stage in self.stages}, dict(self.rises)
+        whole = torch.arange(self.grid[0] * self.grid[1]).view(1, *self.grid)
+        if self.stages:
+            whole = whole.to(self.stages[0].labels.device).expand_as(self.stages[0].labels)
+        layers, past = [], [whole]
+        for layer in range(self.layers):
+            if layer in rises:
+                while len(past) > 1 and int(past[-1].max()) + 1 < rises[layer]:
+                    past.pop()
+            stage = by_layer.get(layer)
+            if stage is None:
+                layers.append(past[-1])
+                continue
+            layers.append(stage.labels)
+            if not stage.around:
+                past.append(stage.labels)
+        return torch.stack(layers)
 
 
 def inspect(model: Any, images: Inputs, host: Host | None = None) -> Trace | DenoiserTrace:
@@ -134,7 +177,8 @@ def inspect(model: Any, images: Inputs, host: Host | None = None) -> Trace | Den
             continue
         onward, labels = record.map.labels(), so_far[-1]
         labels = torch.where(labels >= 0, onward.gather(1, labels.clamp(min=0)), -1)
-        so_far.append(labels)
+        if not record.around:
+            so_far.append(labels)
         stages.append(
             StageTrace(
                 layer=record.layer,
@@ -143,6 +187,7 @@ def inspect(model: Any, images: Inputs, host: Host | None = None) -> Trace | Den
                 counts=tuple((labels.max(1).values + 1).tolist()),
                 map=record.map,
                 labels=labels.reshape(-1, *layout.grid),
+                around=record.around,
             )
         )
     return Trace(

@@ -5,16 +5,17 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pkgutil import iter_modules
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeGuard, TypeVar, runtime_checkable
 
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
+from tokred.gates import Gates
 from tokred.maps import TokenMap
 
 
@@ -42,6 +43,9 @@ class Tokens:
         layer: the layer we are in, from 0.
         layers: how many there are.
         before: the prefix tokens in front.
+        gate: of a learned method, its module for this layer.
+        kept: of a method that remembers, 1 for the tokens that it has kept so far, 0 for others.
+            None if all.
     """
 
     x: Float[Tensor, "batch tokens dim"]
@@ -54,6 +58,8 @@ class Tokens:
     layer: int = 0
     layers: int = 1
     before: int = 0
+    gate: nn.Module | None = None
+    kept: Float[Tensor, "batch tokens"] | None = None
 
     def part(self, rows: Int[Tensor, " rows"], columns: Int[Tensor, "rows chosen"]) -> Tokens:
         """The same of some samples, and of some of their tokens."""
@@ -74,6 +80,8 @@ class Tokens:
             layer=self.layer,
             layers=self.layers,
             before=self.before,
+            gate=self.gate,
+            kept=None if self.kept is None else self.kept[at, columns],
         )
 
 
@@ -88,8 +96,8 @@ class Reducer(Protocol):
 
     A class may say more (see `place`, `varies`, `prunes` and `proportional` here):
 
-        place: "between" attention and MLP, which is where most methods stand, or "before" the
-            block.
+        place: "between" attention and MLP, which is where most methods stand, "before" the block,
+            or "around" it: then there are all tokens again behind it.
         varies: whether samples may end with different numbers of tokens. `keep` is then a bound,
             not a promise.
         prunes: whether tokens are dropped, rather than merged; no if not said.
@@ -100,6 +108,7 @@ class Reducer(Protocol):
         schedule: `schedule(keep_rate)`, what a bare keep rate means; `Stages` if not said.
         fit: `fit(keep, grid)`, the number of tokens nearest to `keep` that it can make of a grid;
             any if not said.
+        learned: the name of what it learns, if it does: see `Learned`.
     """
 
     needs: ClassVar[frozenset[str]]
@@ -108,6 +117,38 @@ class Reducer(Protocol):
     def __call__(self, tokens: Tokens, keep: int) -> TokenMap:
         """Chooses how the tokens become exactly `keep` tokens, 1 <= keep < tokens. (Where
         `varies`: about as many as that, as the method says.)"""
+        ...
+
+
+@runtime_checkable
+class Learned(Reducer, Protocol):
+    """A method with weights of its own, which decides token by token.
+
+    Attributes:
+        gates: a file of weights, the modules themselves, or None: random ones, to be trained.
+        learned: the name under which files of its weights are known.
+        remembers: whether what one gate left out stays out.
+    """
+
+    learned: ClassVar[str]
+
+    @property
+    def gates(self) -> Gates | None: ...
+
+    @property
+    def remembers(self) -> bool: ...
+
+    def layers(self, shares: Sequence[float]) -> list[int]:
+        """The layers that have a gate, given the share of tokens that is to leave each layer."""
+        ...
+
+    def gate(self, width: int, odds: float) -> nn.Module:
+        """A random gate for tokens of this width; at first it should keep about `odds` tokens for
+        each that it leaves out."""
+        ...
+
+    def score(self, tokens: Tokens) -> Float[Tensor, "batch tokens 2"]:
+        """The logarithms of how probable it is to keep a token, and to leave it out."""
         ...
 
 
@@ -138,13 +179,18 @@ class Reconstruction(Protocol):
 
 
 def place(reducer: Reducer) -> str:
-    """Where a method stands: "between" attention and MLP, or "before" the block."""
+    """Where a method stands: "between" attention and MLP, "before" the block or "around" it."""
     return str(getattr(reducer, "place", "between"))
 
 
 def varies(reducer: Reducer) -> bool:
     """Whether samples may end with different numbers of tokens."""
     return bool(getattr(reducer, "varies", False))
+
+
+def learned(reducer: Reducer) -> TypeGuard[Learned]:
+    """Whether a method has weights of its own."""
+    return getattr(reducer, "learned", None) is not None
 
 
 def prunes(reducer: Reducer) -> bool:

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokred.cost import Arm, counts_of, device_name, measure, sides, versions_of
+from tokred.cost import Arm, counts_of, cut_off, device_name, measure, sides, versions_of
 from tokred.host import find_host
 from tokred.optional import require
 from tokred.reducers import Reducer, make, place, proportional, varies
-from tokred.reducers.truncate import Truncate
 from tokred.run import Reduction
-from tokred.schedule import Exactly, Stages
+from tokred.schedule import Stages
 
 FORMAT = 1
 """Version of the dictionary's layout."""
@@ -218,7 +217,7 @@ def _arms(
             reduction = Reduction(reducer, Stages(rate), layout, proportional(reducer))
             counts = counts_of(model, host, images, reduction, layout.grid)
             limit = f"limit {place(reducer)} {counts}"
-            cut = Reduction(Truncate(place(reducer)), Exactly(counts), layout, full_grid=False)
+            cut = cut_off(reduction, counts)
             arms.setdefault(limit, (cut, ""))
             arms[f"{method} {rate}"] = (reduction, limit)
     return arms

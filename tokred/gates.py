@@ -1,0 +1,162 @@
+"""What learned methods have in common: decisions that gradients can pass, and files of weights.
+
+The modules that decide (SViT's gates, DynamicViT's predictors) are one `nn.ModuleDict` per model,
+with the layer's number as the key. They hang on the `Reduction`, not on the model, whose state dict
+stays what it was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tokred.optional import require
+
+Gates = str | Path | nn.ModuleDict
+"""Where the weights of a learned method come from: a file, or the modules themselves."""
+
+TINY = 1e-20
+"""What a pruned key counts, by `log_mask`."""
+
+
+def straight_through(
+    logits: Float[Tensor, "batch tokens 2"],
+    noise: Float[Tensor, "batch tokens 2"] | None = None,
+    temperature: float = 1.0,
+) -> Float[Tensor, "batch tokens"]:
+    """Which tokens are kept, 1 or 0, with the gradient of a softmax: straight-through
+    Gumbel-softmax (Jang et al., "Categorical Reparameterization with Gumbel-Softmax", ICLR 2017,
+    section 2.2).
+
+    Args:
+        logits: channel 0 speaks for keeping a token, channel 1 against it.
+        noise: Gumbel noise, see `gumbel`; none, and the larger logit decides (on equals, against).
+        temperature: of the softmax whose gradient is taken.
+    """
+    if noise is not None:
+        logits = logits + noise
+    hard = (logits[..., 0] > logits[..., 1]).to(logits.dtype)
+    soft = (logits / temperature).softmax(-1)[..., 0]
+    return hard + (soft - soft.detach())
+
+
+def gumbel(
+    like: Float[Tensor, "*shape"], generator: torch.Generator | None = None
+) -> Float[Tensor, "*shape"]:
+    """Standard Gumbel noise of the shape, dtype and device of a tensor: -log(-log(u)).
+
+    Args:
+        like: the tensor.
+        generator: on the same device; without one, the global random stream is drawn from, as
+            dropout does.
+    """
+    exponential = torch.empty_like(like).exponential_(generator=generator)
+    return -exponential.clamp_min(torch.finfo(like.dtype).tiny).log()
+
+
+def log_mask(mask: Float[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens"]:
+    """What to add to logits of attention so that pruned keys count for nothing, differentiably.
+
+    Softmax then weighs key j by m_j exp(a_j) / sum_k m_k exp(a_k) (Rao et al., DynamicViT, NeurIPS
+    2021, equation 11). With m = 0 in earnest no gradient would tell what a pruned token might have
+    been good for; 1e-20 in its place is far below rounding in the sum, and the gradient is right.
+    """
+    return (mask + TINY).log()
+
+
+def width_of(block: nn.Module) -> int | None:
+    """The dimension of the tokens of a block: what its first linear layer takes."""
+    linear = (module for module in block.modules() if isinstance(module, nn.Linear))
+    first = next(linear, None)
+    return None if first is None else first.in_features
+
+
+def write(
+    path: str | Path, gates: nn.ModuleDict, method: str, shares: Sequence[float], width: int
+) -> None:
+    """Writes the weights of a learned method, and what they are for, as safetensors.
+
+    Args:
+        path: the file.
+        gates: the modules.
+        method: the short name of the method.
+        shares: of every layer, the share of the tokens that were to be kept.
+        width: the dimension of the tokens.
+    """
+    save_file = require("safetensors.torch", "train").save_file
+    tensors = {
+        name: value.detach().cpu().contiguous() for name, value in gates.state_dict().items()
+    }
+    about = {"method": method, "shares": json.dumps(list(shares)), "width": str(width)}
+    save_file(tensors, path, metadata=about)
+
+
+def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights in a file that `write` has written, and what they are for: "method", "shares"
+    and "width".
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no file of gates.
+    """
+    require("safetensors", "train")
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"gates must be a file of weights: there is none at {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            about: dict[str, Any] = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"gates: {path} is not a safetensors file ({error})") from error
+    if not {"method", "shares", "width"} <= about.keys():
+        raise ValueError(
+            f"gates: {path} does not say what it is for; Reduction.save writes files that do"
+        )
+    about["shares"] = tuple(json.loads(about["shares"]))
+    about["width"] = int(about["width"])
+    return tensors, about
+
+
+def fill(
+    gates: nn.ModuleDict,
+    tensors: Mapping[str, Tensor],
+    where: str,
+) -> None:
+    """Copies weights into the modules of a learned method, all or nothing.
+
+    Args:
+        gates: the modules.
+        tensors: their weights, by name.
+        where: what to call them in an error.
+
+    Raises:
+        ValueError: they are for other layers or another width, or are not finite.
+    """
+    own = gates.state_dict()
+    layers = sorted({int(name.split(".")[0]) for name in tensors})
+    expected = sorted(int(layer) for layer in gates)
+    if layers != expected:
+        raise ValueError(
+            f"{where} is for the layers {layers}, but {expected} of this model are to have gates"
+        )
+    if tensors.keys() != own.keys():
+        odd = sorted(tensors.keys() ^ own.keys())
+        raise ValueError(f"{where} does not fit: {', '.join(odd[:4])} and so on differ in name")
+    for name, value in tensors.items():
+        if value.shape != own[name].shape:
+            raise ValueError(
+                f"{where}: {name} has the shape {tuple(value.shape)}, but this model needs "
+                f"{tuple(own[name].shape)}"
+            )
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"{where}: {name} has values that are not finite (NaN or infinity)")
+    gates.load_state_dict(dict(tensors))
