@@ -82,7 +82,7 @@ WEIGHED = "tokred_weighed"
 def attend(attention: Any, step: Step, *args: Any, **kwargs: Any) -> Any:
     """An attention's own forward. Where the model is set up for a function that takes no mask, what
     merged tokens stand for goes in with the values instead, see `weighed`."""
-    few = step.state.trail is not None and step.mask is not None
+    few = not step.untouched and step.mask is not None
     if not few or not takes_no_mask(attention.config):
         return type(attention).forward(attention, *args, **kwargs)
     return type(attention).forward(weighing(attention), *args, **kwargs)

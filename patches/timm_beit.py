@@ -62,7 +62,7 @@ def attend(
     both = shared if own is None else own if shared is None else own + shared
     if step.attend(attention, x, attention.num_heads).fused_attn:
         mask = step.bias(x, both)
-        if both is not None and both.ndim == 3 and step.state.trail is None:
+        if both is not None and both.ndim == 3 and step.untouched:
             mask = both  # as it is: without a batch dimension, torch takes another kernel
         y = F.scaled_dot_product_attention(
             query,

@@ -28,6 +28,16 @@ every_method = pytest.mark.parametrize("method", reducers.names())
 every_staged_method = pytest.mark.parametrize(
     "method", [name for name in reducers.names() if not hasattr(reducers.make(name), "schedule")]
 )
+# SViT has all tokens again behind every block, see test_svit.py.
+every_lasting_method = pytest.mark.parametrize(
+    "method",
+    [
+        name
+        for name in reducers.names()
+        if not hasattr(reducers.make(name), "schedule")
+        and reducers.place(reducers.make(name)) != "around"
+    ],
+)
 
 
 @torch.no_grad()
@@ -111,7 +121,7 @@ def test_applied_ends_with_its_block(plain: nn.Module, images: torch.Tensor) -> 
     assert torch.equal(outputs(plain, images), dense)
 
 
-@every_staged_method
+@every_lasting_method
 @pytest.mark.parametrize("keep_rate", [0.25, 0.5, 0.7, 0.9])
 def test_exactly_the_asked_number_stays(
     vit: nn.Module, images: torch.Tensor, method: str, keep_rate: float
@@ -130,7 +140,7 @@ def test_exactly_the_asked_number_stays(
         assert seen == asked
 
 
-@every_staged_method
+@every_lasting_method
 def test_prefix_tokens_are_never_touched(vit: nn.Module, images: torch.Tensor, method: str) -> None:
     """They enter the MLP as attention left them, in front, in their order; or the block as the one
     before has left them."""

@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tokred import reducers
@@ -35,6 +36,14 @@ def fitting(method: str, keep: int, num: int) -> int:
     return int(fit(keep, GRIDS[num])) if fit else keep
 
 
+class Odds(nn.Module):
+    """A gate for any learned method, random but of no parameters."""
+
+    def forward(self, x: torch.Tensor, there: torch.Tensor | None = None) -> torch.Tensor:
+        scores: torch.Tensor = x[..., :2].float().log_softmax(-1)
+        return scores
+
+
 def some_tokens(batch: int = 2, num: int = 16, dtype: torch.dtype = torch.float32) -> Tokens:
     return Tokens(
         x=torch.randn(batch, num, 12, dtype=dtype),
@@ -47,6 +56,7 @@ def some_tokens(batch: int = 2, num: int = 16, dtype: torch.dtype = torch.float3
         layer=1,
         layers=4,
         before=1,
+        gate=Odds(),
     )
 
 
@@ -80,7 +90,8 @@ def test_keeps_exactly_as_many_as_asked(method: str, num: int, keep: int) -> Non
     groups = [sorted(set(row) - {-1}) for row in small.labels().tolist()]
     assert groups == [list(range(len(row))) for row in groups]
     if small.ragged:
-        assert max(map(len, groups)) == small.num_coarse <= keep
+        assert max(map(len, groups)) == small.num_coarse
+        assert small.num_coarse <= keep or reducers.learned(made)  # as many as gates like
         assert (small.total(tokens.size) > 0).sum(1).tolist() == list(map(len, groups))
     else:
         assert [len(row) for row in groups] == [keep, keep] == [small.num_coarse] * 2

@@ -1,4 +1,4 @@
-"""`tokred.calibrate`: gates that keep, on some images, just the share of tokens they are to keep."""
+"""`tokred.calibrate`: gates that keep, on some images, the share of tokens they are meant to."""
 
 from __future__ import annotations
 

@@ -417,7 +417,12 @@ class Patched:
         if step.masked or place(self.reduction.reducer) != "around":
             y = self.call(self.block, step, few, *others, **kwargs)
         else:
-            y = step.gated(lambda x: self.call(self.block, step, x, *others, **kwargs), few)
+            given = (*others, *kwargs.values())
+            y = step.gated(
+                lambda x: self.call(self.block, step, x, *others, **kwargs),
+                few,
+                alone=not any(isinstance(value, Tensor) for value in given),
+            )
         if isinstance(y, tuple):
             return (step.close(y[0]), *y[1:])
         return step.close(y)
@@ -665,6 +670,9 @@ def _gates(
     Raises:
         ValueError: they do not fit.
     """
+    where = str(reducer.gates)
+    if read is not None:
+        check_gates(reducer, read[1], reduction.layout.layers, where)
     shares = reduction.shares
     layers = reducer.layers(shares)
     if not layers:
@@ -686,8 +694,6 @@ def _gates(
     gates.train(tower.training)
     if read is not None:
         tensors, about = read
-        where = str(reducer.gates)
-        check_gates(reducer, about, len(shares), where)
         if about["width"] != width:
             raise ValueError(
                 f"gates: {where} is for tokens of width {about['width']}; those of "

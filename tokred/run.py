@@ -673,6 +673,11 @@ class Step:
     entered: tuple[Tensor, Tensor] | None = None
 
     @property
+    def untouched(self) -> bool:
+        """Whether all tokens are there and may be seen, so that the host's own mask will do."""
+        return self.state.trail is None and self.entered is None
+
+    @property
     def wants_signals(self) -> bool:
         """Whether something is read off this block: the method stands in it and is going to
         reduce, or before the next block, and is going to reduce there."""
@@ -723,6 +728,7 @@ class Step:
         self,
         run: Callable[[Float[Tensor, "batch some dim"]], Any],
         x: Float[Tensor, "batch tokens dim"],
+        alone: bool = True,
     ) -> Any:
         """Runs the block on the tokens that its gate chooses; the others stay what they are, and
         there are all tokens again behind it. What the block returns besides is left alone.
@@ -733,6 +739,7 @@ class Step:
         Args:
             run: the block, from its tokens on.
             x: all tokens.
+            alone: whether tokens are all that the block is given, and nothing for each image.
         """
         reduction, state = self.reduction, self.state
         if self.gate is None and state.kept is None:
@@ -755,7 +762,7 @@ class Step:
         if token_map.counts is None and token_map.num_coarse == num:
             y = run(x)
         else:
-            y = self._end_to_end(run, x, token_map)
+            y = self._end_to_end(run, x, token_map) if alone else None
             if y is None:
                 y = self._padded(run, x, token_map, tokens, size)
         self.state = state.masked(None, kept)
@@ -853,7 +860,7 @@ class Step:
             # on the CPU is silently wrong.
             mask = added(self.state.bias.to(x.dtype), mask)
         self.mask = mask
-        return given if self.state.trail is None and not self.masked else mask
+        return given if self.untouched else mask
 
     def rows_and_columns(self, mask: Tensor) -> Tensor:
         """A mask over the full sequence, re-indexed for the tokens that are left; itself as long
@@ -1367,6 +1374,7 @@ def _without_stale(state: State) -> State:
         index=state.index,
         lengths=state.lengths,
         grid=state.grid,
+        kept=state.kept,
     )
 
 
