@@ -220,7 +220,7 @@ def test_reentrant_checkpointing_is_refused_rather_than_wrong(
         x.sum().backward()
 
 
-@every_staged_method
+@every_lasting_method
 @pytest.mark.parametrize("norm", [False, True])
 def test_intermediate_features_are_full_grids_in_order(
     vit: nn.Module, images: torch.Tensor, method: str, norm: bool
@@ -275,10 +275,12 @@ def test_features_only_models_give_full_grids(images: torch.Tensor) -> None:
     assert [tuple(f.shape) for f in model(images)] == [(2, 192, 4, 4)] * 2
 
 
-@every_method
+@pytest.mark.parametrize("method", [name for name in reducers.names() if name != "svit"])
 def test_reduced_features_on_request(vit: nn.Module, images: torch.Tensor, method: str) -> None:
+    torch.manual_seed(1)  # of random predictors
     tokred.apply(vit, method, keep_rate=0.5)
     expected, full = outputs(vit, images), vit.forward_features(images)
+    torch.manual_seed(1)
     tokred.apply(vit, method, keep_rate=0.5, full_grid=False)
     features = vit.forward_features(images)
     assert features.shape[1] < full.shape[1]

@@ -119,7 +119,7 @@ def test_masked_gathered_and_padded_forms_agree(
     assert not reduction._unfused
     many = masked(model, reduction, lambda: model.forward_features(images))
     assert all(torch.equal(reduction.decisions[layer] > 0, chosen[layer]) for layer in chosen)
-    reduction._unfused = {1, 2, 3}
+    reduction.padded = True
     padded = model.forward_features(images)
     tolerance = {"rtol": 0, "atol": 1e-10 if dtype == torch.float64 else 1e-5}
     torch.testing.assert_close(few, many, **tolerance)
@@ -152,8 +152,7 @@ def test_a_whole_batch_may_keep_everything_or_nothing(everything: bool) -> None:
     first = model.norm(model.blocks[0](model._pos_embed(model.patch_embed(images))))
     chosen = {layer: torch.full((2, 16), everything) for layer in (1, 2, 3)}
     reduction = decided(model, SViT(), QUARTERS, chosen)
-    for unfused in (set(), {1, 2, 3}):
-        reduction._unfused = unfused
+    for reduction.padded in (False, True):
         torch.testing.assert_close(model.forward_features(images), dense if everything else first)
 
 
@@ -570,6 +569,8 @@ def test_only_what_is_learned_is_saved(tmp_path: Path) -> None:
 def test_options_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(ValueError, match="reactivate must be False where preserve is"):
         SViT(preserve=False)
+    with pytest.raises(ValueError, match="full_grid must be True for SViT"):
+        tokred.apply(vit(2), "svit", 0.5, full_grid=False)
 
 
 # What is told of it

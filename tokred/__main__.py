@@ -24,7 +24,7 @@ from tokred.denoising import MODULES
 from tokred.optional import require
 from tokred.reducers import Reducer
 from tokred.reducers.truncate import Truncate
-from tokred.suites import clustering, dense, diffusion, vit
+from tokred.suites import clustering, dense, diffusion, gates, vit
 
 KEEP_RATES = (0.9, 0.7, 0.5, 0.25)
 BATCH = 40
@@ -88,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
             made.add_argument("--compile", action="store_true", help="under torch.compile")
             made.add_argument("--json", action="store_true", help="print everything as JSON")
             many = made.add_argument_group("suites: many models and methods at once")
-            many.add_argument("--suite", choices=("vit", "clustering", "dense", "diffusion"))
+            many.add_argument(
+                "--suite", choices=("vit", "clustering", "dense", "diffusion", "gates")
+            )
             many.add_argument("--models", nargs="+", metavar="NAME[:PIXELS]", help="not all of it")
             many.add_argument("--batches", nargs="+", type=int)
             many.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all")
@@ -257,6 +259,16 @@ def _bench_suite(options: argparse.Namespace) -> None:
                 on_round=lap,
             )
             text = diffusion.markdown(results)
+        elif options.suite == "gates":
+            results = gates.run(
+                options.models or gates.MODELS,
+                options.batches or gates.BATCHES,
+                device=options.device,
+                dtype=getattr(torch, options.dtype),
+                rounds=options.rounds,
+                on_round=lap,
+            )
+            text = gates.markdown(results)
         else:
             results = _run_vit(options, bar, lap)
             text = vit.markdown(results)
@@ -288,7 +300,8 @@ def _run_vit(
     return vit.run(
         models or vit.MODELS,
         options.batches or vit.BATCHES,
-        options.methods or reducers.names(),
+        options.methods
+        or [name for name in reducers.names() if not reducers.learned(reducers.make(name))],
         options.keep_rates or vit.KEEP_RATES,
         device=options.device,
         dtype=getattr(torch, options.dtype),

@@ -154,6 +154,10 @@ def apply(
     if isinstance(chosen, Hourglass) and chosen.grid and getattr(reducer, "grid", ()) is None:
         reducer = replace(reducer, grid=chosen.grid)  # type: ignore[type-var]
     rebuilt = _reconstruction(reducer, reconstruction)
+    if not full_grid and place(reducer) == "around":
+        raise ValueError(
+            f"full_grid must be True for {reducer}: there are all tokens again behind every block"
+        )
     if attention not in ("host", "fastest"):
         raise ValueError(f"attention must be 'host' or 'fastest', not {attention!r}")
     host, tower = find_host(model, host)

@@ -256,6 +256,8 @@ class Reduction:
         gates: of a learned method, its modules, by layer. They are no part of the model.
         noise: what is added to the logits of gates in training, `noise(layer, logits)`; Gumbel
             noise from the global random stream, if None.
+        padded: of a method that gates blocks: pad images to the one that keeps most tokens, rather
+            than lay the tokens of all end to end.
     """
 
     reducer: Reducer
@@ -269,6 +271,7 @@ class Reduction:
     reconstruction: Reconstruction | None = None
     gates: nn.ModuleDict | None = None
     noise: Callable[[int, Float[Tensor, "batch tokens 2"]], Tensor] | None = None
+    padded: bool = False
     # Runtime state: by activation, and by thread. (An attribute of the tensor would do as well as
     # a weak dictionary, but would be saved and copied with features that leave the model.) Code
     # that is being compiled can see neither, and has a plain dictionary instead.
@@ -775,8 +778,11 @@ class Step:
 
     def _end_to_end(self, run: Callable[[Tensor], Any], x: Tensor, token_map: Kept) -> Any:
         """`gated` on the chosen tokens of all images as one sequence; None if that cannot be."""
-        layout = self.reduction.layout
-        if token_map.counts is None or layout.by_position or self.layer in self.reduction._unfused:
+        reduction = self.reduction
+        layout = reduction.layout
+        if token_map.counts is None or layout.by_position or reduction.padded:
+            return None
+        if self.layer in reduction._unfused:
             return None
         active = self._around((token_map.labels() >= 0).to(x.dtype), 1.0) > 0
         lengths = active.sum(1).tolist()
@@ -793,7 +799,7 @@ class Step:
         finally:
             self.flat = False
         if one_by_one.calls == 0:
-            self.reduction._unfused.add(self.layer)
+            reduction._unfused.add(self.layer)
             return None
 
         def back(few: Tensor) -> Tensor:
