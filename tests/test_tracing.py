@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from conftest import images_for, small
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
@@ -13,7 +15,13 @@ from tokred import drawing, reducers
 
 
 @pytest.mark.parametrize(
-    "method", [name for name in reducers.names() if not hasattr(reducers.make(name), "schedule")]
+    "method",
+    [
+        name
+        for name in reducers.names()
+        if not hasattr(reducers.make(name), "schedule")
+        and reducers.place(reducers.make(name)) != "around"
+    ],
 )
 def test_a_trace_follows_every_patch(method: str, images: torch.Tensor, plain: nn.Module) -> None:
     tokred.apply(plain, method, keep_rate=0.5)
@@ -139,3 +147,39 @@ def test_rises_are_told_and_undo_what_was_merged(plain: nn.Module, images: torch
     # The second reduction is of the full grid, not of what the first one had left.
     assert torch.equal(trace.stages[1].labels.flatten(1), trace.stages[1].map.labels())
     assert "10 -> 16 again" in str(trace)
+
+
+@pytest.mark.filterwarnings("ignore:the gates of")
+def test_heat_is_brighter_where_more_layers_were_used(
+    images: torch.Tensor, plain: nn.Module
+) -> None:
+    tokred.apply(plain, "topk", tokred.Exactly((16, 8, 8, 4)))
+    trace = tokred.inspect(plain, images)
+    usage = trace.usage()
+    strips = drawing.heat(trace, images, cell=10)
+    assert len(strips) == 2
+    for used, strip in zip(usage, strips, strict=True):
+        pixels = torch.from_numpy(np.array(strip)).float().sum(-1)
+        brightness = {}
+        for row in range(4):
+            for column in range(4):
+                y, x = drawing._CAPTION + row * 10 + 5, 2 * drawing._GAP + 40 + column * 10 + 5
+                brightness[int(used[row, column])] = float(pixels[y, x])
+        assert sorted(brightness, key=lambda layers: brightness[layers]) == sorted(brightness)
+    with pytest.raises(ValueError, match="images must be the 2 that were traced, not 1"):
+        drawing.heat(trace, images[:1])
+
+
+@pytest.mark.filterwarnings("ignore:the gates of")
+def test_the_plot_of_usage_has_the_shares_of_the_trace(
+    images: torch.Tensor, plain: nn.Module
+) -> None:
+    axes = Figure().add_subplot()
+    tokred.apply(plain, "svit", tokred.Exactly((16, 8, 8, 8)))
+    trace = tokred.inspect(plain, images)
+    drawing.plot_usage(axes, trace)
+    heights = [bar.get_height() for bar in axes.patches]
+    counts = {stage.layer: sum(stage.counts) / 2 / 16 * 100 for stage in trace.stages}
+    assert heights[:4] == pytest.approx([100.0] + [counts[layer] for layer in (1, 2, 3)])
+    back = trace.reactivated()
+    assert heights[5:] == pytest.approx([counts[layer] * back[layer] for layer in (1, 2, 3)])

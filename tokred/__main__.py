@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,12 @@ def _parser() -> argparse.ArgumentParser:
             "--option", action="append", default=[], metavar="NAME=VALUE",
             help="an option of the method, such as linkage=complete",
         )  # fmt: skip
-        made.add_argument("--keep-rate", type=float, default=0.5, help="in (0, 1] (default: 0.5)")
+        made.add_argument(
+            "--keep-rate", type=float, help="in (0, 1] (default: 0.5; of gates, what they learned)"
+        )
+        made.add_argument(
+            "--gates", type=Path, help="file of a learned method (default: the bundled one, if any)"
+        )
         made.add_argument("--pretrained", action="store_true", help="fetch timm's weights")
         made.add_argument("--device", default="cpu")
         made.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
@@ -123,6 +128,11 @@ def _parser() -> argparse.ArgumentParser:
             )  # fmt: skip
         if name == "show":
             made.add_argument("--out", type=Path, default=Path("tokens.png"))
+            made.add_argument(
+                "--what", choices=("tokens", "usage", "layers"), default="tokens",
+                help="tokens after every reduction; how many layers used each patch; or a plot of "
+                "how many patches each layer used, and which of them came back",
+            )  # fmt: skip
     swept = command("fid", _fid, "images of a diffusion pipeline by method and keep rate: FID, KID")
     _add_fid_options(swept)
     cited = command("cite", _cite, "the BibTeX entry of a method")
@@ -211,7 +221,7 @@ def _bench(options: argparse.Namespace) -> None:
             model,
             images,
             _reducer(options),
-            options.keep_rate,
+            _keep_rate(options),
             rounds=options.rounds,
             compile=options.compile,
             on_round=lambda done, of: bar.update(),
@@ -220,7 +230,7 @@ def _bench(options: argparse.Namespace) -> None:
         print(json.dumps(result.as_dict(), indent=2))
         return
     print(result)
-    with tokred.applied(model, _reducer(options), options.keep_rate):
+    with tokred.applied(model, _reducer(options), _keep_rate(options)):
         print(f"  {tokred.flops(model, images)}")
 
 
@@ -251,7 +261,7 @@ def _bench_suite(options: argparse.Namespace) -> None:
             results = diffusion.run(
                 options.models or tuple(diffusion.CONFIGS),
                 (options.image_size or 512,),
-                keep_rate=options.keep_rate,
+                keep_rate=options.keep_rate or 0.5,
                 device=options.device,
                 dtype=getattr(torch, options.dtype),
                 rounds=options.rounds,
@@ -315,7 +325,7 @@ def _run_vit(
 
 def _fidelity(options: argparse.Namespace) -> None:
     model, images, _ = _model_and_images(options, options.images)
-    rates = options.keep_rates or [options.keep_rate]
+    rates = options.keep_rates or [_keep_rate(options)]
     settings: list[tuple[str, Reducer | tokred.Preset, Any]] = []
     if options.preset:
         settings = [(options.preset, tokred.presets[options.preset], None)]
@@ -354,15 +364,22 @@ def _fidelity(options: argparse.Namespace) -> None:
 
 def _inspect(options: argparse.Namespace) -> None:
     model, images, _ = _model_and_images(options, options.images)
-    tokred.apply(model, _reducer(options), options.keep_rate)
+    tokred.apply(model, _reducer(options), _keep_rate(options))
     print(tokred.inspect(model, images))
 
 
 def _show(options: argparse.Namespace) -> None:
     model, images, pictures = _model_and_images(options, options.images)
-    tokred.apply(model, _reducer(options), options.keep_rate)
-    strips = tokred.visualise(tokred.inspect(model, images), pictures)
-    drawing.stack(strips).save(options.out)
+    tokred.apply(model, _reducer(options), _keep_rate(options))
+    trace = tokred.inspect(model, images)
+    if options.what == "tokens":
+        drawing.stack(tokred.visualise(trace, pictures)).save(options.out)
+    elif isinstance(trace, tokred.Trace) and options.what == "usage":
+        drawing.stack(drawing.heat(trace, pictures)).save(options.out)
+    elif isinstance(trace, tokred.Trace):
+        figure = require("matplotlib.figure", "plots").Figure(figsize=(7, 4), layout="constrained")
+        drawing.plot_usage(figure.add_subplot(), trace)
+        figure.savefig(options.out, dpi=110)
     print(f"wrote {options.out}")
 
 
@@ -456,7 +473,11 @@ def _demo(options: argparse.Namespace) -> None:
     model = zoo.load()
     # Methods for dense prediction have a schedule of their own, and no place in this table.
     methods = {name: reducers.make(name) for name in reducers.names()}
-    methods = {name: one for name, one in methods.items() if not hasattr(one, "schedule")}
+    methods = {
+        name: one
+        for name, one in methods.items()
+        if not hasattr(one, "schedule") and not reducers.learned(one)
+    }
     methods["atc complete"] = tokred.ATC(linkage="complete")
     num = sum(len(labels) for _, labels in batches)
     print(
@@ -626,7 +647,23 @@ def _reducer(options: argparse.Namespace) -> Reducer:
     """The method with the options that were given on the command line."""
     changes = ",".join(options.option)
     colon = "," if ":" in options.method else ":"
-    return reducers.parse(f"{options.method}{colon}{changes}" if changes else options.method)
+    made = reducers.parse(f"{options.method}{colon}{changes}" if changes else options.method)
+    if not reducers.learned(made):
+        if options.gates:
+            raise ValueError(f"--gates is for methods that learn, which {made} does not")
+        return made
+    gates = options.gates
+    if gates is None and options.model in zoo.names():
+        gates = zoo.gates(options.model, made.learned)
+    filled: Reducer = replace(made, gates=gates)  # type: ignore[type-var]
+    return filled
+
+
+def _keep_rate(options: argparse.Namespace) -> float | None:
+    """What was given; if nothing, 0.5, but of gates what they were trained for."""
+    if options.keep_rate is not None:
+        return float(options.keep_rate)
+    return None if getattr(_reducer(options), "gates", None) else 0.5
 
 
 def _first_clause(reducer: Reducer) -> str:

@@ -59,6 +59,75 @@ def visualise(
     return strips
 
 
+def heat(trace: Trace, images: Tensor | Sequence[Image], cell: int = 16) -> list[Image]:
+    """One strip per image: the image, and how many layers each of its patches went through (SViT,
+    figures 1 and 9), from dark (fewest, of all the images) to bright (most), with a scale.
+
+    Args:
+        trace: what `tokred.inspect` has returned.
+        images: the same images in the same order, as for `visualise`.
+        cell: pixels per patch in the drawing.
+
+    Raises:
+        ValueError: there are not as many images as were traced, or nothing was reduced.
+        ModuleNotFoundError: Pillow is not installed.
+    """
+    if not trace.stages:
+        raise ValueError("the trace has no reductions to draw: every token was kept")
+    usage = trace.usage().cpu()
+    pictures = [_picture(image, trace.grid, cell) for image in images]
+    if len(pictures) != len(usage):
+        raise ValueError(f"images must be the {len(usage)} that were traced, not {len(pictures)}")
+    fewest, most = int(usage.min()), int(usage.max())
+    scale = torch.linspace(1, 0, trace.grid[0] * cell)[:, None].expand(-1, 2 * cell)
+    captions = ["image", "layers used", f"{fewest} - {most}"]
+    strips = []
+    for picture, used in zip(pictures, usage, strict=True):
+        share = (used - fewest) / max(1, most - fewest)
+        large = share.repeat_interleave(cell, 0).repeat_interleave(cell, 1)
+        strips.append(_strip([picture, _hot(large), _hot(scale)], captions))
+    return strips
+
+
+def plot_usage(axes: Axes, trace: Trace) -> None:
+    """For every layer, the share of the patch tokens that it works on, and of these the part that
+    the layer before did not work on (SViT, figure 5).
+
+    Args:
+        axes: where to draw.
+        trace: what `tokred.inspect` has returned.
+    """
+    cells = trace.grid[0] * trace.grid[1]
+    by_layer = {stage.layer: stage for stage in trace.stages}
+    back = trace.reactivated()
+    shares, again, share = [], [], 1.0
+    for layer in range(trace.layers):
+        stage = by_layer.get(layer)
+        if stage:
+            share = sum(stage.counts) / len(stage.counts) / cells
+        shares.append(100 * share)
+        again.append(100 * share * back.get(layer, 0.0))
+        if stage and stage.around:
+            share = 1.0
+    layers = range(trace.layers)
+    axes.bar(layers, shares, color="#9db8d2", label="tokens used")
+    axes.bar(layers, again, color="#c8553d", label="of these, not used in the layer before")
+    axes.set_xlabel("layer")
+    axes.set_ylabel("share of the patch tokens, %")
+    axes.set_xticks(list(layers))
+    axes.legend()
+
+
+def _hot(share: Tensor) -> UInt8[Tensor, "3 height width"]:
+    """Shares from 0 to 1 in colours from dark blue over red to light yellow."""
+    stops = torch.tensor([[24, 20, 66], [138, 35, 111], [238, 98, 66], [252, 245, 180]]).float()
+    at = share.clamp(0, 1) * (len(stops) - 1)
+    low = at.floor().clamp(max=len(stops) - 2).long()
+    part = (at - low)[..., None]
+    colours = stops[low] * (1 - part) + stops[low + 1] * part
+    return colours.permute(2, 0, 1).round().to(torch.uint8)
+
+
 def _laid_out(
     trace: Trace | DenoiserTrace,
 ) -> tuple[tuple[int, int], list[tuple[str, Int[Tensor, "batch height width"]]]]:
@@ -160,13 +229,14 @@ def _strip(pictures: Sequence[UInt8[Tensor, "3 height width"]], captions: Sequen
     pil, draw, font = (
         require(f"PIL.{name}", "plots") for name in ("Image", "ImageDraw", "ImageFont")
     )
-    _, height, width = pictures[0].shape
-    size = (len(pictures) * (width + _GAP) + _GAP, height + _CAPTION + _GAP)
-    strip: Image = pil.new("RGB", size, "white")
+    height = pictures[0].shape[1]
+    wide = sum(pixels.shape[2] + _GAP for pixels in pictures)
+    strip: Image = pil.new("RGB", (wide + _GAP, height + _CAPTION + _GAP), "white")
     pen = draw.Draw(strip)
-    for number, (pixels, caption) in enumerate(zip(pictures, captions, strict=True)):
-        left = _GAP + number * (width + _GAP)
+    left = _GAP
+    for pixels, caption in zip(pictures, captions, strict=True):
         flat = pixels.permute(1, 2, 0).contiguous()
         strip.paste(pil.fromarray(flat.numpy()), (left, _CAPTION))
         pen.text((left, 3), caption, fill="black", font=font.load_default(13))
+        left += pixels.shape[2] + _GAP
     return strip

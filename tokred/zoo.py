@@ -194,6 +194,24 @@ def load(name: str = DEFAULT) -> nn.Module:
     return model.eval()
 
 
+def gates(name: str = DEFAULT, method: str = "svit") -> Path:
+    """The file of trained gates for a bundled checkpoint: `tokred.SViT(zoo.gates())`.
+
+    Args:
+        name: the checkpoint.
+        method: "svit" or "dynamicvit".
+
+    Raises:
+        ValueError: there are none for it.
+    """
+    _check(name)
+    file = _FOLDER / f"{name}_{method}.safetensors"
+    if not file.is_file():
+        there = sorted(f.stem for m in ("svit", "dynamicvit") for f in _FOLDER.glob(f"*_{m}.s*"))
+        raise ValueError(f"there are no gates for {name!r} and {method!r}; bundled are {there}")
+    return file
+
+
 def diffusion() -> DigitPipeline:
     """The bundled pipeline that draws digits, in evaluation mode, float32, on the CPU.
 
