@@ -137,7 +137,9 @@ class Recipe:
         if self.precision not in ("no", "bf16", "fp16"):
             raise ValueError(f"precision must be 'no', 'bf16' or 'fp16', not {self.precision!r}")
         if self.batch % self.accumulate:
-            raise ValueError(f"accumulate must divide the batch, {self.batch}; {self.accumulate}")
+            raise ValueError(
+                f"accumulate must divide the batch, {self.batch}; {self.accumulate} does not"
+            )
 
     @property
     def teaches(self) -> bool:
