@@ -76,7 +76,7 @@ def test_keeps_exactly_as_many_as_asked(method: str, num: int, keep: int) -> Non
     small = made(tokens, keep)
     assert isinstance(small, TokenMap)
     assert small.ragged == reducers.varies(made)
-    assert reducers.prunes(made) != small.merges
+    assert reducers.prunes(made) != small.merges or reducers.place(made) == "around"
     down = small.down(tokens.x, tokens.size)
     assert down.shape == (2, small.num_coarse, 12)
     assert small.up(down, tokens.x).shape == tokens.x.shape
@@ -181,7 +181,10 @@ def test_exact_duplicates_and_zeros_are_no_trouble(method: str) -> None:
     for keep in (15, 9, 4, 1):
         made, keep = reducers.make(method), fitting(method, keep, 16)
         small = made(flat, keep)
-        assert small.num_coarse == keep or (reducers.varies(made) and small.num_coarse < keep)
+        if not reducers.varies(made):
+            assert small.num_coarse == keep
+        elif not reducers.learned(made):
+            assert small.num_coarse <= keep
         assert small.down(flat.x, flat.size).isfinite().all()
 
 
@@ -204,11 +207,11 @@ def test_says_what_it_is_in_one_line(method: str) -> None:
 @pytest.mark.parametrize("backend", ["aot_eager"])
 def test_compiles_in_one_graph_and_once(method: str, backend: str) -> None:
     torch._dynamo.reset()
-    reduce, keep = reducers.make(method), fitting(method, 5, 16)
+    reduce, keep, gate = reducers.make(method), fitting(method, 5, 16), Odds()
 
     def run(*signals):  # type: ignore[no-untyped-def]
         named = dict(zip(SIGNALS, signals, strict=True))
-        tokens = Tokens(**named, grid=(4, 4), layer=1, layers=4, before=1)
+        tokens = Tokens(**named, grid=(4, 4), layer=1, layers=4, before=1, gate=gate)
         return reduce(tokens, keep).down(tokens.x, tokens.size)
 
     compiled = torch.compile(run, fullgraph=True, backend=backend)

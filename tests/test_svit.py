@@ -234,13 +234,25 @@ def test_attention_stays_within_an_image(lengths: list[int], way: Any) -> None:
 def test_a_pruned_key_counts_for_nothing_and_has_its_gradient() -> None:
     logits, value = torch.randn(6, 6, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
     mask = torch.tensor([1.0, 0, 1, 1, 0, 1], dtype=torch.float64, requires_grad=True)
-    ours = (logits + log_mask(mask)).softmax(-1) @ value
-    weight = logits.exp() * mask
-    exact = weight / weight.sum(1, keepdim=True) @ value
-    torch.testing.assert_close(ours, exact, rtol=1e-14, atol=1e-14)
-    wanted = torch.autograd.grad(exact.square().sum(), mask)[0]
-    torch.testing.assert_close(torch.autograd.grad(ours.square().sum(), mask)[0], wanted)
-    assert (wanted[mask == 0] != 0).all()
+    pruned = mask == 0
+
+    def gradients(logits: Tensor) -> tuple[Tensor, Tensor]:
+        ours = (logits + log_mask(mask)).softmax(-1) @ value
+        weight = logits.exp() * mask
+        exact = weight / weight.sum(1, keepdim=True) @ value
+        torch.testing.assert_close(ours, exact, rtol=1e-14, atol=1e-14)
+        wanted = torch.autograd.grad(exact.square().sum(), mask)[0]
+        return torch.autograd.grad(ours.square().sum(), mask)[0], wanted
+
+    ours, wanted = gradients(logits - 3 * pruned)
+    torch.testing.assert_close(ours, wanted)
+    assert (wanted[pruned] != 0).all()
+    # Keys that queries like far better than those that are kept may not drown everything else.
+    ours, wanted = gradients(logits + 30 * pruned)
+    loudest = wanted[~pruned].abs().max()
+    assert (wanted[pruned].abs() > 1e6 * loudest).all()
+    torch.testing.assert_close(ours[~pruned], wanted[~pruned])
+    torch.testing.assert_close(ours[pruned], wanted[pruned].sign() * loudest)
 
 
 def test_straight_through_is_hard_with_the_gradient_of_a_softmax() -> None:
@@ -341,13 +353,15 @@ def test_what_is_dropped_is_what_would_never_come_back() -> None:
 def test_what_is_preserved_is_pooled_and_what_is_dropped_is_not() -> None:
     model = vit(2, class_token=False, global_pool="avg", fc_norm=False)
     images = torch.randn(2, 3, 32, 32)
-    reduction = tokred.apply(model, SViT(reactivate=False), QUARTERS)
+    reduction = tokred.apply(model, SViT(reactivate=False), Shares((1, 0.9, 0.9, 0.9)))
     lively_gates(reduction)
+    tokred.calibrate(model, images)
     features = model.forward_features(images)
     torch.testing.assert_close(model(images), model.head(features.mean(1)))
     left = tokred.inspect(model, images).stages[-1].labels.flatten(1) >= 0
     assert left.any(1).all() and not left.all(1).any()
-    tokred.apply(model, SViT(reduction.gates, reactivate=False, preserve=False), QUARTERS)
+    dropping = SViT(reduction.gates, reactivate=False, preserve=False)
+    tokred.apply(model, dropping, Shares((1, 0.9, 0.9, 0.9)))
     mean = torch.stack([row[there].mean(0) for row, there in zip(features, left, strict=True)])
     torch.testing.assert_close(model(images), model.head(mean))
 

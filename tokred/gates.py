@@ -21,7 +21,7 @@ from tokred.optional import require
 Gates = str | Path | nn.ModuleDict
 """Where the weights of a learned method come from: a file, or the modules themselves."""
 
-TINY = 1e-20
+TINY = 1e-30
 """What a pruned key counts, by `log_mask`."""
 
 
@@ -65,9 +65,28 @@ def log_mask(mask: Float[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens
 
     Softmax then weighs key j by m_j exp(a_j) / sum_k m_k exp(a_k) (Rao et al., DynamicViT, NeurIPS
     2021, equation 11). With m = 0 in earnest no gradient would tell what a pruned token might have
-    been good for; 1e-20 in its place is far below rounding in the sum, and the gradient is right.
+    been good for; 1e-30 in its place is far below rounding in the sum, and the gradient is right.
+
+    It has no bound, though: a pruned key that queries like much better than all that are kept
+    would outweigh every other loss. So it is cut to the largest of those of the image's kept keys.
     """
-    return (mask + TINY).log()
+    logarithm: Tensor = _LogMask.apply(mask)
+    return logarithm
+
+
+class _LogMask(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        return (mask + TINY).log()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (mask,) = ctx.saved_tensors
+        kept = mask > 0
+        grad = grad / (mask + TINY)
+        most = grad.abs().masked_fill(~kept, 0).amax(-1, keepdim=True)
+        return torch.where(kept, grad, grad.clamp(-most, most))
 
 
 def width_of(block: nn.Module) -> int | None:

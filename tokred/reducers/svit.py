@@ -24,11 +24,11 @@ from tokred.reducers import Tokens, register
 @register("svit")
 @dataclass(frozen=True)
 class SViT:
-    """Lets a learned gate in front of a block choose the tokens that go through it. The others
-    keep their value, and a later gate may choose them again.
+    """Lets a learned gate choose the tokens that go through a block; the others stay as they are.
 
-    How many tokens go through differs between images; the keep rate is what gates are trained to
-    keep on average. Dense outputs stay whole. Prefix tokens go through every block.
+    A later gate may choose them again. How many tokens go through differs between images; the keep
+    rate is what gates are trained to keep on average. Dense outputs stay whole. Prefix tokens go
+    through every block.
 
     Args:
         gates: a file that `Reduction.save` or `tokred train` has written, or the gates themselves
