@@ -81,7 +81,7 @@ class _LogMask(torch.autograd.Function):
         return (mask + TINY).log()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (mask,) = ctx.saved_tensors
         kept = mask > 0
         grad = grad / (mask + TINY)
