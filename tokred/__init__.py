@@ -34,7 +34,7 @@ from tokred.run import Reduction
 from tokred.schedule import Constant, Exactly, Hourglass, Linear, Shares, Stages
 from tokred.tracing import Trace, inspect
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 
 __all__ = [
     "ATC",
