@@ -105,6 +105,8 @@ def study(folder: Path, drawings: int) -> None:
         file = folder / f"{CLASSIFIER}_svit{suffix}.safetensors"
         tokred.apply(model, tokred.SViT(file, reactivate=method.reactivate))
         rows.append((name, scored(model, images, labels)))
+        tokred.calibrate(model, images[: len(images) // drawings])
+        rows.append((f"{name}, calibrated", scored(model, images, labels)))
     print(f"{CLASSIFIER}, {len(images)} drawings of held-out digits\n")
     table(rows, "accuracy")
 

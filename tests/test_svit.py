@@ -621,15 +621,21 @@ def test_usage_of_methods_that_drop_and_of_those_that_come_back() -> None:
 
 
 @torch.no_grad()
-def test_calibrated_gates_keep_their_share() -> None:
+@pytest.mark.parametrize("reactivate", [True, False])
+def test_calibrated_gates_keep_their_share(reactivate: bool) -> None:
     model, images = vit(2), torch.randn(8, 3, 32, 32)
-    reduction = tokred.apply(model, "svit", QUARTERS)
+    reduction = tokred.apply(model, SViT(reactivate=reactivate), QUARTERS)
     lively_gates(reduction)
     raised = tokred.calibrate(model, images)
     assert raised.keys() == reduction.targets.keys()
     for stage in tokred.inspect(model, images).stages:
         assert sum(stage.counts) == round(reduction.targets[stage.layer] * 16 * 8)
     assert all(abs(more) < 1e-6 for more in tokred.calibrate(model, images).values())
+
+
+def test_only_gates_that_decide_by_themselves_are_calibrated() -> None:
+    model, images = vit(2), torch.randn(2, 3, 32, 32)
+    tokred.apply(model, "svit", QUARTERS)
     with pytest.raises(ValueError, match="must be in eval mode"):
         tokred.calibrate(model.train(), images)
     tokred.apply(model, "tome", 0.5)

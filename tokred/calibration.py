@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tokred.host import module_of
@@ -40,7 +40,8 @@ def calibrate(model: Any, images: Inputs) -> dict[int, float]:
         )
     if model.training:
         raise ValueError("model must be in eval mode, in which gates decide: call model.eval()")
-    sets = {layer: _Sets(target) for layer, target in reduction.targets.items()}
+    left = _Left() if reduction.reducer.remembers else None
+    sets = {layer: _Sets(target, left) for layer, target in reduction.targets.items()}
     hooks = [gates[str(layer)].register_forward_hook(one) for layer, one in sets.items()]
     try:
         with torch.no_grad():
@@ -52,19 +53,37 @@ def calibrate(model: Any, images: Inputs) -> dict[int, float]:
 
 
 @dataclass(eq=False)
+class _Left:
+    """Of a method that remembers: the tokens that no gate has left out so far."""
+
+    tokens: Bool[Tensor, "batch tokens"] | None = None
+
+
+@dataclass(eq=False)
 class _Sets:
     """A forward hook that sets a gate by what it has put out."""
 
     share: float
+    left: _Left | None
     raised: float = 0.0
 
     def __call__(
         self, gate: nn.Module, args: Any, scores: Float[Tensor, "batch tokens 2"]
     ) -> Float[Tensor, "batch tokens 2"]:
         assert isinstance(gate, Gate)
-        odds = (scores[..., 0] - scores[..., 1]).flatten().sort(descending=True).values
-        last = min(len(odds), max(1, round(self.share * len(odds)))) - 1
-        after = min(last + 1, len(odds) - 1)
-        self.raised = -float(odds[last] + odds[after]) / 2
+        odds = scores[..., 0] - scores[..., 1]
+        choice = odds.flatten()
+        if self.left is not None and self.left.tokens is not None:
+            choice = odds[self.left.tokens]
+        choice = choice.sort(descending=True).values
+        last = min(len(choice), max(1, round(self.share * odds.numel()))) - 1
+        after = min(last + 1, len(choice) - 1)
+        self.raised = -float(choice[last] + choice[after]) / 2
+        if after == last:  # all that are left stay
+            self.raised = max(0.0, 1e-3 - float(choice[last]))
         gate.favour(self.raised)
+        if self.left is not None:
+            stays = odds + self.raised > 0
+            former = self.left.tokens
+            self.left.tokens = stays if former is None else stays & former
         return gate.forward(*args)  # without this hook
