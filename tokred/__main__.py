@@ -194,7 +194,7 @@ def _add_fid_options(swept: argparse.ArgumentParser) -> None:
 def _list(options: argparse.Namespace) -> None:
     print("methods")
     for name in reducers.names():
-        print(f"  {name:10s}{_first_clause(reducers.make(name))}")
+        print(f"  {name:12s}{_first_clause(reducers.make(name))}")
     print("hosts")
     for name in host.patch_names():
         library, extra = host.library_of(name), name.split("_")[0]
