@@ -18,6 +18,8 @@ from tokred.__main__ import HEAD, main
 from tokred.cost import Arm, Bench
 from tokred.suites import dense, diffusion
 
+TRAIN = ["train", "tome", "--model", "digits", "--out", "never"]
+
 
 def test_list_names_every_method_and_host(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
@@ -150,6 +152,8 @@ def test_cite_prints_bibtex(capsys: pytest.CaptureFixture[str]) -> None:
         (["show", "test_vit", "--image", "missing.png"], "No such file"),
         (["inspect", "digits", "--pretrained"], "comes with its own images and weights"),
         (["bench", "digits", "--option", "links=3"], "tome has no option 'links'"),
+        ([*TRAIN, "--data", "no_such_folder"], "there is no folder no_such_folder"),
+        ([*TRAIN, "--data", ".", "--epochs", "0"], "epochs must be at least 1, not 0"),
     ],
 )
 def test_mistakes_are_one_line(

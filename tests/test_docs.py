@@ -39,7 +39,7 @@ def test_the_commands_exist(page: Path) -> None:
     commands += re.findall(r"`(tokred [^`]+)`", text)
     for line in commands:
         for command in re.findall(r"(?:^|&& )tokred ([a-z][^&#]*)", line):
-            named_in_passing = command in ("bench", "fid", "inspect", "show", "cite")
+            named_in_passing = command in ("bench", "fid", "train", "inspect", "show", "cite")
             if not named_in_passing:
                 _parser().parse_args(command.split())
 

@@ -1,4 +1,5 @@
-"""The command line: `tokred demo`, `list`, `bench`, `fidelity`, `fid`, `inspect`, `show`, `cite`.
+"""The command line: `tokred demo`, `list`, `bench`, `fidelity`, `fid`, `train`, `inspect`, `show`,
+`cite`.
 
 The demo runs on a bundled checkpoint and bundled images; nothing is downloaded.
 """
@@ -6,6 +7,7 @@ The demo runs on a bundled checkpoint and bundled images; nothing is downloaded.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import tokred
-from tokred import drawing, fid, host, reducers, zoo
+from tokred import drawing, fid, host, pictures, reducers, training, zoo
 from tokred.denoising import MODULES
 from tokred.optional import require
 from tokred.reducers import Reducer
@@ -135,6 +137,8 @@ def _parser() -> argparse.ArgumentParser:
             )  # fmt: skip
     swept = command("fid", _fid, "images of a diffusion pipeline by method and keep rate: FID, KID")
     _add_fid_options(swept)
+    trained = command("train", _train, "fine-tune a model that runs on fewer tokens, and its gates")
+    _add_train_options(trained)
     cited = command("cite", _cite, "the BibTeX entry of a method")
     cited.add_argument("method")
     return parser
@@ -189,6 +193,63 @@ def _add_fid_options(swept: argparse.ArgumentParser) -> None:
     add("--batch", type=int, default=8, help="images per call (default: 8)")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     add("--device", choices=("cpu",), help="default: what accelerate finds")
+
+
+def _add_train_options(trained: argparse.ArgumentParser) -> None:
+    add = trained.add_argument
+    standard = training.Recipe()
+    add(
+        "method", metavar="METHOD",
+        help="with options after a colon, such as atc:single; 'none' for the dense model",
+    )  # fmt: skip
+    add(
+        "--model", required=True, metavar="NAME",
+        help="a bundled one, any timm name, or what transformers loads: a folder or a name",
+    )  # fmt: skip
+    add(
+        "--data", required=True, metavar="FOLDER|hf:NAME",
+        help="a folder with a folder of pictures for each class, perhaps in 'train' and 'val'; or "
+        "a Hugging Face dataset",
+    )  # fmt: skip
+    add("--validate", type=Path, metavar="FOLDER", help="if not 'val' of the data")
+    add("--out", type=Path, required=True, help="folder for all that comes of it")
+    add("--keep-rate", type=float, help="in (0, 1] (default: 0.7)")
+    add("--pretrained", action="store_true", help="fetch timm's weights")
+    add(
+        "--weights", type=Path, metavar="FILE", help="of the model, as an earlier training wrote it"
+    )
+    add("--frozen", action="store_true", help="train gates alone; the model stays as it is")
+    add("--per-image", action="store_true", help="every image keeps the same share of tokens")
+    numbers: tuple[tuple[str, type, str], ...] = (
+        ("epochs", int, "passes over the data"),
+        ("batch", int, "images per step, of all processes together"),
+        ("accumulate", int, "into how many parts a batch is divided where memory is short"),
+        ("lr", float, "largest learning rate of the model"),
+        ("gate-lr", float, "largest learning rate of gates"),
+        ("weight-decay", float, "of AdamW"),
+        ("warmup", float, "share of the steps in which learning rates rise"),
+        ("label-smoothing", float, "how much of each label is spread over all classes"),
+        ("seed", int, "where everything random starts"),
+    )
+    for name, kind, text in numbers:
+        default = getattr(standard, name.replace("-", "_"))
+        add(f"--{name}", type=kind, default=default, help=f"{text} (default: {default:g})")
+    for name, text in (
+        ("rate", "the share of tokens that gates keep"),
+        ("kl", "the distance from the dense model's classes"),
+        ("distill", "the distance from the dense model's tokens"),
+    ):
+        add(f"--{name}", type=float, help=f"weight of {text} (default: the method's)")
+    add("--precision", choices=("no", "bf16", "fp16"), default="no", help="mixed precision")
+    add(
+        "--augment", choices=("crop", "none"),
+        help="random crops and flips (default: crop; for bundled models none)",
+    )  # fmt: skip
+    add("--workers", type=int, default=4, help="processes that read pictures (default: 4)")
+    add(
+        "--every", type=int, default=500, metavar="STEPS", help="between checkpoints (default: 500)"
+    )
+    add("--fresh", action="store_true", help="start anew, though there is a checkpoint")
 
 
 def _list(options: argparse.Namespace) -> None:
@@ -333,7 +394,7 @@ def _fidelity(options: argparse.Namespace) -> None:
         named = options.methods or [options.method]
         if options.option and len(named) > 1:
             raise ValueError("--option goes with one method: use --method")
-        methods = {name: reducers.parse(name) for name in named}
+        methods = {name: _with_gates(reducers.parse(name), options) for name in named}
         if options.option or not options.methods:
             methods = {options.method: _reducer(options)}
         for rate in rates:
@@ -455,6 +516,67 @@ def _fid(options: argparse.Namespace) -> None:
         files = fid.report(sweep, options.out, scores)
         print(fid.markdown(scores))
         print(f"wrote {', '.join(map(str, files))}", file=sys.stderr)
+    state.destroy_process_group()
+
+
+def _train(options: argparse.Namespace) -> None:
+    method = None if options.method == "none" else reducers.parse(options.method)
+    usual = training.recipes.get(options.method.partition(":")[0], training.Recipe())
+    given = {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(usual)
+        if getattr(options, field.name, None) is not None
+    }
+    # A method that keeps a fixed number of tokens is best trained to.
+    fixed = usual.per_image or bool(getattr(method, "fixed", False))
+    recipe = dataclasses.replace(usual, **{**given, "per_image": options.per_image or fixed})
+
+    data, held_out = pictures.read(options.data)
+    if options.validate is not None:
+        held_out = pictures.folder(options.validate, data.classes)
+    torch.manual_seed(recipe.seed)  # a new head, and gates
+    model, prepared = pictures.load(
+        options.model,
+        len(data.classes),
+        pretrained=options.pretrained,
+        frozen=recipe.frozen,
+        augment=options.augment,
+    )
+    timms = options.model not in zoo.names() and prepared.name is None
+    if timms and not options.pretrained and options.weights is None:
+        print("note: random weights; --pretrained fetches timm's", file=sys.stderr)
+    if options.weights is not None:
+        try:
+            require("safetensors.torch", "train").load_model(model, options.weights)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{options.weights} does not fit {options.model}: {reason}") from error
+    model.train()  # in which random gates are as they should be
+    if method is not None:
+        tokred.apply(model, method, options.keep_rate)
+    elif options.keep_rate is not None:
+        raise ValueError("the dense model keeps all tokens: give a method, or no --keep-rate")
+    fitted = training.fit(
+        model,
+        pictures.Prepared(data, prepared.train, prepared.name),
+        recipe,
+        options.out,
+        validate=held_out and pictures.Prepared(held_out, prepared.evaluate, prepared.name),
+        workers=options.workers,
+        every=options.every,
+        fresh=options.fresh,
+    )
+    state = require("accelerate", "train").PartialState()
+    if state.is_main_process:
+        (options.out / "classes.json").write_text(json.dumps(data.classes, indent=1))
+        print(f"{options.method} on {options.model}, {recipe.epochs} epochs, {fitted.steps} steps")
+        if fitted.resumed:
+            print(f"went on from step {fitted.resumed}")
+        print(f"loss {fitted.last['loss']:.4g}")
+        if fitted.accuracy is not None:
+            tokens = "" if method is None else f", {fitted.tokens:.1f} tokens in the mean layer"
+            print(f"accuracy {fitted.accuracy:.2%} on {len(held_out or ())} pictures{tokens}")
+        print(f"wrote {options.out}", file=sys.stderr)
     state.destroy_process_group()
 
 
@@ -648,9 +770,14 @@ def _reducer(options: argparse.Namespace) -> Reducer:
     changes = ",".join(options.option)
     colon = "," if ":" in options.method else ":"
     made = reducers.parse(f"{options.method}{colon}{changes}" if changes else options.method)
+    if options.gates and not reducers.learned(made):
+        raise ValueError(f"--gates is for methods that learn, which {made} does not")
+    return _with_gates(made, options)
+
+
+def _with_gates(made: Reducer, options: argparse.Namespace) -> Reducer:
+    """A method that learns, with the gates that were given, or the bundled ones."""
     if not reducers.learned(made):
-        if options.gates:
-            raise ValueError(f"--gates is for methods that learn, which {made} does not")
         return made
     gates = options.gates
     if gates is None and options.model in zoo.names():

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -154,6 +154,7 @@ recipes: dict[str, Recipe] = {
 """What the papers weigh losses with."""
 
 
+@runtime_checkable
 class Samples(Protocol):
     """What is trained on: (inputs, targets), or a dict with "labels" among what the model takes."""
 
@@ -195,7 +196,7 @@ def fit(
     every: int = 500,
     fresh: bool = False,
     bar: bool = True,
-    on_step: Callable[[int, Mapping[str, float]], None] | None = None,
+    on_step: Callable[[int, Mapping[str, float | int]], None] | None = None,
 ) -> Fitted:
     """Trains a model in place, with whatever reduction is applied to it.
 
@@ -325,15 +326,8 @@ def fit(
                 progress.update()
                 ends = step + 1 == begin + per_epoch
                 if ends and validate is not None:
-                    accuracy, tokens = run.validate(validate, reduction)
-                    checks(
-                        {
-                            "step": step + 1,
-                            "epoch": epoch + 1,
-                            "accuracy": accuracy,
-                            "tokens": tokens,
-                        }
-                    )
+                    found = run.validate(validate)
+                    checks({"step": step + 1, "epoch": epoch + 1, **found})
                 if ends or (step + 1) % every == 0:
                     accelerator.wait_for_everyone()
                     if accelerator.is_main_process:
@@ -345,13 +339,8 @@ def fit(
             _finish(out, model, reduction, recipe)
         accelerator.wait_for_everyone()
     rows, checked = read_table(out / "log.csv"), read_table(out / "validation.csv")
-    return Fitted(
-        total,
-        first,
-        rows[-1],
-        checked[-1]["accuracy"] if checked else None,
-        checked[-1]["tokens"] if checked else None,
-    )
+    last = checked[-1] if checked else {}
+    return Fitted(total, first, rows[-1], last.get("accuracy"), last.get("tokens"))
 
 
 # A step
@@ -475,10 +464,11 @@ class _Run:
         kept = {f"kept_{layer}": mask.detach().float().mean() for layer, mask in decisions.items()}
         return {"loss": loss, **terms, **kept}
 
-    def validate(self, data: Samples, reduction: Any) -> tuple[float, float]:
-        """The share of labels that the model tells right, and the mean number of patch tokens in a
-        layer, over all samples and processes. In evaluation mode: tokens are really left out."""
-        recipe, accelerator = self.recipe, self.accelerator
+    def validate(self, data: Samples) -> dict[str, float]:
+        """The share of labels that the model tells right ("accuracy"), and with a reduction the
+        mean number of patch tokens in a layer ("tokens"), over all samples and processes. In
+        evaluation mode: tokens are really left out."""
+        recipe, accelerator, reduction = self.recipe, self.accelerator, self.trained.reduction
         mine = list(range(accelerator.process_index, len(data), accelerator.num_processes))
         parts = [mine[at : at + self.share] for at in range(0, len(mine), self.share)]
         sums = torch.zeros(4, dtype=torch.float64)
@@ -503,8 +493,7 @@ class _Run:
             right = (scores.argmax(1) == targets) & valid
             tokens = 0.0
             if reduction is not None:
-                used = usage(records, reduction.layout, len(targets))
-                tokens = float(used.mean(0).sum())
+                tokens = float(usage(records, reduction.layout, len(targets)).mean(0).sum())
             sums += torch.tensor(
                 [float(right.sum()), float(valid.sum()), tokens, len(targets)], dtype=torch.float64
             )
@@ -512,8 +501,9 @@ class _Run:
         if accelerator.num_processes > 1:
             sums = sums.float().to(accelerator.device)  # not every device has float64
             dist.all_reduce(sums)
-        correct, valid_labels, tokens, samples = sums.tolist()
-        return correct / max(valid_labels, 1), tokens / max(samples, 1)
+        correct, labels, tokens, samples = sums.tolist()
+        used = {} if reduction is None else {"tokens": tokens / max(samples, 1)}
+        return {"accuracy": correct / max(labels, 1), **used}
 
 
 def split(batch: Any) -> tuple[Any, Any]:
@@ -547,7 +537,7 @@ def usage(records: Sequence[Record], layout: Layout, batch: int) -> Float[Tensor
                 continue
             labels = record.map.labels()
             here = (labels.max(1).values + 1).float().cpu().expand(batch)
-            if not getattr(record, "around", False):  # else there are all tokens again behind it
+            if not record.around:  # else there are all tokens again behind it
                 now = here
         by_layer[layer] = here
     return torch.stack(list(by_layer.values()))
@@ -805,7 +795,6 @@ def _accelerator(recipe: Recipe, find_unused: bool) -> Iterator[Any]:
     try:
         yield accelerator
     finally:
-        accelerator.free_memory()
         if ours:  # so that the next training of this process may have another precision
             state.AcceleratorState._reset_state()
 
@@ -872,9 +861,6 @@ def _begin(out: Path, pinned: Mapping[str, Any], first: int) -> None:
     for file in folder.glob("step-*"):
         if file.suffix == ".part" or int(file.stem.removeprefix("step-")) > first:
             file.unlink()
-    if first == 0:
-        for file in (out / CURVE, out / "gates.safetensors", out / "model.safetensors"):
-            file.unlink(missing_ok=True)
     _write(out / "recipe.json", json.dumps(pinned, indent=1))
 
 
@@ -933,7 +919,9 @@ def _finish(out: Path, model: nn.Module, reduction: Any, recipe: Recipe) -> None
 
 
 @contextmanager
-def _table(file: Path, first: int, writes: bool) -> Iterator[Callable[[Mapping[str, float]], None]]:
+def _table(
+    file: Path, first: int, writes: bool
+) -> Iterator[Callable[[Mapping[str, float | int]], None]]:
     """Adds rows to a CSV file, in which those after step `first` are taken out before."""
     if not writes:
         yield lambda row: None
@@ -949,7 +937,7 @@ def _table(file: Path, first: int, writes: bool) -> Iterator[Callable[[Mapping[s
     with file.open("a", newline="") as opened:
         writer = csv.writer(opened, lineterminator="\n")
 
-        def add(row: Mapping[str, float]) -> None:
+        def add(row: Mapping[str, float | int]) -> None:
             if opened.tell() == 0:
                 writer.writerow(row)
             writer.writerow(row.values())
@@ -981,8 +969,8 @@ def _write(path: Path, text: str) -> None:
 
 
 def plot(out: Path) -> Path:
-    """Draws `curve.png` from the tables in a folder, while training runs or afterwards: loss, and
-    the share of tokens that gates keep, over the steps.
+    """Draws `curve.png` from the tables in a folder, while training runs or afterwards: losses, the
+    share of tokens that gates keep, and what validation found, over the steps.
 
     Raises:
         ValueError: nothing was logged.
@@ -992,36 +980,30 @@ def plot(out: Path) -> Path:
     if not rows:
         raise ValueError(f"there is no log in {out}")
     kept = [name for name in rows[0] if name.startswith("kept_")]
-    figure = require("matplotlib.figure", "plots").Figure(
-        figsize=(11 if kept else 6.5, 4.5), layout="constrained"
-    )
-    panels = list(figure.subplots(1, 2 if kept else 1, squeeze=False)[0])
+    number = 1 + bool(kept) + bool(checks)
+    figure = require("matplotlib.figure", "plots").Figure((5.5 * number, 4.5), layout="constrained")
+    losses, *others = figure.subplots(1, number, squeeze=False)[0]
     steps = [row["step"] for row in rows]
     for name in ("loss", "task", "rate", "kl", "distill"):
         if name in rows[0]:
-            panels[0].plot(steps, smooth([row[name] for row in rows]), label=name)
-    panels[0].set_ylabel("loss, running mean")
-    panels[0].legend(loc="upper right")
-    if checks:
-        right = panels[0].twinx()
-        right.plot(
-            [row["step"] for row in checks],
-            [100 * row["accuracy"] for row in checks],
-            "ko-",
-            markersize=3,
-        )
-        right.set_ylabel("validation accuracy, % (black)")
-    for name in kept:
-        panels[1].plot(
-            steps,
-            smooth([100 * row[name] for row in rows]),
-            label=f"layer {name.removeprefix('kept_')}",
-        )
+            losses.plot(steps, smooth([row[name] for row in rows]), label=name)
+    losses.set_ylabel("loss, running mean")
+    losses.legend()
     if kept:
-        panels[1].set_ylabel("tokens kept, %")
-        panels[1].set_ylim(0, 100)
-        panels[1].legend(ncols=3, fontsize="small")
-    for panel in panels:
+        shares = others.pop(0)
+        for name in kept:
+            label = f"layer {name.removeprefix('kept_')}"
+            shares.plot(steps, smooth([100 * row[name] for row in rows]), label=label)
+        shares.set_ylabel("tokens kept, running mean, %")
+        shares.set_ylim(0, 100)
+        shares.legend(ncols=3, fontsize="small")
+    if checks:
+        (right,) = others
+        right.plot(
+            [row["step"] for row in checks], [100 * row["accuracy"] for row in checks], marker="o"
+        )
+        right.set_ylabel("validation accuracy, %")
+    for panel in figure.axes:
         panel.set_xlabel("step")
         panel.grid(alpha=0.25)
     part = (out / CURVE).with_suffix(".part")
