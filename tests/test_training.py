@@ -265,6 +265,22 @@ def test_gates_learn_to_keep_what_they_should(tmp_path: Path) -> None:
     assert panels.width > 1500
 
 
+@pytest.mark.parametrize("samples", [0, 26])
+def test_in_the_end_gates_keep_their_targets(samples: int, tmp_path: Path) -> None:
+    model, data = reduced("svit"), Digits()
+    for gate in training.reduction_of(model).gates.values():
+        nn.init.constant_(gate.fc2.bias, 0.0)
+        gate.fc2.bias.data[0] = 2.0  # likely all kept, by lot and otherwise
+    recipe_of = recipe("svit", frozen=True, epochs=1, gate_lr=1e-4, calibrate=samples)
+    fit(model, data, recipe_of, tmp_path, bar=False)
+    targets = training.reduction_of(model).targets
+    trace = tokred.inspect(model.eval(), data.images)
+    missed = [
+        abs(sum(stage.counts) / len(data) / 49 - targets[stage.layer]) for stage in trace.stages
+    ]
+    assert max(missed) < 0.05 if samples else min(missed) > 0.2
+
+
 @pytest.mark.parametrize("method", ["svit", "tome"])
 def test_half_precision_trains(method: str, tmp_path: Path) -> None:
     fitted = run(tmp_path / "half", method, precision="bf16")

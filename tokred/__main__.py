@@ -29,6 +29,8 @@ from tokred.reducers.truncate import Truncate
 from tokred.suites import clustering, dense, diffusion, gates, vit
 
 KEEP_RATES = (0.9, 0.7, 0.5, 0.25)
+GATES_KEEP = 0.7
+"""What the bundled gates of SViT are trained for."""
 BATCH = 40
 """Images per batch in the demo."""
 HEAD = ("method", "keep", "tokens after", "accuracy", "change", "M mult-adds", "fewer", "images/s",
@@ -601,6 +603,8 @@ def _demo(options: argparse.Namespace) -> None:
         if not hasattr(one, "schedule") and not reducers.learned(one)
     }
     methods["atc complete"] = tokred.ATC(linkage="complete")
+    methods["dynamicvit"] = tokred.DynamicViT(zoo.gates(method="dynamicvit"))
+    trained = {"svit": tokred.SViT(zoo.gates())}  # for one keep rate
     num = sum(len(labels) for _, labels in batches)
     print(
         f"{zoo.DEFAULT}: a ViT of 12 blocks and width 64, on {num} held-out images of 56x56 "
@@ -610,7 +614,8 @@ def _demo(options: argparse.Namespace) -> None:
         "limit: the speed-up of cutting off as many tokens at no cost, which no method can beat\n"
     )
     points: dict[str, list[tuple[float, float]]] = {}
-    with _bar((len(methods) + 1) * len(KEEP_RATES) * len(batches), "demo") as bar, torch.no_grad():
+    laps_of_all = (len(methods) + 1) * len(KEEP_RATES) + len(trained)
+    with _bar(laps_of_all * len(batches), "demo") as bar, torch.no_grad():
 
         def row(*cells: str) -> None:
             first, *rest = (cell.rjust(width) for cell, width in zip(cells, WIDTHS, strict=True))
@@ -618,13 +623,14 @@ def _demo(options: argparse.Namespace) -> None:
 
         row(*HEAD)
         for rate in KEEP_RATES:
-            laps = _race(model, {"limit": Truncate(), **methods}, rate, batches, bar)
+            racing = {**methods, **(trained if rate == GATES_KEEP else {})}
+            laps = _race(model, {"limit": Truncate(), **racing}, rate, batches, bar)
             dense = laps["dense"]
             if rate == KEEP_RATES[0]:
                 macs = tokred.flops(model, batches[0][0][:1]).dense / 1e6
                 row("dense", "", "196", f"{dense.accuracy:.1%}", "", f"{macs:.1f}", "",
                     f"{dense.speed:.0f}", "", "")  # fmt: skip
-            for name, reducer in sorted(methods.items()):
+            for name, reducer in sorted(racing.items()):
                 lap = laps[name]
                 with tokred.applied(model, reducer, rate):
                     counted = tokred.flops(model, batches[0][0][:1])
@@ -632,7 +638,7 @@ def _demo(options: argparse.Namespace) -> None:
                 row(
                     name,
                     f"{rate}",
-                    ("<= " if reducers.varies(reducer) else "") + " ".join(map(str, lap.stages)),
+                    _more_or_less(reducer) + " ".join(map(str, lap.stages)),
                     f"{lap.accuracy:.1%}",
                     f"{(lap.accuracy - dense.accuracy) * 100:+.1f}",
                     f"{counted.reduced / 1e6:.1f}",
@@ -644,6 +650,13 @@ def _demo(options: argparse.Namespace) -> None:
                 points.setdefault(name, []).append((speed_up, lap.accuracy * 100))
     _draw_demo(model, held_out.images[:3], points, dense.accuracy * 100, options.out)
     print(f"\nwrote {options.out}; {time.perf_counter() - begin:.0f} s in all")
+
+
+def _more_or_less(reducer: Reducer) -> str:
+    """What to write before the numbers of tokens that a schedule asks for."""
+    if not reducers.varies(reducer):
+        return ""
+    return "~ " if reducers.learned(reducer) else "<= "
 
 
 @dataclass(frozen=True)
@@ -671,7 +684,8 @@ def _race(
             if name == "dense":
                 tokred.remove(model)
             else:
-                tokred.apply(model, methods[name], keep_rate, full_grid=False)
+                around = reducers.place(methods[name]) == "around"
+                tokred.apply(model, methods[name], keep_rate, full_grid=around)
                 bar.update()
             if number == 0:
                 model(images[:2])  # what is compiled at its first call is not timed

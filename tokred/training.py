@@ -39,6 +39,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from tokred.calibration import calibrate
 from tokred.host import find_host
 from tokred.inputs import call
 from tokred.losses import (
@@ -53,6 +54,7 @@ from tokred.losses import (
 )
 from tokred.optional import require
 from tokred.patching import reduction_of, remove, uncompiled
+from tokred.reducers import varies
 from tokred.run import Layout, Record
 
 __all__ = [
@@ -98,6 +100,10 @@ class Recipe:
         kl: weight of `kl_loss`.
         distill: weight of `token_loss`.
         label_smoothing, ignore_index: see `cross_entropy`.
+        calibrate: the number of samples on which gates that decide by themselves are set to their
+            targets when training is over (`tokred.calibrate`), all at once; 0 leaves them. What
+            gates keep by lot while they train need not be what they keep when the better of two
+            logits decides.
         seed: where everything random starts.
 
     Raises:
@@ -120,13 +126,14 @@ class Recipe:
     distill: float = 0.0
     label_smoothing: float = 0.0
     ignore_index: int = -100
+    calibrate: int = 256
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("lr", "gate_lr", "weight_decay", "rate", "kl", "distill"):
+        for name in ("lr", "gate_lr", "weight_decay", "rate", "kl", "distill", "calibrate"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
         for name in ("warmup", "label_smoothing"):
@@ -325,6 +332,8 @@ def fit(
                 progress.set_postfix_str(f"loss {terms['loss']:.4g}{shown}", refresh=False)
                 progress.update()
                 ends = step + 1 == begin + per_epoch
+                if step + 1 == total:
+                    run.calibrate(data)
                 if ends and validate is not None:
                     found = run.validate(validate)
                     checks({"step": step + 1, "epoch": epoch + 1, **found})
@@ -463,6 +472,21 @@ class _Run:
                 loss = loss + recipe.distill * terms["distill"]
         kept = {f"kept_{layer}": mask.detach().float().mean() for layer, mask in decisions.items()}
         return {"loss": loss, **terms, **kept}
+
+    def calibrate(self, data: Samples) -> None:
+        """Sets gates that decide by themselves to their targets, see `Recipe`: in every process, on
+        the same samples."""
+        gates, reduction = self.trained.gates, self.trained.reduction
+        number = min(self.recipe.calibrate, len(data))
+        if gates is None or number == 0 or not varies(reduction.reducer):
+            return
+        chosen = order(len(data), self.recipe.seed, -1)[:number]
+        (batch,) = self._loader(data, -1, [chosen])
+        send = require("accelerate.utils", "train").send_to_device
+        self.wrapped.eval()
+        with self.accelerator.autocast():
+            calibrate(self.trained.model, send(split(batch)[0], self.accelerator.device))
+        self.wrapped.train()
 
     def validate(self, data: Samples) -> dict[str, float]:
         """The share of labels that the model tells right ("accuracy"), and with a reduction the
