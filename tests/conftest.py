@@ -109,3 +109,18 @@ def digits() -> Digits:
     held_out = zoo.held_out()
     images = zoo.normalise(held_out.images)
     return lambda: (zoo.load(), images, held_out.labels)
+
+
+# Every method is tried on these hosts, which differ in what surrounds the patches, and these
+# methods, one of each kind, on every host. All others together take minutes: `pytest -m slow`.
+HOSTS_FOR_ALL = ("vit", "distilled", "siglip, attention pooling", "registers, average pooling")
+METHODS_FOR_ALL = ("tome", "atc", "topk", "evit", "svit")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        if {"vit", "method"} <= parameters.keys():
+            known = parameters["vit"] in HOSTS_FOR_ALL or parameters["method"] in METHODS_FOR_ALL
+            if not known:
+                item.add_marker(pytest.mark.slow)
