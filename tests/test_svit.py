@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import re
 import warnings
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import images_for, small
+from conftest import Digits, images_for, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -26,10 +27,11 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import tokred
-from tokred import DynamicViT, Exactly, Shares, SViT
+from tokred import DynamicViT, Exactly, Shares, SViT, zoo
 from tokred.gates import gumbel, log_mask, straight_through
 from tokred.host import find_host
 from tokred.kernels import varlen
+from tokred.models.segmenter import mean_iou
 from tokred.patching import reduction_of
 from tokred.reducers import Tokens
 from tokred.reducers.dynamicvit import Predictor
@@ -607,7 +609,9 @@ def test_the_trace_tells_usage_and_what_came_back() -> None:
     for layer in (2, 3):
         again = (chosen[layer] & ~chosen[layer - 1]).sum() / chosen[layer].sum()
         assert back[layer] == pytest.approx(float(again))
-    assert "for this block" in str(trace)
+    counts = chosen[2].sum(1)
+    told = f"{round(float(counts.float().mean()))} .*of 16; images have {counts.min()} to"
+    assert re.search(told, str(trace).split("\n")[4])
 
 
 @torch.no_grad()
@@ -661,3 +665,63 @@ def test_a_gate_decides_in_its_own_dtype() -> None:
     tokens = Tokens(x=x, size=torch.ones(2, 5), gate=gate)
     scores = gate(x)
     assert torch.equal(SViT()(tokens, 1).labels() >= 0, scores[..., 0] > scores[..., 1])
+
+
+# The bundled gates
+
+
+@torch.no_grad()
+def test_bundled_gates_beat_random_ones_and_top_k(digits: Digits) -> None:
+    model, images, labels = digits()
+    images, labels = images[:200], labels[:200]
+
+    def right() -> float:
+        return float((model(images).argmax(1) == labels).float().mean())
+
+    dense = right()
+    reduction = tokred.apply(model, SViT(zoo.gates()))
+    trained, stages = right(), tokred.inspect(model, images).stages
+    means = {stage.layer: sum(stage.counts) / len(images) for stage in stages}
+    for layer, target in reduction.targets.items():
+        assert abs(means[layer] / 196 - target) < 0.06
+    assert abs(sum(means.values()) / 9 / 196 - sum(reduction.targets.values()) / 9) < 0.03
+    assert len({count for stage in stages for count in stage.counts}) > 30
+
+    lively_gates(tokred.apply(model, "svit", 0.7))
+    tokred.calibrate(model, images)
+    by_lot = right()
+    counts = [196] * 3 + sorted((round(mean) for mean in means.values()), reverse=True)
+    tokred.apply(model, "topk", Exactly(tuple(counts)))
+    top_k = right()
+    assert dense - 0.03 < trained and trained > top_k + 0.02 and trained > by_lot + 0.02
+
+
+@torch.no_grad()
+def test_bundled_predictors_beat_top_k(digits: Digits) -> None:
+    model, images, labels = digits()
+    reached = {}
+    for method in (DynamicViT(zoo.gates(method="dynamicvit")), "topk"):
+        tokred.apply(model, method, 0.7)
+        reached[str(method)] = float((model(images[:200]).argmax(1) == labels[:200]).float().mean())
+    assert reached["DynamicViT()"] > reached["topk"] + 0.02
+
+
+@torch.no_grad()
+def test_bundled_gates_of_scenes_keep_the_segmenter_whole() -> None:
+    name = "digits_scenes"
+    model, held_out = zoo.load(name), zoo.held_out(name)
+    images, labels = zoo.normalise(held_out.images[:12]), held_out.labels[:12]
+    reached = {}
+    for method in (None, SViT(zoo.gates(name)), "topk"):
+        tokred.remove(model)
+        if method is not None:
+            tokred.apply(model, method, tokred.Stages(0.7))
+        scores = model(images)
+        assert scores.shape[2:] == labels.shape[1:]
+        reached[str(method).split("(")[0]] = mean_iou(scores.argmax(1), labels, zoo.SCENE_CLASSES)
+    assert reached["None"] - 0.03 < reached["SViT"] and reached["SViT"] > reached["topk"] + 0.02
+
+
+def test_what_is_not_bundled_is_named() -> None:
+    with pytest.raises(ValueError, match="there are no gates for 'digits' and 'svit'; bundled are"):
+        zoo.gates("digits")

@@ -78,10 +78,13 @@ class Trace:
             if layer in rises:
                 note = f"  {count} -> {rises[layer]} again"
                 count = rises[layer]
-            if stage:
+            if stage and stage.around:
+                mean = sum(stage.counts) / len(stage.counts)
+                count = round(mean)
+                note = f"  of {stage.before}; images have {min(stage.counts)} to {stage.after}"
+            elif stage:
                 count = stage.after
-                note += f"  {stage.before} -> {stage.after}{' for this block' * stage.around}, "
-                note += _told(stage)
+                note += f"  {stage.before} -> {stage.after}, {_told(stage)}"
                 if stage.map.ragged:
                     mean = sum(stage.counts) / len(stage.counts)
                     note += f"; images have {min(stage.counts)} to {stage.after}, mean {mean:.1f}"
