@@ -215,7 +215,7 @@ def pictures(folder: Path) -> None:
         trace = traced(model, zoo.normalise(images))
         drawing.plot_usage(place, trace)
         place.set_title(name)
-        strips += drawing.heat(trace, list(images), cell=8)[:3]
+        strips += drawing.heat(trace, list(images), cell=8)[:2]
     figure.savefig(folder / "gates-layers.png", dpi=90)
     drawing.stack(strips).save(folder / "gates-usage.png")
     print(f"\nwrote {folder / 'gates-layers.png'} and {folder / 'gates-usage.png'}")

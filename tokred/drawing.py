@@ -79,7 +79,7 @@ def heat(trace: Trace, images: Tensor | Sequence[Image], cell: int = 16) -> list
     if len(pictures) != len(usage):
         raise ValueError(f"images must be the {len(usage)} that were traced, not {len(pictures)}")
     fewest, most = int(usage.min()), int(usage.max())
-    scale = torch.linspace(1, 0, trace.grid[0] * cell)[:, None].expand(-1, 2 * cell)
+    scale = torch.linspace(1, 0, trace.grid[0] * cell)[:, None].expand(-1, max(48, 2 * cell))
     captions = ["image", "layers used", f"{fewest} - {most}"]
     strips = []
     for picture, used in zip(pictures, usage, strict=True):
@@ -115,7 +115,9 @@ def plot_usage(axes: Axes, trace: Trace) -> None:
     axes.set_xlabel("layer")
     axes.set_ylabel("share of the patch tokens, %")
     axes.set_xticks(list(layers))
-    axes.legend()
+    axes.set_ylim(0, 130)  # room for the legend
+    axes.set_yticks([0, 25, 50, 75, 100])
+    axes.legend(loc="upper right")
 
 
 def _hot(share: Tensor) -> UInt8[Tensor, "3 height width"]:
