@@ -17,6 +17,7 @@ from tokred import reducers
 from tokred.__main__ import HEAD, main
 from tokred.cost import Arm, Bench
 from tokred.suites import dense, diffusion
+from tokred.suites import tcformer as tcformer_suite
 
 TRAIN = ["train", "tome", "--model", "digits", "--out", "never"]
 
@@ -186,6 +187,37 @@ def test_the_dense_suite_measures_models_and_kernels(monkeypatch: pytest.MonkeyP
     assert all(len(took) == 2 for row in results["kernels"] for took in row["seconds"].values())
     table = dense.markdown(results)
     assert "| vit_tiny_patch16_224, 64x64 | few |" in table and "| 10x10 | 5x5 |" in table
+
+
+def test_the_tcformer_suite_measures_both_versions_and_what_they_do_inside() -> None:
+    small = {"depths": (1, 1, 1, 1), "widths": (8, 16, 24, 32), "heads": (1, 2, 3, 4)}
+    plain = tcformer_suite.backbone.merge
+    results = tcformer_suite.run((64, 40), rounds=2, memory=None, **small)
+    assert tcformer_suite.backbone.merge is plain
+    named = [(row["name"], row["size"]) for row in results["models"]]
+    assert named == [(name, size) for size in (64, 40) for name in ("tcformer", "tcformerv2_small")]
+    for row in results["models"]:
+        assert list(row["seconds"]) == ["all", "clustering", "merging", "conversion"]
+        assert all(len(took) == 2 for took in row["seconds"].values())
+        for whole, *parts in zip(*row["seconds"].values(), strict=True):
+            assert min(parts) > 0 and sum(parts) < whole
+    whole_image, in_parts = (row["macs"] for row in results["models"][:2])
+    assert in_parts < whole_image  # fewer distances
+    table = tcformer_suite.markdown(results)
+    assert "| tcformerv2_small | 64 |" in table and "| tcformer | 40 |" in table
+
+
+def test_show_draws_the_tokens_of_a_tcformer(tmp_path: Path) -> None:
+    for name, options in (
+        ("digits_tcformer", ["--images", "2"]),
+        ("tcformerv2_tiny", ["--image", str(tmp_path / "in.png"), "--image-size", "64"]),
+    ):
+        Image.new("RGB", (80, 60), "red").save(tmp_path / "in.png")
+        out = tmp_path / f"{name}.png"
+        assert main(["show", name, *options, "--out", str(out)]) == 0
+        with Image.open(out) as picture:
+            assert picture.width > 3 * picture.height / (2 if "digits" in name else 1)
+    assert main(["inspect", "digits_tcformer", "--images", "1"]) == 0
 
 
 def test_fidelity_tells_how_close_each_setting_is(capsys: pytest.CaptureFixture[str]) -> None:

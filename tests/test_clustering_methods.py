@@ -106,6 +106,23 @@ def test_clustering_a_large_batch_in_parts_is_the_same(
     assert torch.equal(CLUSTERINGS[name](x, 6), whole)
 
 
+@pytest.mark.parametrize("rows", [1, 7, 40, 99])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_many_tokens_cluster_row_by_row_as_they_do_at_once(rows: int, rounded: bool) -> None:
+    x = images(num=40, batch=3)
+    x = x.round() if rounded else x  # with ties
+    for k, keep in ((1, 1), (5, 10), (9, 40)):
+        by_rows = dpc_knn._cluster(x, keep, k, rows)
+        assert torch.equal(by_rows, dpc_knn.cluster(x, keep, k))
+
+
+@pytest.mark.slow
+def test_thousands_of_tokens_cluster_row_by_row() -> None:
+    x = torch.randn(1, 4100, 2)
+    labels = dpc_knn.cluster(x, 30)
+    assert torch.equal(labels, dpc_knn._cluster(x, 30, 5, rows=4100))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_squared_distances_are_those_of_float64_differences(dtype: torch.dtype) -> None:
     x = (images(num=80, dim=96) + 1000).to(dtype)

@@ -17,6 +17,8 @@ from tokred.reducers import learned, make
 
 CLASSIFIERS = ["digits", "digits_cluttered"]
 SEGMENTERS = ["digits_scenes", "digits_swin"]
+NATIVE = ["digits_tcformer"]
+every_reader = pytest.mark.parametrize("name", CLASSIFIERS + NATIVE)
 every_classifier = pytest.mark.parametrize("name", CLASSIFIERS)
 every_segmenter = pytest.mark.parametrize("name", SEGMENTERS)
 
@@ -36,10 +38,10 @@ def said(name: str, what: str) -> float:
 
 
 def test_names_all_that_is_tested_here() -> None:
-    assert zoo.names() == sorted(CLASSIFIERS + SEGMENTERS)
+    assert zoo.names() == sorted(CLASSIFIERS + SEGMENTERS + NATIVE)
 
 
-@every_classifier
+@every_reader
 def test_reads_as_many_held_out_digits_as_its_card_says(name: str) -> None:
     held_out = zoo.held_out(name)
     assert held_out.images.shape == (397, 1, 56, 56) and held_out.images.dtype == torch.uint8
@@ -48,11 +50,11 @@ def test_reads_as_many_held_out_digits_as_its_card_says(name: str) -> None:
     assert measured * 100 == pytest.approx(said(name, "Held-out accuracy"), abs=0.26)
 
 
-@every_classifier
+@every_reader
 def test_reads_other_drawings_of_them_as_well(name: str) -> None:
     held_out = zoo.held_out(name)
     drawn = zoo.draw(held_out.digits, torch.Generator().manual_seed(5), name)
-    least = {"digits": 0.95, "digits_cluttered": 0.90}[name]
+    least = {"digits": 0.95, "digits_cluttered": 0.90, "digits_tcformer": 0.93}[name]
     assert accuracy(zoo.load(name), zoo.normalise(drawn), held_out.labels) >= least
 
 
@@ -69,6 +71,32 @@ def test_every_method_beats_random_merging_by_far(name: str) -> None:
             reached[method] = accuracy(model, images, held_out.labels)
     baseline = reached.pop("random")
     assert min(reached.values()) > baseline + 0.05, (reached, baseline)
+
+
+@torch.no_grad()
+def test_the_tokens_of_the_tcformer_are_where_the_digit_is() -> None:
+    model, digits = zoo.load("digits_tcformer"), zoo.held_out("digits_tcformer").digits[:100]
+    images, alone = (
+        zoo.draw(digits, torch.Generator().manual_seed(3), "digits_tcformer", fragments=fragments)
+        for fragments in (None, 0)
+    )
+    ink = torch.nn.functional.avg_pool2d(alone.float(), 4)[:, 0] / 255  # of each cell
+    empty = torch.nn.functional.avg_pool2d(images.float(), 4)[:, 0] == 0
+    for stage, least in zip(model.stages(zoo.normalise(images))[1:], (1.8, 2.5, 2.0), strict=True):
+        index, ones = stage.layout.cells.index, torch.ones(100, 196)
+        cells = torch.zeros(100, stage.layout.num_tokens).scatter_add(1, index, ones)
+        tokens = cells.reciprocal().gather(1, index).view(100, 14, 14)  # per cell
+        assert (tokens * ink).sum() / ink.sum() > least * tokens[empty].mean()
+
+
+def test_drawings_without_fragments_are_of_the_same_digits() -> None:
+    digits = zoo.held_out().digits[:20]
+    whole, alone = (
+        zoo.draw(digits, torch.Generator().manual_seed(0), fragments=number).float()
+        for number in (None, 0)
+    )
+    strokes = alone > 128
+    assert 0.03 < strokes.float().mean() < 0.3 and (whole[strokes] > 64).all()
 
 
 def test_drawings_follow_from_the_generator() -> None:

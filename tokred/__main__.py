@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import tokred
-from tokred import drawing, fid, host, pictures, reducers, training, zoo
+from tokred import drawing, fid, host, pictures, reducers, tracing, training, zoo
 from tokred.denoising import MODULES
 from tokred.optional import require
 from tokred.reducers import Reducer
@@ -98,7 +99,8 @@ def _parser() -> argparse.ArgumentParser:
             made.add_argument("--json", action="store_true", help="print everything as JSON")
             many = made.add_argument_group("suites: many models and methods at once")
             many.add_argument(
-                "--suite", choices=("vit", "clustering", "dense", "diffusion", "gates")
+                "--suite",
+                choices=("vit", "clustering", "dense", "diffusion", "gates", "tcformer"),
             )
             many.add_argument("--models", nargs="+", metavar="NAME[:PIXELS]", help="not all of it")
             many.add_argument("--batches", nargs="+", type=int)
@@ -342,6 +344,19 @@ def _bench_suite(options: argparse.Namespace) -> None:
                 on_round=lap,
             )
             text = gates.markdown(results)
+        elif options.suite == "tcformer":
+            # Which registers models with timm, and so is not imported before it is needed.
+            suite = import_module("tokred.suites.tcformer")
+            results = suite.run(
+                (options.image_size,) if options.image_size else suite.SIZES,
+                batch=(options.batches or (1,))[0],
+                rounds=options.rounds,
+                memory=None if options.image_size else suite.MEMORY,
+                device=options.device,
+                dtype=getattr(torch, options.dtype),
+                on_round=lap,
+            )
+            text = suite.markdown(results)
         else:
             results = _run_vit(options, bar, lap)
             text = vit.markdown(results)
@@ -427,18 +442,22 @@ def _fidelity(options: argparse.Namespace) -> None:
 
 def _inspect(options: argparse.Namespace) -> None:
     model, images, _ = _model_and_images(options, options.images)
-    tokred.apply(model, _reducer(options), _keep_rate(options))
+    if tracing.tcformer_in(model) is None:  # whose tokens become few by themselves
+        tokred.apply(model, _reducer(options), _keep_rate(options))
     print(tokred.inspect(model, images))
 
 
 def _show(options: argparse.Namespace) -> None:
     model, images, pictures = _model_and_images(options, options.images)
-    tokred.apply(model, _reducer(options), _keep_rate(options))
+    if tracing.tcformer_in(model) is None:
+        tokred.apply(model, _reducer(options), _keep_rate(options))
     trace = tokred.inspect(model, images)
+    # The cells of TCFormers are many and small.
+    cell = max(2, min(16, 448 // max(trace.grid))) if isinstance(trace, tokred.Trace) else 16
     if options.what == "tokens":
-        drawing.stack(tokred.visualise(trace, pictures)).save(options.out)
+        drawing.stack(tokred.visualise(trace, pictures, cell)).save(options.out)
     elif isinstance(trace, tokred.Trace) and options.what == "usage":
-        drawing.stack(drawing.heat(trace, pictures)).save(options.out)
+        drawing.stack(drawing.heat(trace, pictures, cell)).save(options.out)
     elif isinstance(trace, tokred.Trace):
         figure = require("matplotlib.figure", "plots").Figure(figsize=(7, 4), layout="constrained")
         drawing.plot_usage(figure.add_subplot(), trace)
@@ -751,6 +770,7 @@ def _model_and_images(
         pictures, images = list(drawn), zoo.normalise(drawn)
     else:
         timm = require("timm", "timm")
+        import_module("tokred.models.tcformer")  # which gives timm their names
         size = {"img_size": options.image_size} if options.image_size else {}
         try:
             model = timm.create_model(options.model, pretrained=options.pretrained, **size).eval()

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokred.denoising import DenoiserTrace, Denoising
 from tokred.host import Host, find_host, module_of
 from tokred.inputs import Inputs, call, pixels
-from tokred.maps import TokenMap
+from tokred.maps import Clusters, TokenMap
 from tokred.patching import reduction_of, uncompiled
 from tokred.reducers import Reducer
 
@@ -137,7 +138,8 @@ def inspect(model: Any, images: Inputs, host: Host | None = None) -> Trace | Den
     The model is run as it is (uncompiled, without gradients); its outputs are discarded.
 
     Args:
-        model: a model to which a reduction is applied.
+        model: a model to which a reduction is applied; or a TCFormer, whose tokens become few by
+            themselves, or what has one in it.
         images: what the model takes, on its device and in its dtype: images, or a mapping of
             inputs by name. Of a denoiser (or a pipeline): latents, time step and what else it
             takes.
@@ -151,6 +153,9 @@ def inspect(model: Any, images: Inputs, host: Host | None = None) -> Trace | Den
     """
     model = module_of(model)
     reduction = reduction_of(model)
+    native = tcformer_in(model)
+    if reduction is None and native is not None:
+        return _clusters(native, pixels(images))
     if reduction is None:
         raise ValueError("model has no reduction to inspect; call tokred.apply(model, ...) first")
     if isinstance(reduction, Denoising):
@@ -201,6 +206,43 @@ def inspect(model: Any, images: Inputs, host: Host | None = None) -> Trace | Den
         stages=tuple(stages),
         rises=tuple(rises),
     )
+
+
+def tcformer_in(model: nn.Module) -> Any:
+    """The TCFormer that a model is or has in it; None if there is none."""
+    # There is one only if somebody has imported it.
+    module = sys.modules.get("tokred.models.tcformer.backbone")
+    if module is None:
+        return None
+    return next((one for one in model.modules() if isinstance(one, module.TCFormer)), None)
+
+
+def _clusters(model: Any, images: Tensor) -> Trace:
+    """The tokens of a TCFormer: its cells are the full grid, its stages the reductions."""
+    training = model.training
+    try:
+        with torch.no_grad():
+            layouts = [stage.layout for stage in model.eval().stages(images)]
+    finally:
+        model.train(training)
+    depths = [len(getattr(model, f"block{n + 1}")) for n in range(len(layouts))]
+    stages = []
+    for n in range(1, len(layouts)):
+        fine, coarse = layouts[n - 1], layouts[n]
+        index = coarse.cells.index.gather(1, fine.cells.representatives())
+        stages.append(
+            StageTrace(
+                layer=sum(depths[:n]),
+                before=fine.num_tokens,
+                after=coarse.num_tokens,
+                counts=(coarse.num_tokens,) * len(images),
+                map=Clusters(index, coarse.num_tokens),
+                labels=coarse.cells.index.unflatten(1, coarse.grid),
+            )
+        )
+    parts = " ".join(f"{side}x{side}" for side in model.parts)
+    method = f"{model.clustering} in {parts} parts"
+    return Trace(method, layouts[0].grid, 0, sum(depths), tuple(stages))
 
 
 def _on(reducer: Reducer, device: torch.device) -> str:

@@ -5,19 +5,21 @@ Recognition of Handwritten Digits", 1998, CC BY 4.0), drawn larger:
 
     digits            a digit on an empty ground     timm `VisionTransformer`, 14x14 tokens
     digits_cluttered  among fragments of others      the same; the default
+    digits_tcformer   the same images                `TCFormer`, 14x14 cells
     digits_scenes     3 to 6 digits on a texture,    `Segmenter` on a timm `VisionTransformer`,
                       a class for every pixel        28x28 tokens
     digits_swin       the same scenes                `Segmenter` on a timm `SwinTransformer`,
                                                      28x28 tokens, in windows of 14x14
 
-The first two have patch 4, width 64, 12 blocks and 4 heads: 196 patch tokens and a class token, the
-geometry of DeiT at 224. `load` gives these; `diffusion` gives another, which draws digits:
+`digits` and `digits_cluttered` have patch 4, width 64, 12 blocks and 4 heads: 196 patch tokens and
+a class token, the geometry of DeiT at 224. `load` gives all these; `diffusion` gives another, which
+draws digits:
 
     digits_diffusion  a digit on an empty ground     `DigitPipeline` around a diffusers
                                                      `UNet2DConditionModel`, 32x32 tokens
 
 The model cards are beside the weights, in `zoo/`; `train_digits.py`, `train_segmenter.py`,
-`train_swin.py` and `train_diffusion.py`, in `examples/`, train them again.
+`train_swin.py`, `train_tcformer.py` and `train_diffusion.py`, in `examples/`, train them again.
 """
 
 from __future__ import annotations
@@ -74,6 +76,10 @@ _STYLES = {
     "digits": _Style(0, 0.6, 0.9),
     "digits_cluttered": _Style(4, 0.5, 0.7),
 }
+_STYLES["digits_tcformer"] = _STYLES["digits_cluttered"]
+
+# Whose held-out images they are.
+_HELD_OUT = {"digits_tcformer": "digits_cluttered"}
 
 
 @dataclass(frozen=True)
@@ -171,11 +177,28 @@ def _convolutions(norm_layer: object = None, **options: Any) -> nn.Module:
     return embed
 
 
+def build_tcformer() -> nn.Module:
+    """The architecture of `digits_tcformer`, with random weights: 14x14 cells become 49, 13 and 4
+    tokens."""
+    from tokred.models.tcformer.backbone import TCFormer  # only here: it knows timm's registry
+
+    return TCFormer(
+        (1, 1, 2, 1),
+        in_chans=1,
+        num_classes=10,
+        widths=(32, 64, 96, 128),
+        heads=(1, 2, 3, 4),
+        mlp_ratios=(4, 4, 4, 4),
+        sr_ratios=(2, 1, 1, 1),
+    )
+
+
 _BUILD: dict[str, Callable[[], nn.Module]] = {
     "digits": build_digits,
     "digits_cluttered": build_digits,
     "digits_scenes": build_scenes,
     "digits_swin": build_swin,
+    "digits_tcformer": build_tcformer,
 }
 
 
@@ -240,7 +263,7 @@ def held_out(name: str = DEFAULT) -> HeldOut:
             )
         return HeldOut(images, labels.long(), digits, classes.long())
     safetensors = require("safetensors.torch", "timm")
-    stored = safetensors.load_file(_FOLDER / f"{name}_held_out.safetensors")
+    stored = safetensors.load_file(_FOLDER / f"{_HELD_OUT.get(name, name)}_held_out.safetensors")
     labels = stored["labels"].long()
     return HeldOut(stored["images"], labels, stored["digits"], labels)
 
@@ -257,6 +280,7 @@ def draw(
     generator: torch.Generator,
     name: str = DEFAULT,
     side: int = IMAGE_SIZE,
+    fragments: int | None = None,
 ) -> UInt8[Tensor, "digits 1 side side"]:
     """Draws every digit once, with a random size, place and slant, as a checkpoint knows them.
 
@@ -265,6 +289,8 @@ def draw(
         generator: where the randomness comes from; a CPU generator.
         name: the checkpoint, which decides how large digits are and how cluttered the image is.
         side: height and width of the images, in pixels.
+        fragments: how many pieces of other digits there are around each; as the checkpoint knows
+            them, if not given. With 0, and all else equal, the same digits stand there alone.
 
     Raises:
         ValueError: there is no checkpoint of that name, or it knows scenes (`draw_scenes`).
@@ -281,7 +307,7 @@ def draw(
     picture = _paste(ink, size, uniform(-0.35, 0.35, num), centre, side)
 
     column = torch.arange(8)
-    for _ in range(style.fragments):
+    for _ in range(style.fragments if fragments is None else fragments):
         # A window of 3x3 pixels of another digit, off the digit that is to be read.
         other = ink[torch.randint(num, (num,), generator=generator)]
         corner = torch.randint(1, 5, (num, 2), generator=generator)

@@ -80,31 +80,53 @@ def cluster(
     """
     _check_k(k)
     check_number(num_clusters, x.shape[1])
-    labels = [_cluster(part, num_clusters, k) for part in x.split(samples_at_once(x.shape[1]))]
-    return torch.cat(labels)
+    num = x.shape[1]
+    # As many samples at a time as there is room for; on the CPU, in the cache.
+    at_once, rows = samples_at_once(num), num
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        at_once = min(at_once, max(1, 2**18 // num**2))
+    if num**2 > 2**24:
+        rows = 2 ** (20 if x.device.type == "cpu" else 24) // num + 1
+    return torch.cat([_cluster(part, num_clusters, k, rows) for part in x.split(at_once)])
 
 
 def _cluster(
-    x: Float[Tensor, "batch tokens dim"], num_clusters: int, k: int
+    x: Float[Tensor, "batch tokens dim"], num_clusters: int, k: int, rows: int
 ) -> Int[Tensor, "batch tokens"]:
-    # Squares and logarithms decide the same as distances and densities, and cost less.
-    squared = squared_distances(x)
+    """`rows` is of how many tokens of a sample the distances to all others are held at a time. If
+    not of all, distances are formed for each step anew."""
+    whole, half, unit = _whole_numbers(x)
+    num, dim = x.shape[1:]
+    every = (whole, half)
+    parts = list(zip(whole.split(rows, 1), half.split(rows, 1), strict=True))
 
     # Equation 1, density = exp(-spread). The density itself is never formed: beyond a spread of
-    # 745 it is 0 even in float64, and all such tokens would be equally dense.
-    nearest = squared.topk(min(k, x.shape[1]), largest=False).values
-    spread = nearest.mean(-1) / x.shape[2]
+    # 745 it is 0 even in float64, and all such tokens would be equally dense. (Half squares and
+    # logarithms decide the same as distances and densities, and cost less.)
+    spreads, longest = [], torch.zeros_like(half[:, 0])
+    for part in parts:
+        halved = _halved(part, every)
+        longest = torch.maximum(longest, halved.flatten(1).amax(1))
+        spreads.append(_smallest(halved, min(k, num)).mean(-1) * unit[:, 0] / dim)
+    spread = torch.cat(spreads, 1)
 
     # Equation 2: how far the next denser token is; for the densest, the longest distance there is.
-    denser = spread[:, None, :] < spread[:, :, None]
-    longest = squared.flatten(1).amax(1)[:, None, None]
-    separation = squared.where(denser, longest).amin(-1).sqrt()
+    nearest = []
+    for part, own in zip(parts, spreads, strict=True):
+        if len(parts) > 1:
+            halved = _halved(part, every)
+        denser = spread[:, None, :] < own[:, :, None]
+        nearest.append(halved.where(denser, torch.inf).amin(-1))
+    separation = torch.minimum(torch.cat(nearest, 1), longest[:, None])
 
     # The centres are the tokens with the highest density * separation, here its logarithm.
-    score = separation.log() - spread
-    order = ranked(score)
-    centres = order[:, :num_clusters].sort(-1).values
-    return in_order_of_first_member(join_nearest(squared, centres))
+    score = (separation * unit[:, 0]).sqrt().log() - spread
+    centres = ranked(score)[:, :num_clusters].sort(-1).values
+    if len(parts) == 1:
+        return in_order_of_first_member(join_nearest(halved, centres))
+    chosen = (take(whole, centres), half.gather(1, centres))
+    label = torch.cat([_first_least(_halved(part, chosen), -1) for part in parts], 1)
+    return in_order_of_first_member(_own(label, centres))
 
 
 def squared_distances(x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens tokens"]:
@@ -117,6 +139,26 @@ def squared_distances(x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "ba
     differences, squared and added up, are no more exact than this and take much longer, because no
     matrix product can form them.
     """
+    halved, unit = _half_squared_distances(x)
+    return halved.mul_(unit)
+
+
+def _half_squared_distances(
+    x: Float[Tensor, "batch tokens dim"],
+) -> tuple[Float[Tensor, "batch tokens tokens"], Float[Tensor, "batch 1 1"]]:
+    """Half of the squared distances, in units that differ by sample; and two of these units, a
+    power of two, by which they are to be multiplied."""
+    whole, half, unit = _whole_numbers(x)
+    return _halved((whole, half), (whole, half)), unit
+
+
+def _whole_numbers(
+    x: Float[Tensor, "batch tokens dim"],
+) -> tuple[
+    Float[Tensor, "batch tokens dim"], Float[Tensor, "batch tokens"], Float[Tensor, "batch 1 1"]
+]:
+    """The tokens in whole numbers, half of their squared lengths, and twice the square of what one
+    of these numbers stands for."""
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     # Distances are the same from any origin; what all tokens have in common costs digits.
     x = x - x[:, :1]
@@ -126,11 +168,42 @@ def squared_distances(x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "ba
     length = torch.linalg.vector_norm(x, dim=-1).amax(1)[:, None, None]
     scale = torch.exp2(25 - length.clamp_min(1e-30).log2().ceil())
     whole = (x * scale).round_().double()
-    product = whole @ whole.transpose(1, 2)
-    half = product.diagonal(dim1=1, dim2=2) / 2
-    # In place: on the CPU, fresh memory costs more than the arithmetic here.
-    halved = (half[:, :, None] + half[:, None, :]).sub_(product)
-    return halved.mul_(2 / scale.double().square())
+    return whole, whole.square().sum(-1) / 2, 2 / scale.double().square()
+
+
+def _halved(
+    some: tuple[Float[Tensor, "batch some dim"], Float[Tensor, "batch some"]],
+    others: tuple[Float[Tensor, "batch others dim"], Float[Tensor, "batch others"]],
+) -> Float[Tensor, "batch some others"]:
+    """Half of the squared distances between these and those, see `_whole_numbers`."""
+    # In place: on the CPU, fresh memory costs more than the arithmetic here. (torch's counter of
+    # multiply-adds does not know `baddbmm_`.)
+    halved = some[1][:, :, None] + others[1][:, None, :]
+    torch.baddbmm(halved, some[0], others[0].transpose(1, 2), alpha=-1, out=halved)
+    return halved
+
+
+def _smallest(x: Float[Tensor, "batch some others"], k: int) -> Float[Tensor, "batch some k"]:
+    """The k smallest of every row, rising, of numbers that are not negative."""
+    if not _as_bits(x) or k > 8:
+        return x.topk(k, largest=False).values
+    # One after the other: half the time of topk, which copies every row. Numbers that are not
+    # negative rank as the integers of the same bits, whose minima are found faster.
+    bits = x.view(torch.int64)
+    found = []
+    for _ in range(k):
+        least = bits.min(-1, keepdim=True)
+        found.append(least)
+        bits.scatter_(-1, least.indices, torch.iinfo(torch.int64).max)
+    for least in found:
+        bits.scatter_(-1, least.indices, least.values)
+    return torch.cat([least.values for least in found], -1).view(x.dtype)
+
+
+def _as_bits(x: Tensor) -> bool:
+    """Whether numbers that are not negative may be compared as integers of the same bits."""
+    here = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return here and x.dtype == torch.float64
 
 
 def join_nearest(
@@ -140,12 +213,24 @@ def join_nearest(
     even if another is its equal, so that no cluster is empty.
 
     Args:
-        distance: symmetric; or any that rises with it, such as the square.
+        distance: symmetric, not negative; or any that rises with it, such as the square.
         centres: which tokens are centres, all different.
     """
-    label = take(distance, centres).argmin(1)
+    return _own(_first_least(take(distance, centres), 1), centres)
+
+
+def _own(
+    label: Int[Tensor, "batch tokens"], centres: Int[Tensor, "batch clusters"]
+) -> Int[Tensor, "batch tokens"]:
+    """Gives every centre its own label."""
     own = torch.arange(centres.shape[1], device=centres.device).expand_as(centres)
     return label.scatter(1, centres, own)
+
+
+def _first_least(x: Float[Tensor, "batch a b"], dim: int) -> Int[Tensor, "batch kept"]:
+    """Where the smallest is, the first of equals, of numbers that are not negative."""
+    # As integers of the same bits, see `_smallest`.
+    return x.view(torch.int64).min(dim).indices if _as_bits(x) else x.argmin(dim)
 
 
 def samples_at_once(num: int, elements: int = 2**24) -> int:

@@ -1,0 +1,142 @@
+"""The published TCFormer (V1) checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokred.models.tcformer.backbone import TCFormer
+from tokred.models.tcformer.heads import PoseEstimator
+from tokred.models.tcformer.necks import Pyramid
+from tokred.optional import require
+
+
+def load_released(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """A published checkpoint, in evaluation mode, float32, on the CPU.
+
+    Every weight must fit, and none may be left: names are those of the published files, under
+    "model" or "state_dict" or at the top, with or without the prefix "module.".
+
+    Args:
+        path: a `.pth` file, of which nothing but tensors and plain values is read, or
+            `.safetensors`.
+        model: where the weights go. If not given, a model is made from the shapes in the file: a
+            `TCFormer`; a `Pyramid` if there is a neck; a `PoseEstimator` if there is a keypoint
+            head, too.
+
+    Raises:
+        ValueError: the file is no such checkpoint, or does not fit; the message lists what is
+            missing, what is left, and what has another shape.
+        ModuleNotFoundError: safetensors is not installed, for a file of that kind.
+    """
+    weights = read_released(path)
+    if model is None:
+        model = _model_for(weights, path)
+    elif not any(name.startswith("backbone.") for name in model.state_dict()):
+        weights = {name.removeprefix("backbone."): value for name, value in weights.items()}
+    wanted = model.state_dict()
+    problems = [f"missing: {name}" for name in wanted if name not in weights]
+    problems += [f"left: {name}" for name in weights if name not in wanted]
+    fitting = {}
+    for name in wanted.keys() & weights.keys():
+        value, shape = weights[name], wanted[name].shape
+        # A 1x1 convolution may be stored as a linear layer, and the other way round.
+        if _without_ones(value.shape) != _without_ones(shape):
+            problems.append(f"shape: {name} is {tuple(value.shape)}, not {tuple(shape)}")
+        else:
+            fitting[name] = value.reshape(shape)
+    if problems:
+        told = "\n  ".join(sorted(problems)[:40])
+        more = f"\n  and {len(problems) - 40} more" if len(problems) > 40 else ""
+        kind = type(model).__qualname__
+        raise ValueError(
+            f"{path} does not fit this {kind} in {len(problems)} places:\n  {told}{more}"
+        )
+    model.load_state_dict(fitting)
+    return model.eval()
+
+
+def read_released(path: str | Path) -> dict[str, Tensor]:
+    """The weights in a published file, by the names they have here.
+
+    Raises:
+        ValueError: the file holds no weights, or objects that cannot be read safely.
+        ModuleNotFoundError: safetensors is not installed, for a file of that kind.
+    """
+    content: Any
+    if Path(path).suffix == ".safetensors":
+        content = require("safetensors.torch", "timm").load_file(path)
+    else:
+        try:
+            # Options of the training script lie beside the weights; they are plain values.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{path} holds more than weights, which is not read: {error}"
+            ) from error
+    for key in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"{path} holds no weights")
+    strange = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise ValueError(f"{path} holds no weights alone, but also {', '.join(strange[:5])}")
+    return {str(name).removeprefix("module."): value.float() for name, value in content.items()}
+
+
+def _model_for(weights: Mapping[str, Tensor], path: str | Path) -> nn.Module:
+    """A model of the sizes that the weights have."""
+    prefix = "backbone." if any(name.startswith("backbone.") for name in weights) else ""
+    blocks = [re.match(rf"{prefix}block(\d)\.(\d+)\.", name) for name in weights]
+    depths = [
+        1 + max((int(one[2]) for one in blocks if one and int(one[1]) == n), default=-1)
+        for n in (1, 2, 3, 4)
+    ]
+    stem = weights.get(f"{prefix}patch_embed1.proj.weight")
+    if stem is None or min(depths) == 0:
+        raise ValueError(
+            f"{path} holds no TCFormer: there is no {prefix}patch_embed1.proj.weight, or there are "
+            f"no blocks in one of four stages; it begins with {', '.join(list(weights)[:5])}"
+        )
+
+    def shape(name: str, stage: int) -> torch.Size:
+        found = weights.get(f"{prefix}block{stage}.0.{name}")
+        return torch.Size((1, 1, 1, 1)) if found is None else found.shape
+
+    widths = [shape("norm1.weight", n)[0] for n in (1, 2, 3, 4)]
+    head = weights.get(f"{prefix}head.weight")
+    backbone = TCFormer(
+        depths,
+        in_chans=stem.shape[1],
+        num_classes=0 if head is None else head.shape[0],
+        widths=widths,
+        heads=[max(width // 64, 1) for width in widths],
+        mlp_ratios=[shape("mlp.fc1.weight", n)[0] / widths[n - 1] for n in (1, 2, 3, 4)],
+        sr_ratios=[shape("attn.sr.weight", n)[-1] for n in (1, 2, 3, 4)],
+    )
+    lateral = weights.get("neck.lateral_convs.0.conv.weight")
+    if lateral is None:
+        return Pyramid(backbone) if prefix else backbone
+    strided = any(re.match(r"neck\.merge_blocks\.\d+\.attn\.sr\.", name) for name in weights)
+    neck, channels = "mta" if strided else "mta_pool", lateral.shape[0]
+    keypoints = weights.get("keypoint_head.final_layer.weight")
+    if keypoints is None:
+        return Pyramid(backbone, neck, channels)
+    return PoseEstimator(backbone, keypoints.shape[0], neck, channels)
+
+
+def _without_ones(shape: torch.Size) -> tuple[int, ...]:
+    sides = list(shape)
+    while len(sides) > 1 and sides[-1] == 1:
+        sides.pop()
+    return tuple(sides)
