@@ -104,10 +104,14 @@ def _cluster(
     # 745 it is 0 even in float64, and all such tokens would be equally dense. (Half squares and
     # logarithms decide the same as distances and densities, and cost less.)
     spreads, longest = [], torch.zeros_like(half[:, 0])
-    for part in parts:
+    for number, part in enumerate(parts):
         halved = _halved(part, every)
         longest = torch.maximum(longest, halved.flatten(1).amax(1))
-        spreads.append(_smallest(halved, min(k, num)).mean(-1) * unit[:, 0] / dim)
+        # The nearest is the token itself, at distance 0, which need not be looked for.
+        itself = halved.diagonal(number * rows, 1, 2).fill_(torch.inf)
+        others = _smallest(halved, min(k, num) - 1).sum(-1)
+        itself.fill_(0)
+        spreads.append(others / min(k, num) * unit[:, 0] / dim)
     spread = torch.cat(spreads, 1)
 
     # Equation 2: how far the next denser token is; for the densest, the longest distance there is.
@@ -185,7 +189,7 @@ def _halved(
 
 def _smallest(x: Float[Tensor, "batch some others"], k: int) -> Float[Tensor, "batch some k"]:
     """The k smallest of every row, rising, of numbers that are not negative."""
-    if not _as_bits(x) or k > 8:
+    if not _as_bits(x) or not 1 <= k <= 8:
         return x.topk(k, largest=False).values
     # One after the other: half the time of topk, which copies every row. Numbers that are not
     # negative rank as the integers of the same bits, whose minima are found faster.
