@@ -233,10 +233,21 @@ def test_copies_and_saved_models_stand_on_their_own(some: Small) -> None:
     assert torch.equal(answered(some, back, inputs), answered(some, model, inputs))
 
 
-def test_compiles_in_one_graph_without_recompiling(some: Small) -> None:
+# Compiling takes ten seconds: in every run one model of these, of all families with `-m slow`.
+COMPILED = ("timm_vit", "timm_eva", "timm_relpos", "transformers_vit", "transformers_clip",
+            "transformers_dinov2", "torchvision_vit")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "family",
+    [f if f in COMPILED else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES],
+)
+def test_compiles_in_one_graph_without_recompiling(family: str) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch._dynamo.reset()
+    torch.manual_seed(0)
+    some = SMALL[FIRST[family]]
     model, inputs = some.build(), some.inputs(2)
     try:
         call(torch.compile(model, fullgraph=True, backend="eager"), inputs)

@@ -265,6 +265,15 @@ def test_gates_learn_to_keep_what_they_should(tmp_path: Path) -> None:
     assert panels.width > 1500
 
 
+def test_somebody_elses_accelerator_stays_what_it_is(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    theirs = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    run(tmp_path, "none", epochs=1)
+    assert theirs.mixed_precision == "bf16"
+    assert accelerate.Accelerator(cpu=True, mixed_precision="bf16").state is not None
+    accelerate.state.AcceleratorState._reset_state()
+
+
 @pytest.mark.parametrize("samples", [0, 26])
 def test_in_the_end_gates_keep_their_targets(samples: int, tmp_path: Path) -> None:
     model, data = reduced("svit"), Digits()

@@ -58,7 +58,9 @@ def test_reads_other_drawings_of_them_as_well(name: str) -> None:
     assert accuracy(zoo.load(name), zoo.normalise(drawn), held_out.labels) >= least
 
 
-@every_classifier
+@pytest.mark.parametrize(
+    "name", ["digits_cluttered", pytest.param("digits", marks=pytest.mark.slow)]
+)
 def test_every_method_beats_random_merging_by_far(name: str) -> None:
     held_out = zoo.held_out(name)
     images, model = zoo.normalise(held_out.images), zoo.load(name)

@@ -806,21 +806,22 @@ def seeded(seed: int) -> Iterator[None]:
 @contextmanager
 def _accelerator(recipe: Recipe, find_unused: bool) -> Iterator[Any]:
     accelerate = require("accelerate", "train")
-    state = require("accelerate.state", "train")
+    state = require("accelerate.state", "train").AcceleratorState
     cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes")
     # Without being told, accelerate takes each of several processes on CPUs for the only one.
     cpu = cpu or not torch.accelerator.is_available()
-    ours = not state.is_initialized()
+    # Somebody else may have one with another precision, of which there is only one in a process.
+    former = dict(state._shared_state)
+    state._reset_state()
     # Some models have parameters that classification does not reach.
     wrapping = accelerate.DistributedDataParallelKwargs(find_unused_parameters=find_unused)
-    accelerator = accelerate.Accelerator(
-        cpu=cpu, mixed_precision=recipe.precision, kwargs_handlers=[wrapping]
-    )
     try:
-        yield accelerator
+        yield accelerate.Accelerator(
+            cpu=cpu, mixed_precision=recipe.precision, kwargs_handlers=[wrapping]
+        )
     finally:
-        if ours:  # so that the next training of this process may have another precision
-            state.AcceleratorState._reset_state()
+        state._reset_state()
+        state._shared_state.update(former)
 
 
 def _pins(model: nn.Module, reduction: Any, recipe: Recipe, samples: int) -> dict[str, Any]:
