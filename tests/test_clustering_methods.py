@@ -400,3 +400,26 @@ def test_mutual_counts_a_merged_token_by_its_size() -> None:
     for (first, second), expected in towards.items():
         size = torch.tensor([[first, second, 1.0, 1.0]])
         assert mutual.match(metric, size, 2).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("batch", "num", "dim", "k"),
+    [(3, 49, 16, 5), (2, 7, 3, 2), (9, 196, 8, 5), (1, 3, 4, 5), (2, 64, 4, 8)],
+)
+@pytest.mark.parametrize("kind", ["random", "ties", "equal", "large"])
+def test_density_peaks_by_numba_are_those_by_tensors(
+    batch: int, num: int, dim: int, k: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("numba")
+    x = torch.randn(batch, num, dim)
+    if kind == "ties":
+        x = x.round()
+    elif kind == "equal":
+        x = x[:, :1].expand_as(x)
+    elif kind == "large":
+        x = x * 1e6 + 1e8
+    counts = sorted({1, 2, num // 4 + 1, num})
+    ours = [dpc_knn.cluster(x, count, k) for count in counts]
+    monkeypatch.setattr(dpc_knn, "_installed", lambda library: False)
+    for count, labels in zip(counts, ours, strict=True):
+        assert torch.equal(labels, dpc_knn.cluster(x, count, k))

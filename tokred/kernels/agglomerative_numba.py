@@ -25,11 +25,7 @@ of floats are not (what to do with NaN forbids it). numba must be installed to i
 
 from __future__ import annotations
 
-import inspect
-import os
-import threading
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numba
 import numpy as np
@@ -38,9 +34,9 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokred.kernels.compiling import compiled, compiled_parallel, running, threads_for
 from tokred.kernels.scratch import scratch
 
-F = TypeVar("F", bound=Callable[..., object])
 Floats = NDArray[np.floating[Any]]
 Integers = NDArray[np.integer[Any]]
 
@@ -52,11 +48,6 @@ _INFINITE_64 = np.int64(0x7FF0000000000000)
 
 # So many distances take a thread about as long as it takes to wake another one.
 _DISTANCES_PER_THREAD = 2**15
-
-# numba's threads are not there in a process that was forked off (with OpenMP, asking for them ends
-# the process), and not every kind of them may be called from two places at once.
-_PROCESS = os.getpid()
-_ONE_AT_A_TIME = threading.Lock()
 
 
 def cluster(
@@ -93,11 +84,7 @@ def cluster(
     labels = np.empty((batch, num), dtype=np.int64)
 
     worth = batch * num * num // _DISTANCES_PER_THREAD
-    threads = max(1, min(batch, worth, torch.get_num_threads()))
-    if os.getpid() != _PROCESS:
-        threads = 1
-    if threads > 1:
-        threads = min(threads, _available())
+    threads = threads_for(min(batch, worth))
     near = samples if in_place else scratch("near", (threads, num, stride), np.float32)
     floats = scratch("floats", (threads, 6, stride), np.float64)
     integers = scratch("integers", (threads, 8, stride), np.int32)
@@ -105,24 +92,9 @@ def cluster(
     if threads == 1:
         _cluster_share(0, 1, *arguments)
     else:
-        with _ONE_AT_A_TIME:
-            before = numba.get_num_threads()  # of this Python thread alone
-            numba.set_num_threads(threads)
-            try:
-                _cluster_shares(threads, *arguments)
-            finally:
-                numba.set_num_threads(before)
+        with running(threads):
+            _cluster_shares(threads, *arguments)
     return torch.from_numpy(labels)
-
-
-def _available() -> int:
-    """The threads that numba may use. Asking for the first time starts them; with OpenMP, that
-    also changes how many PyTorch uses, which is put right again."""
-    before = torch.get_num_threads()
-    available: int = numba.get_num_threads()
-    if torch.get_num_threads() != before:
-        torch.set_num_threads(before)
-    return available
 
 
 def workspace(batch: int, num: int) -> Float[Tensor, "batch tokens tokens"]:
@@ -141,29 +113,7 @@ def _stride(num: int) -> int:
     return 16 * (lines + 1 - lines % 2)
 
 
-def _compile(function: F, **options: Any) -> F:
-    # Unwrapped, because checks of shapes may have been wrapped around it.
-    plain = inspect.unwrap(function)
-    try:
-        return cast(F, numba.njit(cache=True, nogil=True, **options)(plain))
-    except RuntimeError:  # neither the installation nor the user's cache folder can be written to
-        return cast(F, numba.njit(nogil=True, **options)(plain))
-
-
-def _compiled(function: F) -> F:
-    """Compiles at the first call, and keeps the machine code for other processes.
-
-    Division by zero is as in NumPy: looking for it would keep loops from being vectorised.
-    """
-    return _compile(function, error_model="numpy")
-
-
-def _compiled_parallel(function: F) -> F:
-    """As `_compiled`; every turn of a `prange` loop may run on a thread of its own."""
-    return _compile(function, parallel=True)
-
-
-@_compiled
+@compiled
 def _cluster_share(
     share: int,
     shares: int,
@@ -192,7 +142,7 @@ def _cluster_share(
             )
 
 
-@_compiled_parallel
+@compiled_parallel
 def _cluster_shares(
     shares: int,
     num_clusters: int,
@@ -211,7 +161,7 @@ def _cluster_shares(
         )
 
 
-@_compiled
+@compiled
 def _merge_closest(
     near: Floats,
     num_clusters: int,
@@ -308,7 +258,7 @@ def _merge_closest(
             labels[k] = labels[parent[k]]
 
 
-@_compiled
+@compiled
 def _cut_spanning_tree(
     near: Floats, num_clusters: int, integers: Integers, labels: Integers
 ) -> None:
@@ -362,7 +312,7 @@ def _cut_spanning_tree(
         labels[k] = number[component[k]]
 
 
-@_compiled
+@compiled
 def _approach(
     row: Integers, outside: Integers, edge: Integers, source: Integers, newest: int, num: int
 ) -> None:
@@ -376,7 +326,7 @@ def _approach(
         edge[c] = min(distance, edge[c])
 
 
-@_compiled
+@compiled
 def _keep_shortest(
     num: int,
     wanted: int,
@@ -418,14 +368,14 @@ def _keep_shortest(
         kept[step] = length[step] < longest or last
 
 
-@_compiled
+@compiled
 def _pair(joined: Integers, source: Integers, step: int, num: int) -> int:
     """Orders the edges of one length: by their lower token, then by the other one."""
     one, other = np.int64(joined[step]), np.int64(source[joined[step]])
     return min(one, other) * num + max(one, other)
 
 
-@_compiled
+@compiled
 def _mirror(distance: Floats, near: Floats) -> None:
     """Copies what is above the diagonal to both sides of it; the diagonal becomes infinite.
 
@@ -447,7 +397,7 @@ def _mirror(distance: Floats, near: Floats) -> None:
                     near[c, r] = distance[r, c] + zero
 
 
-@_compiled
+@compiled
 def _reflect(near: Floats) -> None:
     """The same in place, for distances none of which is -0."""
     num, one, tile = np.uint64(near.shape[0]), np.uint64(1), np.uint64(32)
@@ -462,7 +412,7 @@ def _reflect(near: Floats) -> None:
             near[r, r] = np.inf
 
 
-@_compiled
+@compiled
 def _least_32(bits: Integers, num: int) -> int:
     """The least of the first `num` int32."""
     least = _INFINITE_32
@@ -471,7 +421,7 @@ def _least_32(bits: Integers, num: int) -> int:
     return least
 
 
-@_compiled
+@compiled
 def _least_64(bits: Integers, num: int) -> int:
     """The least of the first `num` int64."""
     least = _INFINITE_64
@@ -480,7 +430,7 @@ def _least_64(bits: Integers, num: int) -> int:
     return least
 
 
-@_compiled
+@compiled
 def _find(bits: Integers, num: int, wanted: int) -> int:
     """Where `wanted` stands first. A search that stops there would not be vectorised."""
     nowhere = np.int32(num)
@@ -490,7 +440,7 @@ def _find(bits: Integers, num: int, wanted: int) -> int:
     return first
 
 
-@_compiled
+@compiled
 def _count(bits: Integers, num: int, wanted: int) -> int:
     """How often `wanted` occurs."""
     count = np.int32(0)
@@ -499,7 +449,7 @@ def _count(bits: Integers, num: int, wanted: int) -> int:
     return count
 
 
-@_compiled
+@compiled
 def _count_to(bits: Integers, num: int, limit: int) -> int:
     """How many are no greater than `limit`."""
     count = np.int32(0)
@@ -508,13 +458,13 @@ def _count_to(bits: Integers, num: int, limit: int) -> int:
     return count
 
 
-@_compiled
+@compiled
 def _copy(source: Floats, target: Floats, num: int) -> None:
     for c in range(num):
         target[c] = source[c]
 
 
-@_compiled
+@compiled
 def _load(row: Floats, near: Floats, wide: Floats, first: int, partner: int, num: int) -> None:
     """Reads the row of the cluster of `first`; `partner` is -1 if that is a single token."""
     if partner < 0:
@@ -525,14 +475,14 @@ def _load(row: Floats, near: Floats, wide: Floats, first: int, partner: int, num
         _copy(wide[partner], row[half:], num - half)
 
 
-@_compiled
+@compiled
 def _store(row: Floats, wide: Floats, first: int, partner: int, num: int) -> None:
     half = min(num, wide.shape[1])
     _copy(row, wide[first], half)
     _copy(row[half:], wide[partner], num - half)
 
 
-@_compiled
+@compiled
 def _catch_up(
     row: Floats, into: Integers, absorbed: Integers, start: int, stop: int, average: bool
 ) -> None:
@@ -543,7 +493,7 @@ def _catch_up(
         row[j] = np.inf
 
 
-@_compiled
+@compiled
 def _unite(row: Floats, other: Floats, num: int, average: bool) -> None:
     """`row` becomes the row of both clusters. Infinite in either is infinite in both."""
     if average:
@@ -554,14 +504,14 @@ def _unite(row: Floats, other: Floats, num: int, average: bool) -> None:
             row[c] = other[c] if other[c] > row[c] else row[c]
 
 
-@_compiled
+@compiled
 def _divide(row: Floats, size: Floats, own_size: float, mean: Floats, num: int) -> None:
     """From sums to means; the product of two sizes is exact, so that this rounds once."""
     for c in range(num):
         mean[c] = row[c] / (own_size * size[c])
 
 
-@_compiled
+@compiled
 def _redirect(
     nearest: Integers,
     height: Integers,

@@ -14,6 +14,8 @@ index.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import ClassVar
 
 import torch
@@ -98,6 +100,17 @@ def _cluster(
     whole, half, unit = _whole_numbers(x)
     num, dim = x.shape[1:]
     every = (whole, half)
+    neighbours = min(k, num)
+    if rows >= num and _by_numba(whole, neighbours):
+        from tokred.kernels import density_numba
+
+        halved = _halved(every, every)
+        unit = unit[:, 0]
+        spread, separation = density_numba.spread_and_separation(
+            halved, unit[:, 0], neighbours, dim
+        )
+        centres = _centres(spread, separation, unit, num_clusters)
+        return in_order_of_first_member(join_nearest(halved, centres))
     parts = list(zip(whole.split(rows, 1), half.split(rows, 1), strict=True))
 
     # Equation 1, density = exp(-spread). The density itself is never formed: beyond a spread of
@@ -124,13 +137,33 @@ def _cluster(
     separation = torch.minimum(torch.cat(nearest, 1), longest[:, None])
 
     # The centres are the tokens with the highest density * separation, here its logarithm.
-    score = (separation * unit[:, 0]).sqrt().log() - spread
-    centres = ranked(score)[:, :num_clusters].sort(-1).values
+    centres = _centres(spread, separation, unit[:, 0], num_clusters)
     if len(parts) == 1:
         return in_order_of_first_member(join_nearest(halved, centres))
     chosen = (take(whole, centres), half.gather(1, centres))
     label = torch.cat([_first_least(_halved(part, chosen), -1) for part in parts], 1)
     return in_order_of_first_member(_own(label, centres))
+
+
+def _centres(
+    spread: Float[Tensor, "batch tokens"],
+    separation: Float[Tensor, "batch tokens"],
+    unit: Float[Tensor, "batch 1"],
+    num_clusters: int,
+) -> Int[Tensor, "batch clusters"]:
+    """The tokens with the highest density * separation, here its logarithm, in their order."""
+    score = (separation * unit).sqrt().log() - spread
+    return ranked(score)[:, :num_clusters].sort(-1).values
+
+
+def _by_numba(x: Tensor, k: int) -> bool:
+    """Whether the kernel for few neighbours is there, and may be called here."""
+    return _as_bits(x) and 1 < k <= 8 and not x.requires_grad and _installed("numba")
+
+
+@cache  # looking takes longer than clustering a few tokens
+def _installed(library: str) -> bool:
+    return find_spec(library) is not None
 
 
 def squared_distances(x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens tokens"]:
