@@ -24,7 +24,7 @@ from torch.testing import assert_close
 from training_run import STEPS_PER_EPOCH, Digits, curve, recipe, reduced, run, small_vit
 
 import tokred
-from tokred import losses, training
+from tokred import losses, training, zoo
 from tokred.losses import cross_entropy, kl_loss, rate_loss, token_loss
 from tokred.models.segmenter import LinearDecoder, Segmenter
 from tokred.training import Noise, Recipe, fit
@@ -263,6 +263,14 @@ def test_gates_learn_to_keep_what_they_should(tmp_path: Path) -> None:
     assert fitted.tokens is not None and 10 < fitted.tokens < 49
     panels = Image.open(tmp_path / "curve.png")
     assert panels.width > 1500
+
+
+def test_a_tcformer_trains_from_nothing(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = zoo.build_tcformer()
+    fit(model, Digits(), recipe("none", epochs=5, lr=2e-3), tmp_path, bar=False)
+    losses = [row["loss"] for row in curve(tmp_path)]
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
 
 
 def test_somebody_elses_accelerator_stays_what_it_is(tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ def _tokens(
     return pixels.round().clamp(0, 255).to(torch.uint8)
 
 
-def _strip(pictures: Sequence[UInt8[Tensor, "3 height width"]], captions: Sequence[str]) -> Image:
+def _strip(pictures: Sequence[UInt8[Tensor, "3 height _width"]], captions: Sequence[str]) -> Image:
     pil, draw, font = (
         require(f"PIL.{name}", "plots") for name in ("Image", "ImageDraw", "ImageFont")
     )
