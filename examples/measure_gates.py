@@ -7,7 +7,8 @@ as many tokens, Top-K with the same mean number of tokens, and what else is trai
 
 The first prints the tables of the bundled gates, and draws where tokens are used; the second adds
 the other cells of the SViT paper's table 3, from the folder that `examples/train_gates.py` has
-written (svit alone, with --no-reactivation, with --per-image, and with both).
+written (svit alone, with --no-reactivation, with --per-image, and with both; with --calibrate 0, to
+see what training alone comes to).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tokred import drawing, zoo
 from tokred.models.segmenter import mean_iou
 from tokred.optional import require
 from tokred.patching import reduction_of
+from tokred.training import usage
 
 CLASSIFIER, SEGMENTER = "digits_cluttered", "digits_scenes"
 LAYERS = 12
@@ -150,8 +152,9 @@ def drawn(number: int) -> tuple[Tensor, Tensor]:
 def scored(model: nn.Module, images: Tensor, labels: Tensor) -> Scores:
     answers, shares = [], []
     for chunk in tqdm(images.split(100 if labels.ndim == 1 else 10), leave=False):
-        answers.append(model(chunk).argmax(1))
-        shares.append(used(model, chunk))
+        answer, share = ran(model, chunk)
+        answers.append(answer)
+        shares.append(share)
     answer, share = torch.cat(answers), torch.cat(shares)
     value = float((answer == labels).float().mean())
     if labels.ndim > 1:
@@ -169,29 +172,24 @@ def traced(model: nn.Module, images: Tensor) -> tokred.Trace:
     return trace
 
 
-def used(model: nn.Module, images: Tensor) -> Tensor:
-    """The share of the patch tokens that each layer works on, [images, layers]."""
-    if reduction_of(model) is None:
-        return torch.ones(len(images), LAYERS)
-    trace = traced(model, images)
-    cells = trace.grid[0] * trace.grid[1]
-    by_layer = {stage.layer: stage for stage in trace.stages}
-    rows, share = [], torch.ones(len(images))
-    for layer in range(trace.layers):
-        stage = by_layer.get(layer)
-        if stage:
-            share = torch.tensor(stage.counts) / cells
-        rows.append(share)
-        if stage and stage.around:
-            share = torch.ones(len(images))
-    return torch.stack(rows, 1)
+def ran(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """What the model says, and the share of the patch tokens that each layer works on, [images,
+    layers]."""
+    reduction = reduction_of(model)
+    if reduction is None:
+        return model(images).argmax(1), torch.ones(len(images), LAYERS)
+    with reduction.recording() as records:
+        answer = model(images).argmax(1)
+    tokens = usage(records, reduction.layout, len(images))
+    return answer, tokens.T / reduction.layout.patches
 
 
+@torch.no_grad()
 def means(model: nn.Module, images: Tensor) -> list[int]:
     """The mean number of tokens that each layer works on."""
-    shares = torch.cat([used(model, chunk) for chunk in images.split(100)]).mean(0)
-    grid = traced(model, images[:1]).grid
-    return [max(1, round(float(share) * grid[0] * grid[1])) for share in shares]
+    shares = torch.cat([ran(model, chunk)[1] for chunk in images.split(100)]).mean(0)
+    patches = reduction_of(model).layout.patches
+    return [max(1, round(float(share) * patches)) for share in shares]
 
 
 def random_gates(model: nn.Module, seed: int, images: Tensor) -> None:

@@ -39,6 +39,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="default: 5; of scenes 2")
     parser.add_argument("--per-image", action="store_true", help="a fixed rate, as in equation 3")
     parser.add_argument("--no-reactivation", action="store_true")
+    parser.add_argument(
+        "--calibrate", type=int, default=256, help="samples; 0: as training left it"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
@@ -55,6 +58,7 @@ def main() -> None:
         batch=8 if scenes else 32,
         gate_lr=2e-3,
         frozen=True,
+        calibrate=options.calibrate,
         seed=options.seed,
     )
     if options.per_image:

@@ -420,6 +420,6 @@ def test_density_peaks_by_numba_are_those_by_tensors(
         x = x * 1e6 + 1e8
     counts = sorted({1, 2, num // 4 + 1, num})
     ours = [dpc_knn.cluster(x, count, k) for count in counts]
-    monkeypatch.setattr(dpc_knn, "_installed", lambda library: False)
+    monkeypatch.setattr(dpc_knn, "installed", lambda library: False)
     for count, labels in zip(counts, ours, strict=True):
         assert torch.equal(labels, dpc_knn.cluster(x, count, k))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 
@@ -19,3 +21,9 @@ def require(module: str, extra: str) -> Any:
         raise ModuleNotFoundError(
             f'this needs {library}: run `pip install "tokred[{extra}]"`'
         ) from error
+
+
+@cache  # looking takes longer than clustering a few tokens
+def installed(library: str) -> bool:
+    """Whether a library is there to be imported."""
+    return find_spec(library) is not None

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
-from importlib.util import find_spec
 from typing import ClassVar
 
 import torch
@@ -23,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tokred.maps import Clusters
-from tokred.optional import require
+from tokred.optional import installed, require
 from tokred.reducers import Tokens, register
 from tokred.reducers.tome import mean_over_heads
 
@@ -144,9 +143,9 @@ def choose(device: torch.device | str, backend: str = "auto") -> str:
     return backend
 
 
-@cache  # looking takes longer than clustering a few tokens
+@cache
 def _installed(library: str) -> bool:
-    if find_spec(library) is None:
+    if not installed(library):
         return False
     # The interpreter of Triton 3.2 (torch 2.6) writes where it must not when it runs our kernel.
     return library != "triton" or _version("triton") >= (3, 3)

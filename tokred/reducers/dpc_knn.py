@@ -14,8 +14,6 @@ index.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 from typing import ClassVar
 
 import torch
@@ -23,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tokred.maps import Clusters, in_order_of_first_member, ranked, take
+from tokred.optional import installed
 from tokred.reducers import Tokens, register
 
 
@@ -158,12 +157,7 @@ def _centres(
 
 def _by_numba(x: Tensor, k: int) -> bool:
     """Whether the kernel for few neighbours is there, and may be called here."""
-    return _as_bits(x) and 1 < k <= 8 and not x.requires_grad and _installed("numba")
-
-
-@cache  # looking takes longer than clustering a few tokens
-def _installed(library: str) -> bool:
-    return find_spec(library) is not None
+    return _as_bits(x) and 1 < k <= 8 and not x.requires_grad and installed("numba")
 
 
 def squared_distances(x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens tokens"]:
@@ -176,17 +170,8 @@ def squared_distances(x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "ba
     differences, squared and added up, are no more exact than this and take much longer, because no
     matrix product can form them.
     """
-    halved, unit = _half_squared_distances(x)
-    return halved.mul_(unit)
-
-
-def _half_squared_distances(
-    x: Float[Tensor, "batch tokens dim"],
-) -> tuple[Float[Tensor, "batch tokens tokens"], Float[Tensor, "batch 1 1"]]:
-    """Half of the squared distances, in units that differ by sample; and two of these units, a
-    power of two, by which they are to be multiplied."""
     whole, half, unit = _whole_numbers(x)
-    return _halved((whole, half), (whole, half)), unit
+    return _halved((whole, half), (whole, half)).mul_(unit)
 
 
 def _whole_numbers(
