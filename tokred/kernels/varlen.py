@@ -119,7 +119,7 @@ def _flash_fits(query: Tensor) -> bool:
     """Whether the flash kernel for sequences of different lengths is there, and takes the dtype."""
     if query.dtype not in (torch.float16, torch.bfloat16) or query.shape[3] % 8:
         return False
-    if find_spec("torch.nn.attention.varlen") is None:  # since torch 2.10
+    if find_spec("torch.nn.attention.varlen") is None:  # older torch
         return False
     return torch.cuda.get_device_capability(query.device) >= (8, 0)
 
