@@ -10,7 +10,6 @@ This file holds the values: one `Row` for each setting, and the `Evaluation` tha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
