@@ -10,6 +10,8 @@ from tokred.citing import cite
 from tokred.cost import Bench, Flops, bench, flops
 from tokred.denoising import Around, DenoiserTrace, Denoising
 from tokred.drawing import visualise
+from tokred.evaluating import evaluate
+from tokred.evaluation import Evaluation
 from tokred.fidelity import Fidelity, fidelity
 from tokred.host import UnsupportedModelError, hosts
 from tokred.patching import applied, apply, remove
@@ -49,6 +51,7 @@ __all__ = [
     "Denoising",
     "DynamicViT",
     "EViT",
+    "Evaluation",
     "Exactly",
     "Fidelity",
     "Flops",
@@ -75,6 +78,7 @@ __all__ = [
     "bench",
     "calibrate",
     "cite",
+    "evaluate",
     "fidelity",
     "flops",
     "hosts",

@@ -15,6 +15,7 @@ import random
 import statistics
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from tokred.denoising import Around, Denoising
@@ -183,12 +186,12 @@ def flops(
     """
     model = uncompiled(module_of(model))
     reduction = reduction_of(model)
-    reduced = _count(model, images)
+    reduced = count(model, images)
     if reduction is None:
         return Flops(reduced, reduced)
-    with _put_back(model, host):
+    with put_back(model, host):
         remove(model)
-        dense = _count(model, images)
+        dense = count(model, images)
     return Flops(dense, reduced)
 
 
@@ -231,7 +234,7 @@ def bench(
         raise ValueError(f"rounds must be at least 1 and warmup 0, not {rounds} and {warmup}")
     model = uncompiled(module_of(model))
     patch = host_of(model, host)
-    with _put_back(model, host):
+    with put_back(model, host):
         if method is not None:
             apply(model, method, keep_rate, schedule=schedule, host=host)
         reduction = reduction_of(model)
@@ -244,7 +247,7 @@ def bench(
             found, tower = find_host(model, host)
             grid = found.layout(tower, (height, width)).grid
             tokens, counts = grid[0] * grid[1], counts_of(model, found, images, reduction, grid)
-        arms = {"dense": None, "reduced": reduction, "limit": _limit(reduction, counts)}
+        arms = {"dense": None, "reduced": reduction, "limit": free_limit_of(reduction, counts)}
         measured = measure(sides(model, patch, arms, compile), images, rounds, warmup, on_round)
     return Bench(
         model=type(model).__name__,
@@ -262,7 +265,9 @@ def bench(
     )
 
 
-def _limit(reduction: Reduction | Denoising, counts: tuple[int, ...]) -> Reduction | Denoising:
+def free_limit_of(
+    reduction: Reduction | Denoising, counts: tuple[int, ...]
+) -> Reduction | Denoising:
     """The same numbers of tokens for nothing."""
     if isinstance(reduction, Denoising):
         return limit_of_denoiser(reduction)
@@ -392,6 +397,50 @@ def measure(
     return {name: Arm(tuple(seconds[name]), memory[name]) for name in names}
 
 
+class _Allocations(TorchDispatchMode):
+    """Counts the bytes of the tensors that operators have made, as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now: int = 0
+        self.most: int = 0
+        self._known = weakref.WeakSet[Any]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for x in tree_leaves((args, kwargs)):  # what was there before is nobody's allocation
+            if isinstance(x, torch.Tensor):
+                self._known.add(x.untyped_storage())
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage() not in self._known:
+                storage = x.untyped_storage()
+                self._known.add(storage)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._freed, storage.nbytes())
+        return out
+
+    def _freed(self, size: int) -> None:
+        self.now -= size
+
+
+def peak_memory(model: Callable[..., Any], images: Inputs) -> int:
+    """Bytes that tensors take at most during a pass without gradients, beyond what was there
+    before: on CUDA what the allocator says, elsewhere the tensors that operators return (not what
+    they hold for themselves while they run)."""
+    device = device_of(images)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        with torch.no_grad():
+            call(model, images)
+        return int(torch.cuda.max_memory_allocated(device) - before)
+    with torch.no_grad(), _Allocations() as allocations:
+        call(model, images)
+    return int(allocations.most)
+
+
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return int(sdpa_flop_count(query, key, value))
 
@@ -400,14 +449,15 @@ def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
 _FUSED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
 
 
-def _count(model: nn.Module, images: Inputs) -> float:
+def count(model: nn.Module, images: Inputs) -> float:
+    """Multiply-adds per image of one pass, as `Flops` has them."""
     with FlopCounterMode(display=False, custom_mapping=_FUSED) as counter, torch.no_grad():
         call(model, images)
     return float(counter.get_total_flops()) / 2 / len(pixels(images))
 
 
 @contextmanager
-def _put_back(model: nn.Module, host: Host | None) -> Iterator[None]:
+def put_back(model: nn.Module, host: Host | None) -> Iterator[None]:
     """Whatever happens inside, the model ends with the reduction that it began with."""
     former = reduction_of(model)
     try:

@@ -181,6 +181,34 @@ def plot_trade_off(
     axes.legend()
 
 
+def plot_front(
+    axes: Axes,
+    points: Mapping[str, Sequence[tuple[float, float]]],
+    dense: float,
+    front: Sequence[tuple[float, float]],
+    label: str,
+) -> None:
+    """A score over speed-up, one line per method; settings that no other is both faster and better
+    than are ringed, and joined by a broken line.
+
+    Args:
+        axes: where to draw.
+        points: for every method, its (speed-up, score) pairs.
+        dense: the score of the dense model, which is the cross.
+        front: the pairs that are ringed.
+        label: what the score is called.
+    """
+    plot_trade_off(axes, points, dense)
+    across, up = [p[0] for p in front], [p[1] for p in front]
+    axes.plot(across, up, "--", color="black", linewidth=0.9, alpha=0.6, zorder=1)
+    axes.plot(
+        across, up, "o", markersize=12, markerfacecolor="none", color="black", alpha=0.7,
+        label="front", zorder=1,
+    )  # fmt: skip
+    axes.set_ylabel(label)
+    axes.legend()
+
+
 def _picture(image: Any, grid: tuple[int, int], cell: int) -> UInt8[Tensor, "3 height width"]:
     """Any image as uint8 RGB, with `cell` pixels per patch."""
     if not isinstance(image, Tensor):

@@ -11,7 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
+
+from tokred import drawing
+from tokred.optional import require
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Row:
         kl: mean Kullback-Leibler divergence of its probabilities from the dense model's, in nats;
             None where there are none.
         cosine: mean cosine between its final features and the dense model's.
+        depth_error: mean distance of its depths from the dense model's, in percent of those; None
+            where none are estimated.
         speed: measured in turns with the dense model,
         dense: which took this in the same run, and with
         limit: the free limit, tokens cut off to the same numbers; None of the dense model.
@@ -66,6 +72,7 @@ class Row:
     agreement: float | None
     kl: float | None
     cosine: float | None
+    depth_error: float | None
     speed: Speed
     dense: Speed
     limit: Speed | None = None
@@ -104,8 +111,9 @@ class Evaluation:
         data: what it was tried on, in words.
         task: "classification", "multilabel", "segmentation", "depth", "relative depth", or
             "unlabelled".
-        leading: the metric that settings are compared by: the first of `Row.metrics`, or
-            "agreement" (with the dense model) where there are no labels.
+        leading: the metric that settings are compared by: the first of `Row.metrics`; where there
+            are no labels, "agreement" with the dense model, or, of models that decide nothing,
+            "depth_error" or "cosine".
         higher_is_better: whether more of it is better.
         unit: of the leading metric: "%" or "".
         device, dtype, threads, batch: what it was measured on.
@@ -139,10 +147,11 @@ class Evaluation:
         return self.rows[1:]
 
     def score(self, row: Row) -> float:
-        """The leading metric of a row; of the dense model's agreement with itself, 100."""
-        if self.leading == "agreement":
-            return 100.0 if row.agreement is None else row.agreement
-        return row.metrics[self.leading]
+        """The leading metric of a row; cosines in percent."""
+        if self.leading in row.metrics:
+            return row.metrics[self.leading]
+        close = getattr(row, self.leading)
+        return float(close) * (100 if self.leading == "cosine" else 1)
 
     def drop(self, row: Row) -> float:
         """By how much a row is worse than the dense model in the leading metric."""
@@ -195,6 +204,113 @@ class Evaluation:
             f"no setting of the {len(self.settings)} that were measured {wanted}; nearest is "
             f"{least.name}, {self.drop(least):.2f} worse at {least.speed_up:.2f}x"
         )
+
+    def lines(self) -> list[str]:
+        """The table as text: its head, and a line for every row."""
+        names = [*self.dense.metrics] if self.dense.metrics else []
+        head = (
+            f"{'method':22s}{'keep':>5s}"
+            + "".join(f"{name:>9s}" for name in names)
+            + f"{'agree':>8s}{'KL':>9s}{'cosine':>8s}{'images/s':>10s}{'speed-up':>9s}"
+            + f"{'limit':>6s}{'latency':>10s}{'G mult':>8s}{'MiB':>7s}  tokens"
+        )
+        return [head, *map(self._line, self.rows)]
+
+    def _line(self, row: Row) -> str:
+        def cell(x: float | None, wide: int, digits: int, by: float = 1.0) -> str:
+            return " " * wide if x is None else f"{x * by:{wide}.{digits}f}"
+
+        speed = row.speed
+        counts = " ".join(map(str, dict.fromkeys((row.tokens, *row.counts))))
+        return (
+            f"{row.method:22s}{'' if row.keep_rate is None else f'{row.keep_rate:g}':>5s}"
+            + "".join(cell(x, 9, 2 if abs(x) >= 1 else 4) for x in row.metrics.values())
+            + cell(row.agreement, 8, 2)
+            + cell(row.kl, 9, 4)
+            + cell(row.cosine, 8, 4)
+            + cell(speed.images_per_second, 10, 1)
+            + f"{row.speed_up:8.2f}x{row.free_limit:6.2f}{speed.latency * 1e3:7.1f} ms"
+            + cell(speed.mult_adds, 8, 3, 1e-9)
+            + cell(speed.peak_memory, 7, 1, 2**-20)
+            + f"  {counts}"
+        )
+
+    def __str__(self) -> str:
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        images = self.dense.images
+        lines = [
+            f"{self.model} on {self.data}: {images} images, {self.task}",
+            *self.lines(),
+            *(f"refused: {name}: {reason}" for name, reason in self.refused.items()),
+            "the front, slowest first: " + ", ".join(row.name for row in self.front()),
+            f"batch {self.batch}, {self.dtype}, {self.device}, {self.threads} threads, {versions}",
+        ]
+        return "\n".join(lines)
+
+    def to_pandas(self) -> Any:
+        """A pandas data frame with a row for every setting.
+
+        Raises:
+            ModuleNotFoundError: pandas is not installed.
+        """
+        return require("pandas", "evaluate").DataFrame([self._flat(row) for row in self.rows])
+
+    def _flat(self, row: Row) -> dict[str, Any]:
+        close = {n: getattr(row, n) for n in ("agreement", "kl", "cosine", "depth_error")}
+        limits = row.limit and {
+            f"limit_{name}": x for name, x in dataclasses.asdict(row.limit).items()
+        }
+        front = self.front()
+        return {
+            "method": row.method,
+            "keep_rate": row.keep_rate,
+            **row.metrics,
+            "drop": self.drop(row),
+            **{name: x for name, x in close.items() if x is not None},
+            "speed_up": row.speed_up,
+            "free_limit": row.free_limit,
+            "latency_speed_up": row.latency_speed_up,
+            **dataclasses.asdict(row.speed),
+            **(limits or {}),
+            "front": row in front,
+            "tokens": row.counts,
+            "images": row.images,
+            "code": row.code,
+        }
+
+    def plot(self, axes: Any = None) -> Any:
+        """The leading metric against the measured speed-up, a line for each method, the settings of
+        the front ringed and joined.
+
+        Args:
+            axes: where to draw; a figure of its own if not given.
+
+        Returns:
+            The figure.
+
+        Raises:
+            ModuleNotFoundError: Matplotlib is not installed.
+        """
+        if axes is None:
+            figure = require("matplotlib.figure", "plots").Figure((7, 4.5), layout="constrained")
+            axes = figure.add_subplot()
+        drawing.plot_front(
+            axes,
+            {
+                method: [(r.speed_up, self.score(r)) for r in self.settings if r.method == method]
+                for method in dict.fromkeys(row.method for row in self.settings)
+            },
+            self.score(self.dense),
+            [(row.speed_up, self.score(row)) for row in self.front()],
+            f"{self.leading}{', %' if self.unit == '%' else ''}",
+        )
+        axes.set_title(f"{self.model}, {self.dense.images} images")
+        return axes.figure
+
+    def _repr_html_(self) -> str:
+        # The report knows this file.
+        page: str = import_module("tokred.report").table(self)
+        return page
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, as JSON can hold it; `from_dict` makes it again."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,12 +30,15 @@ class Fidelity:
             score) that are the same; None if the model decides nothing.
         depth_error: the mean of |depth - dense depth| / dense depth over pixels; None if the model
             estimates no depth.
+        divergence: the Kullback-Leibler divergence of the reduced model's probabilities of classes
+            from the dense model's, in nats, mean over decisions; None if there are none.
     """
 
     images: int
     cosine: float
     agreement: float | None
     depth_error: float | None
+    divergence: float | None = None
 
     def as_dict(self) -> dict[str, float | int | None]:
         return asdict(self)
@@ -43,6 +47,8 @@ class Fidelity:
         text = f"over {self.images} images: cosine of final features {self.cosine:.4f}"
         if self.agreement is not None:
             text += f", same decision {self.agreement:.2%}"
+        if self.divergence is not None:
+            text += f", divergence {self.divergence:.4g}"
         if self.depth_error is not None:
             text += f", relative depth error {self.depth_error:.2%}"
         return text
@@ -72,33 +78,18 @@ def fidelity(
         raise ValueError("a denoiser has no final features to compare: compare images (tokred fid)")
     if not reduction.full_grid:
         raise ValueError("features come out reduced: apply with full_grid=True to compare them")
-    found, tower = find_host(model, host)
-    layout, last = reduction.layout, found.blocks(tower)[-1]
-    reduced_features: list[Tensor] = []
-    sums = _Sums()
-
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        reduced_features.append(output[0] if isinstance(output, tuple) else output)
-
-    handle = last.register_forward_hook(keep)
-    try:
+    found, _ = find_host(model, host)
+    differences = []
+    with seeing(model, host) as see:
         for batch in _batches(batches):
-            with torch.no_grad():
-                reduced_features.clear()
-                reduced = decisions(call(model, batch))
-                remove(model)
-                try:
-                    dense = decisions(call(model, batch))
-                finally:
-                    hang(model, found, reduction)
-            ours, theirs = (
-                y[:, layout.prefix : y.shape[1] - layout.suffix] if y.ndim == 3 else y.flatten(1, 2)
-                for y in (_channels_last(y, found) for y in reduced_features)
-            )
-            sums.add(len(pixels(batch)), ours, theirs, reduced, dense)
-    finally:
-        handle.remove()
-    return sums.result()
+            reduced = see(batch)
+            remove(model)
+            try:
+                dense = see(batch)
+            finally:
+                hang(model, found, reduction)
+            differences.append(compare(reduced, dense))
+    return total(differences)
 
 
 @dataclass(frozen=True)
@@ -108,10 +99,80 @@ class Decisions:
     Attributes:
         chosen: the class of every image, pixel or query; None if the model chooses none.
         depth: of every pixel; None if the model estimates none.
+        scores: of every class, along dimension 1 for pixels and the last for images and queries;
+            None if there are none.
+        probabilities: whether scores are not logits, but add up to something positive.
     """
 
     chosen: Tensor | None
     depth: Float[Tensor, "batch height width"] | None
+    scores: Tensor | None = None
+    probabilities: bool = False
+
+    def logs(self) -> Tensor | None:
+        """The logarithms of the probabilities of classes, along the last dimension."""
+        if self.scores is None:
+            return None
+        scores = self.scores.movedim(1, -1) if self.scores.ndim == 4 else self.scores
+        scores = scores.float()
+        if self.probabilities:
+            scores = scores.clamp(min=1e-12).log()
+        return scores.log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a model made of one batch.
+
+    Attributes:
+        images: how many there were.
+        features: the patch tokens that left the last block.
+        decisions: what came out.
+    """
+
+    images: int
+    features: Float[Tensor, "batch tokens dim"]
+    decisions: Decisions
+
+    def to(self, device: torch.device | str) -> Seen:
+        """The same on another device."""
+        d = self.decisions
+        chosen, depth, scores = (
+            None if x is None else x.to(device) for x in (d.chosen, d.depth, d.scores)
+        )
+        decided = Decisions(chosen, depth, scores, d.probabilities)
+        return Seen(self.images, self.features.to(device), decided)
+
+
+@contextmanager
+def seeing(model: nn.Module, host: Host | None = None) -> Iterator[Callable[[Inputs], Seen]]:
+    """For the length of a `with` block, a function that runs the model on a batch, as it then is,
+    without gradients.
+
+    Args:
+        model: the model.
+        host: the host, if one was given to `tokred.apply`.
+    """
+    found, tower = find_host(model, host)
+    layout = found.layout(tower, None)
+    features: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        features.append(output[0] if isinstance(output, tuple) else output)
+
+    def see(batch: Inputs) -> Seen:
+        features.clear()
+        with torch.no_grad():
+            decided = decisions(call(model, batch))
+        y = _channels_last(features[-1], found)
+        y = y[:, layout.prefix : y.shape[1] - layout.suffix] if y.ndim == 3 else y.flatten(1, 2)
+        return Seen(len(pixels(batch)), y, decided)
+
+    handle = found.blocks(tower)[-1].register_forward_hook(keep)
+    try:
+        yield see
+    finally:
+        handle.remove()
 
 
 def decisions(outputs: Any) -> Decisions:
@@ -125,6 +186,7 @@ def decisions(outputs: Any) -> Decisions:
     prompted = _field(outputs, "pred_masks")
     if prompted is not None:
         return Decisions((prompted > 0).long(), None)
+    probabilities = masks is not None
     if isinstance(outputs, Tensor):
         scores = outputs
     if masks is not None:
@@ -135,46 +197,100 @@ def decisions(outputs: Any) -> Decisions:
         scores = torch.einsum("bqc,bqhw->bchw", queries.softmax(-1)[..., :-1], masks.sigmoid())
     if depth is not None or scores is None:
         return Decisions(None, depth)
-    return Decisions(scores.argmax(1 if scores.ndim == 4 else -1), None)
+    chosen = scores.argmax(1 if scores.ndim == 4 else -1)
+    return Decisions(chosen, None, scores, probabilities)
 
 
-class _Sums:
-    """Runs up what is compared, batch by batch."""
+@dataclass(frozen=True)
+class Difference:
+    """What two models made of one batch, as sums that add up over batches.
 
-    def __init__(self) -> None:
-        self.images = 0
-        self.tokens = 0
-        self.cosine = 0.0
-        self.chosen = 0
-        self.same = 0
-        self.depths = 0
-        self.error = 0.0
+    Attributes:
+        images: how many there were.
+        tokens, cosine: patch tokens, and the sum of the cosines between their features.
+        chosen, same: decisions, and how many of them are the same.
+        scored, divergence: decisions with probabilities, and the sum of the divergences.
+        depths, error: pixels with a depth, and the sum of the relative errors.
+    """
 
-    def add(
-        self, images: int, ours: Tensor, theirs: Tensor, reduced: Decisions, dense: Decisions
-    ) -> None:
-        self.images += images
-        cosine = F.cosine_similarity(ours.double(), theirs.double(), dim=-1)
-        self.tokens += cosine.numel()
-        self.cosine += float(cosine.sum())
-        if reduced.chosen is not None and dense.chosen is not None:
-            self.chosen += dense.chosen.numel()
-            self.same += int((reduced.chosen == dense.chosen).sum())
-        if reduced.depth is not None and dense.depth is not None:
-            there = dense.depth > 0
-            error = (reduced.depth - dense.depth).abs()[there] / dense.depth[there]
-            self.depths += int(there.sum())
-            self.error += float(error.double().sum())
+    images: int = 0
+    tokens: int = 0
+    cosine: float = 0.0
+    chosen: int = 0
+    same: int = 0
+    scored: int = 0
+    divergence: float = 0.0
+    depths: int = 0
+    error: float = 0.0
 
-    def result(self) -> Fidelity:
-        if not self.images:
-            raise ValueError("batches must hold at least one image")
-        return Fidelity(
-            self.images,
-            self.cosine / self.tokens,
-            self.same / self.chosen if self.chosen else None,
-            self.error / self.depths if self.depths else None,
-        )
+
+def compare(ours: Seen, theirs: Seen, multilabel: bool = False) -> Difference:
+    """What a reduced model (`ours`) and the dense one (`theirs`) made of the same batch.
+
+    Args:
+        ours: of the reduced model.
+        theirs: of the dense model.
+        multilabel: whether every class has a probability of its own; then divergences are summed
+            over classes.
+    """
+    a, b = ours.decisions, theirs.decisions
+    found: dict[str, Any] = {"images": ours.images}
+    cosine = F.cosine_similarity(ours.features.double(), theirs.features.double(), dim=-1)
+    found |= {"tokens": cosine.numel(), "cosine": float(cosine.sum())}
+    if a.chosen is not None and b.chosen is not None:
+        same = (a.chosen == b.chosen).sum()
+        if multilabel and a.scores is not None and b.scores is not None:
+            same = ((a.scores > 0) == (b.scores > 0)).all(-1).sum()
+        found |= {"chosen": a.chosen.numel(), "same": int(same)}
+    if a.scores is not None and b.scores is not None:
+        divergence = (_bernoulli if multilabel else _categorical)(a, b)
+        found |= {"scored": divergence.numel(), "divergence": float(divergence.double().sum())}
+    if a.depth is not None and b.depth is not None:
+        there = b.depth > 0
+        error = (a.depth - b.depth).abs()[there] / b.depth[there]
+        found |= {"depths": int(there.sum()), "error": float(error.double().sum())}
+    return Difference(**found)
+
+
+def _categorical(ours: Decisions, theirs: Decisions) -> Tensor:
+    """KL(theirs || ours) of every decision."""
+    a, b = ours.logs(), theirs.logs()
+    assert a is not None and b is not None
+    return F.kl_div(a, b, reduction="none", log_target=True).sum(-1)
+
+
+def _bernoulli(ours: Decisions, theirs: Decisions) -> Tensor:
+    """KL(theirs || ours), summed over classes that are there or not, each for itself."""
+    assert ours.scores is not None and theirs.scores is not None
+    a, b = ours.scores.float(), theirs.scores.float()
+    yes, no = F.logsigmoid(b), F.logsigmoid(-b)
+    each = yes.exp() * (yes - F.logsigmoid(a)) + no.exp() * (no - F.logsigmoid(-a))
+    return each.sum(-1)
+
+
+def total(differences: Sequence[Difference]) -> Fidelity:
+    """The sums of all batches, as means.
+
+    Raises:
+        ValueError: there is no image.
+    """
+    images = sum(d.images for d in differences)
+    if not images:
+        raise ValueError("batches must hold at least one image")
+
+    def mean(numerator: str, denominator: str) -> float | None:
+        many = sum(getattr(d, denominator) for d in differences)
+        return sum(getattr(d, numerator) for d in differences) / many if many else None
+
+    cosine = mean("cosine", "tokens")
+    assert cosine is not None
+    return Fidelity(
+        images,
+        cosine,
+        mean("same", "chosen"),
+        mean("error", "depths"),
+        mean("divergence", "scored"),
+    )
 
 
 def _channels_last(y: Tensor, host: Host) -> Tensor:

@@ -1,0 +1,744 @@
+"""`tokred.evaluate`: a model, somebody's images, and every setting that is worth a look.
+
+Accuracy and closeness to the dense model are counted image by image, in the same batches however
+many processes share them, so that the table does not depend on their number. Speed is measured by
+one process while the others wait: the dense model, the setting and the free limit take turns, as
+in `tokred.bench`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import tokred
+from tokred import samples as sampling
+from tokred.cost import (
+    count,
+    counts_of,
+    device_name,
+    free_limit_of,
+    measure,
+    peak_memory,
+    put_back,
+    sides,
+    versions_of,
+)
+from tokred.evaluation import Evaluation, Row, Speed, row_from
+from tokred.fidelity import Difference, Seen, compare, seeing, total
+from tokred.host import Denoiser, Host, UnsupportedModelError, find_host, module_of
+from tokred.inputs import Inputs, pixels
+from tokred.metrics import TASKS, Scores, Task, task_of
+from tokred.optional import require
+from tokred.patching import apply, hang, host_of, reduction_of, remove, uncompiled
+from tokred.presets import Preset
+from tokred.reducers import Reducer, learned, names, parse
+from tokred.run import Reduction
+from tokred.samples import Samples, Transform
+from tokred.schedule import Schedule
+
+METHODS = ("tome", "atc", "dpc_knn", "evit")
+"""The methods that are tried if none are named: merging by pairs, by clusters, by density; and
+pruning. Where the model has no class token, the last is refused, and the table says so."""
+KEEP_RATES = (0.9, 0.7, 0.5, 0.3)
+HELD = 2**30
+"""Bytes of images, and of what the dense model made of them, that are kept in memory."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One reduction to try.
+
+    Attributes:
+        method: how it is called in the table.
+        reducer: the method, or a preset.
+        schedule: a keep rate or a schedule; None: what the method or preset brings.
+    """
+
+    method: str
+    reducer: Reducer | Preset
+    schedule: float | Schedule | None
+
+    @property
+    def keep_rate(self) -> float | None:
+        """Of the schedule, if it has one."""
+        rate = getattr(self.schedule, "keep_rate", self.schedule)
+        return rate if isinstance(rate, float | int) else None
+
+    @property
+    def name(self) -> str:
+        """Method and keep rate, or schedule."""
+        if self.schedule is None:
+            return self.method
+        return f"{self.method} {self.schedule}"
+
+    @property
+    def code(self) -> str:
+        """The line that applies it."""
+        arguments = [_written(self.reducer)]
+        if isinstance(self.schedule, float | int):
+            arguments.append(f"keep_rate={self.schedule:g}")
+        elif self.schedule is not None:
+            arguments.append(_written(self.schedule))
+        return f"tokred.apply(model, {', '.join(arguments)})"
+
+
+def settings_of(
+    methods: Iterable[str | Reducer | Preset] | Mapping[str, Reducer | Preset],
+    keep_rates: Iterable[float | Schedule],
+    schedule: Callable[[float], Schedule] | None = None,
+) -> list[Setting]:
+    """Every method at every keep rate; presets, and methods with trained gates, once.
+
+    Args:
+        methods: names, with options after a colon (`"atc:single"`), methods or presets; or such
+            with names of one's own.
+        keep_rates: numbers in (0, 1], or schedules.
+        schedule: what makes a schedule of a keep rate, such as `tokred.Hourglass`; if not given,
+            what `tokred.apply` makes.
+
+    Raises:
+        ValueError: no method has that name, or it has no such option.
+        TypeError: it is no method.
+    """
+    given = methods.items() if isinstance(methods, Mapping) else ((None, m) for m in methods)
+    rates = [
+        schedule(rate) if schedule is not None and isinstance(rate, float | int) else rate
+        for rate in keep_rates
+    ]
+    found = []
+    for name, method in given:
+        reducer: Reducer | Preset
+        if isinstance(method, str) and method in tokred.presets:
+            reducer = tokred.presets[method]
+        else:
+            reducer = parse(method) if isinstance(method, str) else method
+        text = name or (method if isinstance(method, str) else spelled(reducer))
+        once = isinstance(reducer, Preset) or (learned(reducer) and _gates_in(reducer))
+        for rate in [None] if once else rates:
+            found.append(Setting(text, reducer, rate))
+    return found
+
+
+def spelled(reducer: Reducer | Preset) -> str:
+    """A method as the command line has it: its name, with the options that are not the default."""
+    for name, preset in tokred.presets.items():
+        if preset is reducer:
+            return name
+    for name in names():
+        usual: Any = parse(name)
+        same = type(reducer) is type(usual)
+        if same:
+            changed = [
+                f"{field.name}={getattr(reducer, field.name)}"
+                for field in dataclasses.fields(usual)
+                if field.compare and getattr(reducer, field.name) != getattr(usual, field.name)
+            ]
+            return f"{name}:{','.join(changed)}" if changed else name
+    return str(reducer)
+
+
+def _gates_in(reducer: Any) -> bool:
+    return isinstance(reducer.gates, str | Path)
+
+
+def _written(value: Any) -> str:
+    """A value as somebody would write it."""
+    if isinstance(value, Preset):
+        return f'tokred.presets["{spelled(value)}"]'
+    name = spelled(value) if hasattr(value, "needs") else ""
+    if name in names():
+        return f'"{name}"'
+    ours = type(value).__name__ in tokred.__all__
+    shown = [
+        f"{field.name}={getattr(value, field.name)!r}"
+        for field in dataclasses.fields(value)
+        if field.init and getattr(value, field.name) != field.default
+    ]
+    return f"{'tokred.' if ours else ''}{type(value).__name__}({', '.join(shown)})"
+
+
+def evaluate(
+    model: Any,
+    data: Any,
+    methods: Iterable[str | Reducer | Preset] | Mapping[str, Reducer | Preset] = METHODS,
+    keep_rates: Iterable[float | Schedule] = KEEP_RATES,
+    *,
+    schedule: Callable[[float], Schedule] | None = None,
+    task: str | None = None,
+    labelled: bool = True,
+    transform: Transform | None = None,
+    batch: int = 32,
+    limit: int | None = None,
+    compared: int = 256,
+    seconds: float = 2.0,
+    host: Host | None = None,
+    name: str | None = None,
+    cache: str | Path | bool = True,
+    fresh: bool = False,
+    progress: bool = True,
+    on_row: Callable[[Evaluation], None] | None = None,
+) -> Evaluation:
+    """What every setting gains and costs, on this model, these images and this machine.
+
+    With labels: accuracy. With and without: how close the reduced model stays to the dense one.
+    Of the dense model, every setting and the free limit: images per second, latency of one image,
+    multiply-adds, peak memory. The model is left as it was.
+
+    Finished settings are kept on disk, and not measured again for the same weights, data, options,
+    versions and machine: what was interrupted goes on where it was. Under `accelerate launch`, all
+    processes share the images.
+
+    >>> table = tokred.evaluate(model, "flowers/val", methods=("tome", "atc"))
+    >>> table.best(max_drop=0.5).code
+
+    Args:
+        model: a supported model, in evaluation mode, on its device and in its dtype.
+        data: a folder of pictures, or of folders of them, one for each class, or with `images` and
+            `labels` or `depth` in it; "hf:NAME" or a Hugging Face dataset; a dataset or loader of
+            torch or timm; a list of pictures, paths or tensors; a tensor; `zoo.held_out()`.
+        methods: what to try: names (`"atc:single"`), methods, presets; or such by names of one's
+            own.
+        keep_rates: numbers in (0, 1], or schedules; each for each method.
+        schedule: what makes a schedule of a keep rate, such as `tokred.Hourglass` for dense models;
+            as `tokred.apply` does, if not given.
+        task: "classification", "multilabel", "segmentation", "depth" or "relative depth"; as the
+            labels have it, if not given.
+        labelled: whether to look for labels.
+        transform: how pictures are prepared: a function from a picture to a tensor [C, H, W], or an
+            image processor; the model's own, if not given.
+        batch: images per batch, for accuracy and for speed.
+        limit: look at only so many images, spread evenly.
+        compared: how many images are compared with the dense model (fewer where what it made of
+            them takes more than 1 GiB).
+        seconds: how long the speed of each setting is measured.
+        host: as for `tokred.apply`.
+        name: what the model is called in the table; its class if not given.
+        cache: the folder where finished settings are kept; True: the user's cache folder
+            (`~/.cache/tokred`, or $TOKRED_CACHE); False: none are kept.
+        fresh: measure all of them again.
+        progress: show a bar and the table as it grows.
+        on_row: called with the table after every setting, by the main process.
+
+    Raises:
+        ValueError: there are no images, labels that the model cannot give, an option is out of
+            range, or the model is in training mode.
+        UnsupportedModelError: the model is not one we know.
+        ModuleNotFoundError: a library is missing: `pip install "tokred[evaluate]"`.
+    """
+    if batch < 1 or compared < 1 or seconds <= 0:
+        raise ValueError(
+            "batch and compared must be at least 1 image and seconds above 0, not "
+            f"{batch}, {compared} and {seconds}"
+        )
+    if task is not None and task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, not {task!r}")
+    model = uncompiled(module_of(model))
+    patch = host_of(model, host)
+    if isinstance(patch, Denoiser):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} makes images: compare those (`tokred fid`)"
+        )
+    if model.training:
+        raise ValueError("model must be in evaluation mode: call model.eval()")
+    wanted = settings_of(methods, keep_rates, schedule)
+    if not wanted:
+        raise ValueError("methods and keep_rates must name at least one setting")
+    several = _Processes()
+    with put_back(model, host):
+        remove(model)
+        found = sampling.of(data, model, transform, limit, labelled)
+        work = _Work(model, patch, host, found, task, batch, compared, seconds, several)
+        store = _Store(cache, fresh, work) if several.main else None
+        return _run(work, wanted, store, name or type(model).__name__, progress, on_row)
+
+
+def _run(
+    work: _Work,
+    wanted: list[Setting],
+    store: _Store | None,
+    name: str,
+    progress: bool,
+    on_row: Callable[[Evaluation], None] | None,
+) -> Evaluation:
+    several = work.several
+    refused: dict[str, str] = {}
+    rows: list[Row] = []
+    what: list[Setting | None] = [None, *wanted]
+    known = several.told([store.get(setting) for setting in what] if store else None)
+    table = None
+    with _Shown(len(what), progress and several.main) as shown:
+        for setting, row in zip(what, known, strict=True):
+            if setting is not None:
+                reason = work.why_not(setting)
+                if reason is not None:
+                    refused[setting.name] = reason
+                    shown.step()
+                    continue
+            if row is None:
+                shown.now(setting.name if setting else "dense")
+                row = work.row(setting)
+                if store:
+                    store.put(setting, row)
+            rows.append(row)
+            table = work.table(name, rows, refused)
+            shown.row(table)
+            if on_row and several.main:
+                on_row(table)
+    assert table is not None
+    return dataclasses.replace(table, refused=_together(wanted, refused))
+
+
+def _together(wanted: Sequence[Setting], refused: Mapping[str, str]) -> dict[str, str]:
+    """A method that is refused at every keep rate for the same reason is named once."""
+    found: dict[str, str] = {}
+    for setting in wanted:
+        mine = [refused.get(s.name) for s in wanted if s.method == setting.method]
+        if setting.name in refused:
+            name = setting.method if len(set(mine)) == 1 else setting.name
+            found[name] = refused[setting.name]
+    return found
+
+
+class _Work:
+    """What all settings are measured with."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        patch: Host,
+        host: Host | None,
+        samples: Samples,
+        task: str | None,
+        batch: int,
+        compared: int,
+        seconds: float,
+        several: _Processes,
+    ) -> None:
+        self.model, self.patch, self.host, self.samples = model, patch, host, samples
+        self.batch, self.seconds, self.several = batch, seconds, several
+        parameter = next(p for p in model.parameters() if p.is_floating_point())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self._held: dict[int, Any] | None = {}
+        self._held_bytes = 0
+        self._dense: list[Seen] = []
+        self._limits: dict[Any, Speed] = {}
+        first = samples.batch(range(min(batch, len(samples))))
+        self.inputs = self._sent(first[0][0])
+        with seeing(model, host) as see:
+            self.example = see(self.inputs)
+        targets = first[0][1]
+        self.task: Task | None = None
+        if targets is not None:
+            self.task = TASKS[task] if task else task_of(targets, self.example.decisions)
+        elif task is not None:
+            raise ValueError(f"{samples.name} has no labels for {task}")
+        self.multilabel = self.task is not None and self.task.name == "multilabel"
+        # So many batches' outputs of the dense model as there is room for.
+        size = sum(
+            x.numel() * x.element_size()
+            for x in (self.example.features, self.example.decisions.scores,
+                      self.example.decisions.chosen, self.example.decisions.depth)
+            if x is not None
+        )  # fmt: skip
+        room = max(1, HELD // max(1, size))
+        self.compared = min(-(-compared // batch), room, -(-len(samples) // batch))
+
+    def why_not(self, setting: Setting) -> str | None:
+        """Why the model cannot be reduced so; None if it can."""
+        reducer = setting.reducer
+        if not isinstance(reducer, Preset) and learned(reducer) and reducer.gates is None:
+            return "its gates are not trained: give them, as in tokred.SViT(gates=path)"
+        try:
+            self._applied(setting)
+        except (UnsupportedModelError, ValueError) as error:
+            return str(error)
+        finally:
+            remove(self.model)
+        return None
+
+    def _applied(self, setting: Setting) -> Reduction:
+        with warnings.catch_warnings():
+            # A keep rate of 1 is no mistake in a table of keep rates.
+            warnings.filterwarnings("ignore", message=".*nothing is reduced")
+            reduction: Reduction = apply(
+                self.model, setting.reducer, setting.schedule, host=self.host
+            )
+        return reduction
+
+    def row(self, setting: Setting | None) -> Row:
+        """Everything about one setting; of the dense model, if it is None."""
+        reduction = None if setting is None else self._applied(setting)
+        try:
+            metrics, images, difference = self._looked(reduction is None)
+        finally:
+            remove(self.model)
+        speeds = self.several.by_main(lambda: self._speeds(reduction))
+        close = total(difference)
+        height, width = pixels(self.inputs).shape[-2:]
+        _, tower = find_host(self.model, self.host)
+        layout = self.patch.layout(tower, (height, width))
+        tokens = layout.grid[0] * layout.grid[1]
+        if reduction is None:
+            counts = (tokens,) * layout.layers
+        else:
+            counts = counts_of(self.model, self.patch, self.inputs, reduction, layout.grid)
+
+        def percent(share: float | None) -> float | None:
+            return None if share is None else 100 * share
+
+        return Row(
+            method="dense" if setting is None else setting.method,
+            keep_rate=None if setting is None else setting.keep_rate,
+            code="" if setting is None else setting.code,
+            tokens=tokens,
+            counts=counts,
+            images=images,
+            metrics=metrics,
+            compared=close.images,
+            agreement=percent(close.agreement),
+            kl=close.divergence,
+            cosine=close.cosine,
+            depth_error=percent(close.depth_error),
+            speed=speeds["reduced" if reduction else "dense"],
+            dense=speeds["dense"],
+            limit=speeds.get("limit"),
+        )
+
+    def _looked(self, dense: bool) -> tuple[dict[str, float], int, list[Difference]]:
+        """Scores over all images, how many there were, and the differences from the dense model,
+        batch by batch."""
+        if not dense and not self._dense:
+            self._see_dense()
+        scores = None
+        if self.task is not None:
+            scores = Scores(self.task, self.example.decisions, self.device)
+        differences: list[tuple[int, Difference]] = []
+        images, part = 0, 0
+        with seeing(self.model, self.host) as see:
+            for number, groups in self._batches():
+                for inputs, targets in groups:
+                    seen = see(inputs)
+                    images += seen.images
+                    if scores is not None and targets is not None:
+                        scores.add(seen.decisions, targets)
+                    if number < self.compared:
+                        kept = seen.to("cpu")
+                        if dense:
+                            self._dense.append(kept)
+                        before = self._dense[part]
+                        differences.append((number, compare(kept, before, self.multilabel)))
+                        part += 1
+        # In the order of batches, so that sums are the same for any number of processes.
+        gathered = sorted(self.several.gathered(differences), key=lambda pair: pair[0])
+        counted = sum(self.several.gathered([images]))
+        return scores.result() if scores else {}, counted, [d for _, d in gathered]
+
+    def _see_dense(self) -> None:
+        """What the dense model makes of the images that are compared; needed where its row was
+        known from another run."""
+        former = reduction_of(self.model)
+        remove(self.model)
+        with seeing(self.model, self.host) as see:
+            for number, groups in self._batches():
+                if number < self.compared:
+                    self._dense += [see(inputs).to("cpu") for inputs, _ in groups]
+        hang(self.model, self.patch, former)
+
+    def _batches(self) -> Iterator[tuple[int, list[tuple[Inputs, list[Tensor] | None]]]]:
+        """This process's share of the batches, kept in memory if there is room."""
+        size, many = self.batch, len(self.samples)
+        for number in range(self.several.index, -(-many // size), self.several.number):
+            groups = None if self._held is None else self._held.get(number)
+            if groups is None:
+                groups = self.samples.batch(range(number * size, min(many, (number + 1) * size)))
+                if self._held is not None:
+                    self._held_bytes += sum(_bytes(inputs) for inputs, _ in groups)
+                    if self._held_bytes > HELD:
+                        self._held = None
+                    else:
+                        self._held[number] = groups
+            yield number, [(self._sent(inputs), targets) for inputs, targets in groups]
+
+    def _sent(self, inputs: Inputs) -> Inputs:
+        def send(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            return x.to(self.device, self.dtype if x.is_floating_point() else None)
+
+        if isinstance(inputs, Tensor):
+            return send(inputs)  # type: ignore[no-any-return]
+        return {name: send(x) for name, x in inputs.items()}
+
+    def _speeds(self, reduction: Reduction | None) -> dict[str, Speed]:
+        """Of the dense model, the reduced one and the free limit, in turns."""
+        arms: dict[str, Any] = {"dense": None}
+        whole, one = self.inputs, _first(self.inputs)
+        if reduction is not None:
+            _, tower = find_host(self.model, self.host)
+            grid = self.patch.layout(tower, tuple(pixels(whole).shape[-2:])).grid  # type: ignore[arg-type]
+            counts = counts_of(self.model, self.patch, whole, reduction, grid)
+            arms |= {"reduced": reduction, "limit": free_limit_of(reduction, counts)}
+        racing = sides(self.model, self.patch, arms, compile=False)
+        try:
+            many = measure(racing, whole, 1000, 1, limit=self.seconds * 2 / 3)
+            single = measure(racing, one, 1000, 2, limit=self.seconds / 3)
+            found = {}
+            for arm, (model, prepare) in racing.items():
+                prepare()
+                found[arm] = Speed(
+                    images_per_second=len(pixels(whole)) / many[arm].median,
+                    latency=single[arm].median,
+                    mult_adds=count(model, one),
+                    peak_memory=peak_memory(model, whole),
+                )
+        finally:
+            remove(self.model)
+        return found
+
+    def table(self, name: str, rows: Sequence[Row], refused: Mapping[str, str]) -> Evaluation:
+        """What is known so far."""
+        if self.task is not None:
+            leading, unit = self.task.leading, self.task.unit
+            better = self.task.metrics[leading]
+        else:
+            dense = rows[0]
+            leading, better, unit = "cosine", True, "%"
+            if dense.agreement is not None:
+                leading = "agreement"
+            elif dense.depth_error is not None:
+                leading, better = "depth_error", False
+        return Evaluation(
+            model=name,
+            data=self.samples.name,
+            task=self.task.name if self.task else "unlabelled",
+            leading=leading,
+            higher_is_better=better,
+            unit=unit,
+            device=device_name(self.device),
+            dtype=str(self.dtype).removeprefix("torch."),
+            threads=torch.get_num_threads(),
+            batch=min(self.batch, len(self.samples)),
+            versions={"tokred": tokred.__version__, **versions_of(self.model)},
+            rows=tuple(rows),
+            refused=dict(refused),
+        )
+
+
+def _first(inputs: Inputs) -> Inputs:
+    many = len(pixels(inputs))
+    if isinstance(inputs, Tensor):
+        return inputs[:1]
+    return {
+        name: x[:1] if isinstance(x, Tensor) and x.ndim and len(x) == many else x
+        for name, x in inputs.items()
+    }
+
+
+def _bytes(inputs: Inputs) -> int:
+    parts = [inputs] if isinstance(inputs, Tensor) else inputs.values()
+    return sum(x.numel() * x.element_size() for x in parts if isinstance(x, Tensor))
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+
+class _Processes:
+    """This process among those that `accelerate launch` has started; the only one, if none."""
+
+    def __init__(self) -> None:
+        self.state: Any = None
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 or (
+            torch.distributed.is_available() and torch.distributed.is_initialized()
+        ):
+            cpu = not torch.accelerator.is_available()
+            # One process measures speeds while the others wait.
+            day = datetime.timedelta(days=1)
+            self.state = require("accelerate", "evaluate").PartialState(cpu, timeout=day)
+
+    @property
+    def index(self) -> int:
+        return int(self.state.process_index) if self.state else 0
+
+    @property
+    def number(self) -> int:
+        return int(self.state.num_processes) if self.state else 1
+
+    @property
+    def main(self) -> bool:
+        return self.index == 0
+
+    def told(self, value: Any) -> Any:
+        """What the main process says."""
+        if self.number == 1:
+            return value
+        box = [value if self.main else None]
+        require("accelerate.utils", "evaluate").broadcast_object_list(box)
+        return box[0]
+
+    def by_main(self, work: Callable[[], Any]) -> Any:
+        """What the main process makes, while the others wait. Its errors are everybody's."""
+        if self.number == 1:
+            return work()
+        outcome: tuple[bool, Any] | None = None
+        if self.main:
+            try:
+                outcome = True, work()
+            except Exception as error:
+                outcome = False, error
+        fine, made = self.told(outcome)
+        if not fine:
+            raise made
+        return made
+
+    def gathered(self, values: list[Any]) -> list[Any]:
+        """Those of all processes."""
+        if self.number == 1:
+            return values
+        found: list[Any] = require("accelerate.utils", "evaluate").gather_object(values)
+        return found
+
+
+# --- what was measured before ---------------------------------------------------------------------
+
+
+class _Store:
+    """Finished settings, a small JSON file each."""
+
+    def __init__(self, where: str | Path | bool, fresh: bool, work: _Work) -> None:
+        self.folder: Path | None = None
+        if where is False:
+            return
+        if where is True:
+            home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+            where = os.environ.get("TOKRED_CACHE") or Path(home) / "tokred"
+        self.folder = Path(where) / "evaluate"
+        self.fresh = fresh
+        self.about = {
+            "model": fingerprint(work.model),
+            "data": work.samples.fingerprint(),
+            "task": work.task.name if work.task else None,
+            "batch": work.batch,
+            "compared": work.compared,
+            "seconds": work.seconds,
+            "device": device_name(work.device),
+            "dtype": str(work.dtype),
+            "threads": torch.get_num_threads(),
+            "versions": {
+                "tokred": tokred.__version__,
+                "python": sys.version.split()[0],
+                **versions_of(work.model),
+            },
+        }
+
+    def get(self, setting: Setting | None) -> Row | None:
+        """What was measured; None if it was not, or not so."""
+        path = self._path(setting)
+        if path is None or self.fresh or not path.is_file():
+            return None
+        try:
+            return row_from(json.loads(path.read_text())["row"])
+        except (ValueError, KeyError, TypeError):  # cut off, or of another time
+            return None
+
+    def put(self, setting: Setting | None, row: Row) -> None:
+        """Keeps it, whole or not at all."""
+        path = self._path(setting)
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        text = {"about": self.about, "row": dataclasses.asdict(row)}
+        partial.write_text(json.dumps(text, indent=1))
+        partial.replace(path)
+
+    def _path(self, setting: Setting | None) -> Path | None:
+        if self.folder is None:
+            return None
+        key: dict[str, Any] = dict(self.about)
+        if setting is not None:
+            key["setting"] = [setting.method, repr(setting.reducer), repr(setting.schedule)]
+            gates = getattr(setting.reducer, "gates", None)
+            if isinstance(gates, str | Path):
+                key["gates"] = hashlib.sha256(Path(gates).read_bytes()).hexdigest()
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        return self.folder / f"{digest[:24]}.json"
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Tells a model from others: its structure, and all its weights, bit by bit."""
+    digest = hashlib.sha256(repr(model).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(getattr(tensor, 'shape', ()))}".encode())
+        if isinstance(tensor, Tensor):
+            try:
+                flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                digest.update(flat.numpy().data)
+            except (RuntimeError, NotImplementedError, AttributeError):  # a quantised tensor
+                digest.update(repr(tensor).encode())
+    return digest.hexdigest()[:16]
+
+
+# --- what is seen while it runs -------------------------------------------------------------------
+
+
+class _Shown:
+    """A bar, and the table as it grows: in a notebook one that is drawn anew, else line by line."""
+
+    def __init__(self, many: int, wanted: bool) -> None:
+        self.bar: Any = None
+        self._handle: Any = None
+        self._lines = 0
+        if wanted:
+            self.bar = require("tqdm.auto", "evaluate").tqdm(
+                total=many, desc="settings", leave=False, file=sys.stderr
+            )
+            if _in_notebook():
+                self._handle = require("IPython.display", "evaluate")
+
+    def __enter__(self) -> _Shown:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def now(self, what: str) -> None:
+        if self.bar is not None:
+            self.bar.set_postfix_str(what)
+
+    def step(self) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+    def row(self, table: Evaluation) -> None:
+        if self.bar is None:
+            return
+        if self._handle is not None:
+            if self._lines == 0:
+                self._shown = self._handle.display(table, display_id=True)
+            else:
+                self._shown.update(table)
+        else:
+            lines = table.lines()
+            for line in lines if self._lines == 0 else lines[-1:]:
+                self.bar.write(line, file=sys.stderr)
+        self._lines += 1
+        self.step()
+
+
+def _in_notebook() -> bool:
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return shell is not None and hasattr(shell, "kernel")
