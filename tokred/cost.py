@@ -247,7 +247,11 @@ def bench(
             found, tower = find_host(model, host)
             grid = found.layout(tower, (height, width)).grid
             tokens, counts = grid[0] * grid[1], counts_of(model, found, images, reduction, grid)
-        arms = {"dense": None, "reduced": reduction, "limit": free_limit_of(reduction, counts)}
+        arms = {
+            "dense": None,
+            "reduced": reduction,
+            "limit": free_limit_of(model, patch, images, reduction, counts),
+        }
         measured = measure(sides(model, patch, arms, compile), images, rounds, warmup, on_round)
     return Bench(
         model=type(model).__name__,
@@ -266,14 +270,40 @@ def bench(
 
 
 def free_limit_of(
-    reduction: Reduction | Denoising, counts: tuple[int, ...]
+    model: nn.Module,
+    host: Host | Denoiser,
+    images: Inputs,
+    reduction: Reduction | Denoising,
+    counts: tuple[int, ...],
 ) -> Reduction | Denoising:
-    """The same numbers of tokens for nothing."""
+    """A reduction of the model to the same numbers of tokens, for nothing. Where what stands on the
+    last block has to have the full grid (dense models), it gets that; else not even that is paid
+    for."""
     if isinstance(reduction, Denoising):
         return limit_of_denoiser(reduction)
     if isinstance(reduction.reducer, InWindows):
         return limit(reduction)
-    return cut_off(reduction, counts)
+    cut = cut_off(reduction, counts)
+    hang(model, host, cut)
+    try:
+        with torch.no_grad():
+            call(model, first_of(images))
+    except Exception:  # whatever a head says to fewer tokens than it knows
+        cut.full_grid = True
+    finally:
+        remove(model)
+    return cut
+
+
+def first_of(images: Inputs) -> Inputs:
+    """The first image of a batch, as a batch."""
+    many = len(pixels(images))
+    if isinstance(images, torch.Tensor):
+        return images[:1]
+    return {
+        name: x[:1] if isinstance(x, torch.Tensor) and x.ndim and len(x) == many else x
+        for name, x in images.items()
+    }
 
 
 def cut_off(reduction: Reduction, counts: tuple[int, ...]) -> Reduction:

@@ -29,6 +29,7 @@ from tokred.cost import (
     count,
     counts_of,
     device_name,
+    first_of,
     free_limit_of,
     measure,
     peak_memory,
@@ -485,12 +486,15 @@ class _Work:
     def _speeds(self, reduction: Reduction | None) -> dict[str, Speed]:
         """Of the dense model, the reduced one and the free limit, in turns."""
         arms: dict[str, Any] = {"dense": None}
-        whole, one = self.inputs, _first(self.inputs)
+        whole, one = self.inputs, first_of(self.inputs)
         if reduction is not None:
             _, tower = find_host(self.model, self.host)
             grid = self.patch.layout(tower, tuple(pixels(whole).shape[-2:])).grid  # type: ignore[arg-type]
             counts = counts_of(self.model, self.patch, whole, reduction, grid)
-            arms |= {"reduced": reduction, "limit": free_limit_of(reduction, counts)}
+            arms |= {
+                "reduced": reduction,
+                "limit": free_limit_of(self.model, self.patch, one, reduction, counts),
+            }
         racing = sides(self.model, self.patch, arms, compile=False)
         try:
             many = measure(racing, whole, 1000, 1, limit=self.seconds * 2 / 3)
@@ -535,16 +539,6 @@ class _Work:
             rows=tuple(rows),
             refused=dict(refused),
         )
-
-
-def _first(inputs: Inputs) -> Inputs:
-    many = len(pixels(inputs))
-    if isinstance(inputs, Tensor):
-        return inputs[:1]
-    return {
-        name: x[:1] if isinstance(x, Tensor) and x.ndim and len(x) == many else x
-        for name, x in inputs.items()
-    }
 
 
 def _bytes(inputs: Inputs) -> int:
