@@ -16,6 +16,7 @@ from tokred.fidelity import Fidelity, fidelity
 from tokred.host import UnsupportedModelError, hosts
 from tokred.patching import applied, apply, remove
 from tokred.presets import Preset, presets
+from tokred.profiling import Profile, profile
 from tokred.reducers import names as methods
 from tokred.reducers.atc import ATC
 from tokred.reducers.ats import ATS
@@ -62,6 +63,7 @@ __all__ = [
     "Nearest",
     "PiToMe",
     "Preset",
+    "Profile",
     "Random",
     "Reduction",
     "SViT",
@@ -85,6 +87,7 @@ __all__ = [
     "inspect",
     "methods",
     "presets",
+    "profile",
     "remove",
     "visualise",
     "zoo",

@@ -331,24 +331,35 @@ def counts_of(
     tokens = grid[0] * grid[1]
     if not varies(reduction.reducer):
         return reduction.counts(tokens, grid)
+    if place(reduction.reducer) == "around":
+        return tuple(sorted(through(model, host, images, reduction, tokens), reverse=True))
     hang(model, host, reduction)
     with torch.no_grad(), reduction.recording() as records:
         call(model, images)
     remove(model)
-    if place(reduction.reducer) == "around":
-        mean = {
-            record.layer: max(1, round(float((record.map.labels() >= 0).sum(1).float().mean())))
-            for record in records
-            if record.map is not None
-        }
-        each = [mean.get(layer, tokens) for layer in range(reduction.layout.layers)]
-        return tuple(sorted(each, reverse=True))
     left = {record.layer: record.after for record in records}
     counts = []
     for layer in range(reduction.layout.layers):
         tokens = left.get(layer, tokens)
         counts.append(tokens)
     return tuple(counts)
+
+
+def through(
+    model: nn.Module, host: Host, images: Inputs, reduction: Reduction, tokens: int
+) -> list[int]:
+    """How many of the patch tokens go through each block, on average, of a method that gates
+    blocks. (At least 1.)"""
+    hang(model, host, reduction)
+    with torch.no_grad(), reduction.recording() as records:
+        call(model, images)
+    remove(model)
+    mean = {
+        record.layer: max(1, round(float((record.map.labels() >= 0).sum(1).float().mean())))
+        for record in records
+        if record.map is not None
+    }
+    return [mean.get(layer, tokens) for layer in range(reduction.layout.layers)]
 
 
 def sides(
