@@ -38,7 +38,7 @@ from tokred.cost import (
     versions_of,
 )
 from tokred.evaluation import Evaluation, Row, Speed, row_from
-from tokred.fidelity import Difference, Seen, compare, seeing, total
+from tokred.fidelity import Difference, Fidelity, Seen, compare, seeing, total
 from tokred.host import Denoiser, Host, UnsupportedModelError, find_host, module_of
 from tokred.inputs import Inputs, pixels
 from tokred.metrics import TASKS, Scores, Task, task_of
@@ -181,7 +181,7 @@ def evaluate(
     task: str | None = None,
     labelled: bool = True,
     transform: Transform | None = None,
-    batch: int = 32,
+    batch: int | None = None,
     limit: int | None = None,
     compared: int = 256,
     seconds: float = 2.0,
@@ -220,10 +220,10 @@ def evaluate(
         labelled: whether to look for labels.
         transform: how pictures are prepared: a function from a picture to a tensor [C, H, W], or an
             image processor; the model's own, if not given.
-        batch: images per batch, for accuracy and for speed.
+        batch: images per batch, for accuracy and for speed; 8, on CUDA 64, if not given.
         limit: look at only so many images, spread evenly.
-        compared: how many images are compared with the dense model (fewer where what it made of
-            them takes more than 1 GiB).
+        compared: how many images are compared with the dense model, spread evenly (fewer where
+            what it made of them takes more than 1 GiB).
         seconds: how long the speed of each setting is measured.
         host: as for `tokred.apply`.
         name: what the model is called in the table; its class if not given.
@@ -239,35 +239,21 @@ def evaluate(
         UnsupportedModelError: the model is not one we know.
         ModuleNotFoundError: a library is missing: `pip install "tokred[evaluate]"`.
     """
-    if batch < 1 or compared < 1 or seconds <= 0:
-        raise ValueError(
-            "batch and compared must be at least 1 image and seconds above 0, not "
-            f"{batch}, {compared} and {seconds}"
-        )
-    if task is not None and task not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, not {task!r}")
-    model = uncompiled(module_of(model))
-    patch = host_of(model, host)
-    if isinstance(patch, Denoiser):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} makes images: compare those (`tokred fid`)"
-        )
-    if model.training:
-        raise ValueError("model must be in evaluation mode: call model.eval()")
     wanted = settings_of(methods, keep_rates, schedule)
     if not wanted:
         raise ValueError("methods and keep_rates must name at least one setting")
-    several = _Processes()
+    model = uncompiled(module_of(model))
     with put_back(model, host):
         remove(model)
-        found = sampling.of(data, model, transform, limit, labelled)
-        work = _Work(model, patch, host, found, task, batch, compared, seconds, several)
+        samples = sampling.of(data, model, transform, limit, labelled)
+        work = Work(model, samples, host, task, batch, compared, seconds)
+        several = work.several
         store = _Store(cache, fresh, work) if several.main else None
         return _run(work, wanted, store, name or type(model).__name__, progress, on_row)
 
 
 def _run(
-    work: _Work,
+    work: Work,
     wanted: list[Setting],
     store: _Store | None,
     name: str,
@@ -280,7 +266,7 @@ def _run(
     what: list[Setting | None] = [None, *wanted]
     known = several.told([store.get(setting) for setting in what] if store else None)
     table = None
-    with _Shown(len(what), progress and several.main) as shown:
+    with Shown(len(what), progress and several.main) as shown:
         for setting, row in zip(what, known, strict=True):
             if setting is not None:
                 reason = work.why_not(setting)
@@ -313,29 +299,42 @@ def _together(wanted: Sequence[Setting], refused: Mapping[str, str]) -> dict[str
     return found
 
 
-class _Work:
+class Work:
     """What all settings are measured with."""
 
     def __init__(
         self,
         model: nn.Module,
-        patch: Host,
-        host: Host | None,
         samples: Samples,
+        host: Host | None,
         task: str | None,
-        batch: int,
+        batch: int | None,
         compared: int,
         seconds: float,
-        several: _Processes,
     ) -> None:
-        self.model, self.patch, self.host, self.samples = model, patch, host, samples
-        self.batch, self.seconds, self.several = batch, seconds, several
+        patch = host_of(model, host)
+        if isinstance(patch, Denoiser):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} makes images: compare those (`tokred fid`)"
+            )
+        if model.training:
+            raise ValueError("model must be in evaluation mode: call model.eval()")
         parameter = next(p for p in model.parameters() if p.is_floating_point())
         self.device, self.dtype = parameter.device, parameter.dtype
+        if batch is None:
+            batch = 64 if self.device.type == "cuda" else 8
+        if batch < 1 or compared < 1 or seconds <= 0:
+            raise ValueError(
+                "batch and compared must be at least 1 image and seconds above 0, not "
+                f"{batch}, {compared} and {seconds}"
+            )
+        if task is not None and task not in TASKS:
+            raise ValueError(f"task must be one of {', '.join(TASKS)}, not {task!r}")
+        self.model, self.host, self.samples = model, host, samples
+        self.batch, self.seconds, self.several = batch, seconds, Processes()
         self._held: dict[int, Any] | None = {}
         self._held_bytes = 0
-        self._dense: list[Seen] = []
-        self._limits: dict[Any, Speed] = {}
+        self._dense: dict[int, list[Seen]] = {}
         first = samples.batch(range(min(batch, len(samples))))
         self.inputs = self._sent(first[0][0])
         with seeing(model, host) as see:
@@ -355,7 +354,15 @@ class _Work:
             if x is not None
         )  # fmt: skip
         room = max(1, HELD // max(1, size))
-        self.compared = min(-(-compared // batch), room, -(-len(samples) // batch))
+        batches = -(-len(samples) // batch)
+        few = min(-(-compared // batch), room, batches)
+        # Spread, because folders come class by class.
+        self.compared = [i * batches // few for i in range(few)]
+        _, tower = find_host(model, host)
+        self.found = patch
+        height, width = pixels(self.inputs).shape[-2:]
+        self.layout = patch.layout(tower, (height, width))
+        self.tokens = self.layout.grid[0] * self.layout.grid[1]
 
     def why_not(self, setting: Setting) -> str | None:
         """Why the model cannot be reduced so; None if it can."""
@@ -363,14 +370,15 @@ class _Work:
         if not isinstance(reducer, Preset) and learned(reducer) and reducer.gates is None:
             return "its gates are not trained: give them, as in tokred.SViT(gates=path)"
         try:
-            self._applied(setting)
+            self.applied(setting)
         except (UnsupportedModelError, ValueError) as error:
             return str(error)
         finally:
             remove(self.model)
         return None
 
-    def _applied(self, setting: Setting) -> Reduction:
+    def applied(self, setting: Setting) -> Reduction:
+        """Puts it into the model."""
         with warnings.catch_warnings():
             # A keep rate of 1 is no mistake in a table of keep rates.
             warnings.filterwarnings("ignore", message=".*nothing is reduced")
@@ -379,23 +387,24 @@ class _Work:
             )
         return reduction
 
-    def row(self, setting: Setting | None) -> Row:
-        """Everything about one setting; of the dense model, if it is None."""
-        reduction = None if setting is None else self._applied(setting)
+    def row(self, setting: Setting | None, speeds: Mapping[str, Speed] | None = None) -> Row:
+        """Everything about one setting; of the dense model, if it is None.
+
+        Args:
+            setting: what to try.
+            speeds: of "dense", "reduced" and "limit", if they were measured already.
+        """
+        reduction = None if setting is None else self.applied(setting)
         try:
-            metrics, images, difference = self._looked(reduction is None)
+            metrics, images, difference = self.looked(reduction is None)
         finally:
             remove(self.model)
-        speeds = self.several.by_main(lambda: self._speeds(reduction))
+        if speeds is None:
+            arms: dict[str, Any] = {"dense": None}
+            if reduction is not None:
+                arms |= {"reduced": reduction, "limit": self.free_limit(reduction)}
+            speeds = self.several.by_main(lambda: self.race(arms, self.seconds))
         close = total(difference)
-        height, width = pixels(self.inputs).shape[-2:]
-        _, tower = find_host(self.model, self.host)
-        layout = self.patch.layout(tower, (height, width))
-        tokens = layout.grid[0] * layout.grid[1]
-        if reduction is None:
-            counts = (tokens,) * layout.layers
-        else:
-            counts = counts_of(self.model, self.patch, self.inputs, reduction, layout.grid)
 
         def percent(share: float | None) -> float | None:
             return None if share is None else 100 * share
@@ -404,8 +413,8 @@ class _Work:
             method="dense" if setting is None else setting.method,
             keep_rate=None if setting is None else setting.keep_rate,
             code="" if setting is None else setting.code,
-            tokens=tokens,
-            counts=counts,
+            tokens=self.tokens,
+            counts=self.counts(reduction),
             images=images,
             metrics=metrics,
             compared=close.images,
@@ -418,30 +427,45 @@ class _Work:
             limit=speeds.get("limit"),
         )
 
-    def _looked(self, dense: bool) -> tuple[dict[str, float], int, list[Difference]]:
+    def difference(self, setting: Setting, batches: int) -> Fidelity:
+        """How close a setting stays to the dense model, on the first few of the batches that are
+        compared."""
+        self.applied(setting)
+        try:
+            return total(self.looked(False, batches)[2])
+        finally:
+            remove(self.model)
+
+    def looked(
+        self, dense: bool, batches: int | None = None
+    ) -> tuple[dict[str, float], int, list[Difference]]:
         """Scores over all images, how many there were, and the differences from the dense model,
-        batch by batch."""
+        batch by batch. With `batches`, no scores, and only so many batches of those that are
+        compared."""
         if not dense and not self._dense:
             self._see_dense()
         scores = None
-        if self.task is not None:
+        if self.task is not None and batches is None:
             scores = Scores(self.task, self.example.decisions, self.device)
+        few = self.compared if batches is None else self.compared[:batches]
         differences: list[tuple[int, Difference]] = []
-        images, part = 0, 0
+        images = 0
         with seeing(self.model, self.host) as see:
-            for number, groups in self._batches():
+            for number, groups in self._batches(None if batches is None else few):
+                parts = []
                 for inputs, targets in groups:
                     seen = see(inputs)
                     images += seen.images
                     if scores is not None and targets is not None:
                         scores.add(seen.decisions, targets)
-                    if number < self.compared:
-                        kept = seen.to("cpu")
-                        if dense:
-                            self._dense.append(kept)
-                        before = self._dense[part]
-                        differences.append((number, compare(kept, before, self.multilabel)))
-                        part += 1
+                    if number in few:
+                        parts.append(seen.to("cpu"))
+                if dense and parts:
+                    self._dense[number] = parts
+                differences += [
+                    (number, compare(ours, theirs, self.multilabel))
+                    for ours, theirs in zip(parts, self._dense.get(number, ()), strict=bool(parts))
+                ]
         # In the order of batches, so that sums are the same for any number of processes.
         gathered = sorted(self.several.gathered(differences), key=lambda pair: pair[0])
         counted = sum(self.several.gathered([images]))
@@ -453,15 +477,20 @@ class _Work:
         former = reduction_of(self.model)
         remove(self.model)
         with seeing(self.model, self.host) as see:
-            for number, groups in self._batches():
-                if number < self.compared:
-                    self._dense += [see(inputs).to("cpu") for inputs, _ in groups]
-        hang(self.model, self.patch, former)
+            for number, groups in self._batches(self.compared):
+                self._dense[number] = [see(inputs).to("cpu") for inputs, _ in groups]
+        if former is not None:
+            hang(self.model, self.found, former)
 
-    def _batches(self) -> Iterator[tuple[int, list[tuple[Inputs, list[Tensor] | None]]]]:
-        """This process's share of the batches, kept in memory if there is room."""
+    def _batches(
+        self, numbers: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, list[tuple[Inputs, list[Tensor] | None]]]]:
+        """This process's share of the batches, of these numbers or all, kept in memory if there is
+        room."""
         size, many = self.batch, len(self.samples)
-        for number in range(self.several.index, -(-many // size), self.several.number):
+        for number in range(-(-many // size)) if numbers is None else numbers:
+            if number % self.several.number != self.several.index:
+                continue
             groups = None if self._held is None else self._held.get(number)
             if groups is None:
                 groups = self.samples.batch(range(number * size, min(many, (number + 1) * size)))
@@ -483,22 +512,27 @@ class _Work:
             return send(inputs)  # type: ignore[no-any-return]
         return {name: send(x) for name, x in inputs.items()}
 
-    def _speeds(self, reduction: Reduction | None) -> dict[str, Speed]:
-        """Of the dense model, the reduced one and the free limit, in turns."""
-        arms: dict[str, Any] = {"dense": None}
+    def counts(self, reduction: Reduction | None) -> tuple[int, ...]:
+        """Patch tokens after each layer."""
+        if reduction is None:
+            return (self.tokens,) * self.layout.layers
+        return counts_of(self.model, self.found, self.inputs, reduction, self.layout.grid)
+
+    def free_limit(self, reduction: Reduction) -> Any:
+        """The same numbers of tokens, for nothing."""
+        one = first_of(self.inputs)
+        return free_limit_of(self.model, self.found, one, reduction, self.counts(reduction))
+
+    def race(self, arms: Mapping[str, Any], seconds: float) -> dict[str, Speed]:
+        """The speeds of several reductions (None: the dense model), in turns."""
         whole, one = self.inputs, first_of(self.inputs)
-        if reduction is not None:
-            _, tower = find_host(self.model, self.host)
-            grid = self.patch.layout(tower, tuple(pixels(whole).shape[-2:])).grid  # type: ignore[arg-type]
-            counts = counts_of(self.model, self.patch, whole, reduction, grid)
-            arms |= {
-                "reduced": reduction,
-                "limit": free_limit_of(self.model, self.patch, one, reduction, counts),
-            }
-        racing = sides(self.model, self.patch, arms, compile=False)
+        racing = sides(self.model, self.found, arms, compile=False)
         try:
-            many = measure(racing, whole, 1000, 1, limit=self.seconds * 2 / 3)
-            single = measure(racing, one, 1000, 2, limit=self.seconds / 3)
+            if len(pixels(whole)) == 1:
+                many = single = measure(racing, one, 1000, 2, limit=seconds)
+            else:
+                many = measure(racing, whole, 1000, 1, limit=seconds * 2 / 3)
+                single = measure(racing, one, 1000, 2, limit=seconds / 3)
             found = {}
             for arm, (model, prepare) in racing.items():
                 prepare()
@@ -549,7 +583,7 @@ def _bytes(inputs: Inputs) -> int:
 # --- several processes ----------------------------------------------------------------------------
 
 
-class _Processes:
+class Processes:
     """This process among those that `accelerate launch` has started; the only one, if none."""
 
     def __init__(self) -> None:
@@ -611,7 +645,7 @@ class _Processes:
 class _Store:
     """Finished settings, a small JSON file each."""
 
-    def __init__(self, where: str | Path | bool, fresh: bool, work: _Work) -> None:
+    def __init__(self, where: str | Path | bool, fresh: bool, work: Work) -> None:
         self.folder: Path | None = None
         if where is False:
             return
@@ -688,7 +722,7 @@ def fingerprint(model: nn.Module) -> str:
 # --- what is seen while it runs -------------------------------------------------------------------
 
 
-class _Shown:
+class Shown:
     """A bar, and the table as it grows: in a notebook one that is drawn anew, else line by line."""
 
     def __init__(self, many: int, wanted: bool) -> None:
@@ -702,7 +736,7 @@ class _Shown:
             if _in_notebook():
                 self._handle = require("IPython.display", "evaluate")
 
-    def __enter__(self) -> _Shown:
+    def __enter__(self) -> Shown:
         return self
 
     def __exit__(self, *_: object) -> None:

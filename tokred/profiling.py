@@ -451,7 +451,7 @@ def profile(
             after = through(model, found, images, reduction, grid[0] * grid[1])
         else:
             after = list(counts)
-        limit = free_limit_of(reduction, counts)
+        limit = free_limit_of(model, patch, images, reduction, counts)
 
         def become(hung: Reduction | None, profiled: str | None) -> None:
             for handle in handles:
