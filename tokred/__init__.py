@@ -5,6 +5,7 @@ tokred.remove(model)
 """
 
 from tokred import zoo
+from tokred.advising import Advice, advise
 from tokred.calibration import calibrate
 from tokred.citing import cite
 from tokred.cost import Bench, Flops, bench, flops
@@ -44,6 +45,7 @@ __all__ = [
     "ATS",
     "DPCKNN",
     "SLIC",
+    "Advice",
     "Around",
     "Bench",
     "Bilinear",
@@ -75,6 +77,7 @@ __all__ = [
     "TopK",
     "Trace",
     "UnsupportedModelError",
+    "advise",
     "applied",
     "apply",
     "bench",

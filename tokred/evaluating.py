@@ -731,7 +731,7 @@ class Shown:
         self._lines = 0
         if wanted:
             self.bar = require("tqdm.auto", "evaluate").tqdm(
-                total=many, desc="settings", leave=False, file=sys.stderr
+                total=many, desc="measuring", leave=False, file=sys.stderr
             )
             if _in_notebook():
                 self._handle = require("IPython.display", "evaluate")
@@ -742,6 +742,11 @@ class Shown:
     def __exit__(self, *_: object) -> None:
         if self.bar is not None:
             self.bar.close()
+
+    def expect(self, many: int) -> None:
+        if self.bar is not None:
+            self.bar.total += many
+            self.bar.refresh()
 
     def now(self, what: str) -> None:
         if self.bar is not None:

@@ -128,13 +128,22 @@ def of(
     return found
 
 
+def drawn(samples: Samples, many: int, seed: int = 0) -> Samples:
+    """So many of them, drawn by lot, in an order that is drawn, too."""
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
+    return _only(samples, order[:many].tolist())
+
+
 def _spread(samples: Samples, limit: int) -> Samples:
     # Spread, because folders come class by class.
-    chosen = [i * len(samples) // limit for i in range(limit)]
+    return _only(samples, [i * len(samples) // limit for i in range(limit)])
+
+
+def _only(samples: Samples, chosen: list[int]) -> Samples:
     look = samples.picture
     return Samples(
         _Chosen(samples.items, chosen),
-        f"{limit} of {samples.name}",
+        samples.name if len(chosen) == len(samples) else f"{len(chosen)} of {samples.name}",
         samples.input_name,
         None if look is None else lambda i: look(chosen[i]),
     )

@@ -1,0 +1,672 @@
+"""`tokred.advise`: the method, the layers and the numbers of tokens for a budget.
+
+1. The dense model answers the calibration images; every method is tried at one keep rate, on some
+   of them, to see which disturb the model least.
+2. What a block costs as a function of its tokens, and what a method adds to it, is measured on this
+   machine (`tokred.profile`) and fitted by parabolas.
+3. Of the methods that disturb least, it is measured how much a reduction at one layer alone
+   disturbs the model, for several layers and shares: the mean divergence from the dense model's
+   answers. A schedule is taken to disturb as much as its steps together: a step from n to k tokens
+   at layer l as much as k tokens from there on more than n tokens from there on.
+4. Dynamic programming over layers and numbers of tokens finds the schedules that disturb least,
+   for every time they may take.
+5. Those that meet the budget, and uniform keep rates of the best methods that do, are measured: all
+   of the images, and the time in turns with the dense model. What misses the budget is tried again,
+   with fewer tokens. The best one is the advice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from tokred import samples as sampling
+from tokred.cost import put_back
+from tokred.evaluating import Setting, Shown, Work, settings_of
+from tokred.evaluation import Evaluation, Row, Speed
+from tokred.fidelity import Fidelity
+from tokred.host import Host, UnsupportedModelError, module_of
+from tokred.patching import remove, uncompiled
+from tokred.presets import Preset
+from tokred.profiling import profile
+from tokred.reducers import Reducer
+from tokred.reducers.truncate import Truncate
+from tokred.samples import Transform
+from tokred.schedule import Exactly, Stages
+
+METHODS = (
+    "tome", "atc", "atc:complete", "dpc_knn", "kmedoids", "pitome", "mutual",
+    "evit", "topk", "slic",
+)  # fmt: skip
+"""The methods that are tried if none are named: all that need no training and keep as many tokens
+of every image."""
+FINALISTS = 3
+"""Methods whose schedules are searched."""
+SHARES = (0.8, 0.6, 0.4, 0.2)
+"""Of the tokens, to which they are reduced at one layer to see what that does."""
+LEVELS = 40
+"""Numbers of tokens that the search may choose from."""
+WORTH = 1.03
+"""A speed-up below which nothing is gained: within the noise of the measurement."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What `tokred.advise` has found.
+
+    Attributes:
+        wanted: the budget, in words.
+        choice: the row that is advised; None if nothing helps.
+        sentences: what there is to say, and why.
+        evaluation: everything that was measured in full, the dense model first.
+    """
+
+    wanted: str
+    choice: Row | None
+    sentences: tuple[str, ...]
+    evaluation: Evaluation
+
+    @property
+    def code(self) -> str:
+        """The line to paste; empty if nothing helps."""
+        return self.choice.code if self.choice else ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it."""
+        return {**dataclasses.asdict(self), "code": self.code}
+
+    def __str__(self) -> str:
+        return "\n".join([*self.sentences, *([f"\n    {self.code}"] if self.code else [])])
+
+    def _repr_html_(self) -> str:
+        return self.evaluation._repr_html_()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A setting that was measured in full.
+
+    Attributes:
+        setting: what it is.
+        searched: whether its schedule was searched for, rather than a uniform keep rate.
+        row: what came of it.
+    """
+
+    setting: Setting
+    searched: bool
+    row: Row
+
+
+def advise(
+    model: Any,
+    data: Any,
+    *,
+    speedup: float | None = None,
+    max_drop: float | None = None,
+    methods: Iterable[str | Reducer | Preset] | Mapping[str, Reducer | Preset] = METHODS,
+    images: int = 256,
+    batch: int | None = None,
+    labelled: bool = True,
+    task: str | None = None,
+    transform: Transform | None = None,
+    seconds: float = 2.0,
+    host: Host | None = None,
+    name: str | None = None,
+    progress: bool = True,
+) -> Advice:
+    """Finds method, layers and numbers of tokens for a budget, by trying them on some images.
+
+    >>> advice = tokred.advise(model, "flowers/val", speedup=1.5)
+    >>> print(advice)  # what it gains and costs, and the line of code
+    >>> eval(advice.code)
+
+    Args:
+        model: as for `tokred.evaluate`; left as it was.
+        data: as for `tokred.evaluate`: labelled if possible.
+        speedup: how many times as fast as the dense model it has to be; what loses least is
+            advised.
+        max_drop: how many points of the leading metric it may lose (without labels, of agreement
+            with the dense model); what is fastest is advised.
+        methods: as for `tokred.evaluate`.
+        images: how many are used, drawn evenly at random, always the same.
+        batch, labelled, task, transform, host, name, progress: as for `tokred.evaluate`.
+        seconds: how long each candidate's speed is measured.
+
+    Raises:
+        ValueError: not one of `speedup` and `max_drop` is given, or one that cannot be; otherwise
+            as `tokred.evaluate`.
+        UnsupportedModelError: the model is not one we know, or it takes none of the methods.
+    """
+    if (speedup is None) == (max_drop is None):
+        raise ValueError(f"give one of speedup and max_drop, not {speedup} and {max_drop}")
+    if speedup is not None and speedup <= 1:
+        raise ValueError(f"speedup must be above 1, the dense model's own, not {speedup}")
+    if max_drop is not None and max_drop < 0:
+        raise ValueError(f"max_drop must be at least 0 points, not {max_drop}")
+    if images < 1:
+        raise ValueError(f"images must be at least 1, not {images}")
+    wanted = settings_of(methods, (0.5,))
+    model = uncompiled(module_of(model))
+    with put_back(model, host):
+        remove(model)
+        samples = sampling.of(data, model, transform, None, labelled)
+        samples = sampling.drawn(samples, min(images, len(samples)))
+        work = Work(model, samples, host, task, batch, images, seconds)
+        if work.several.number > 1:
+            raise ValueError("advise runs in one process: start it without accelerate launch")
+        with Shown(0, progress) as shown:
+            search = _Search(work, wanted, shown, name or type(model).__name__)
+            return search.faster(speedup) if speedup is not None else search.closest(max_drop or 0)
+
+
+class _Search:
+    """What all steps of the search have in common."""
+
+    def __init__(self, work: Work, methods: list[Setting], shown: Shown, name: str) -> None:
+        self.work, self.shown, self.name = work, shown, name
+        self.refused: dict[str, str] = {}
+        self.methods: list[Setting] = []
+        for setting in methods:
+            reason = work.why_not(setting)
+            if reason is None:
+                self.methods.append(setting)
+            else:
+                self.refused[setting.method] = reason
+        if not self.methods:
+            raise UnsupportedModelError(
+                f"{name} takes none of the methods: "
+                + "; ".join(f"{method}: {why}" for method, why in self.refused.items())
+            )
+        shown.expect(1)
+        shown.now("dense")
+        self.dense = work.row(None)
+        shown.step()
+        self.candidates: dict[str, Candidate] = {}
+        self._lagging: dict[str, float] = {}
+
+    # --- what it costs ----------------------------------------------------------------------------
+
+    @cached_property
+    def ceiling(self) -> dict[float, float]:
+        """The speed-up of cutting tokens off at no cost behind a quarter, a half and three quarters
+        of the layers, by keep rate."""
+        arms: dict[str, Any] = {"dense": None}
+        rates = (0.9, 0.6, 0.3, 0.1)
+        for rate in rates:
+            setting = Setting("limit", Truncate(), Stages(rate))
+            reduction = self.work.applied(setting)
+            remove(self.work.model)
+            arms[str(rate)] = self.work.free_limit(reduction)
+        speeds = self.work.race(arms, 2 * self.work.seconds)
+        dense = speeds.pop("dense").images_per_second
+        return {float(rate): speed.images_per_second / dense for rate, speed in speeds.items()}
+
+    @cached_property
+    def costs(self) -> dict[str, Costs]:
+        """What blocks and methods cost, by method; methods that cannot be profiled are left out."""
+        work, tokens, layers = self.work, self.work.tokens, self.work.layout.layers
+        # Falling in every block, so that one pass tells of as many numbers of tokens.
+        falling = [max(1, round(tokens * 0.25 ** ((i + 1) / layers))) for i in range(layers)]
+        for i, (before, after) in enumerate(itertools.pairwise([tokens, *falling])):
+            falling[i] = max(after, before - before // 2)
+        profiles = {}
+        self.shown.expect(len(self.methods))
+        for setting in self.methods:
+            self.shown.now(f"what {setting.method} costs")
+            if isinstance(setting.reducer, Preset) or hasattr(setting.reducer, "schedule"):
+                self.shown.step()
+                continue
+            # Of what cannot be profiled, uniform keep rates are measured all the same.
+            with contextlib.suppress(ValueError, UnsupportedModelError, RuntimeError):
+                profiles[setting.method] = profile(
+                    work.model, work.inputs, setting.reducer, schedule=Exactly(tuple(falling)),
+                    host=work.host, rounds=3, warmup=1,
+                )  # fmt: skip
+            self.shown.step()
+        points = [
+            (times.before, times.limit) for one in profiles.values() for times in one.layers
+        ] + [(tokens, times.dense) for one in profiles.values() for times in one.layers]
+        if not points:
+            return {}
+        block = _parabola(points)
+        found = {}
+        for method, one in profiles.items():
+            added = _parabola([(times.before, times.added) for times in one.layers])
+            found[method] = Costs(block, added, one.dense.median, one.place == "between")
+        return found
+
+    def predicted(self, setting: Setting) -> float:
+        """The speed-up that a setting should have."""
+        costs = self.costs.get(setting.method)
+        reduction = self.work.applied(setting)
+        counts = self.work.counts(reduction)
+        remove(self.work.model)
+        if costs is None:
+            # Not profiled: as much as its tokens say, to begin with.
+            costs = next(iter(self.costs.values()), None)
+            if costs is None:
+                return self.work.tokens * len(counts) / sum(counts)
+            return costs.dense / costs.time((self.work.tokens, *counts), False)
+        return costs.dense / costs.time((self.work.tokens, *counts))
+
+    # --- what it does to the answers --------------------------------------------------------------
+
+    def harm(self, close: Fidelity) -> float:
+        """How much a reduction disturbs the model: the divergence, or what else can be told."""
+        if close.divergence is not None:
+            return close.divergence
+        if close.depth_error is not None:
+            return close.depth_error
+        return 1 - close.cosine
+
+    def screened(self, uniform: Sequence[Setting], few: int) -> list[Setting]:
+        """Settings by how little they disturb the model on a few batches, the least first."""
+        self.shown.expect(len(uniform))
+        harms = []
+        for setting in uniform:
+            self.shown.now(setting.name)
+            harms.append(self.harm(self.work.difference(setting, few)))
+            self.shown.step()
+        return [setting for _, setting in sorted(zip(harms, uniform, strict=True), key=_by_harm)]
+
+    def sensitivity(self, method: Setting, few: int) -> Any:
+        """How much it disturbs the model to go on with so many tokens from a layer on: [layers,
+        levels], NaN where it was not tried, filled in between."""
+        tokens, layers = self.work.tokens, self.work.layout.layers
+        tried = sorted({round(i * (layers - 1) / min(7, layers - 1)) for i in range(8)}
+                       if layers > 8 else range(layers))  # fmt: skip
+        levels = self.levels
+        self.shown.expect(len(tried) * len(SHARES))
+        table = np.zeros((len(tried), len(levels)))
+        for row, layer in enumerate(tried):
+            known = [(1.0, 0.0)]
+            for share in SHARES:
+                self.shown.now(f"{method.method}, {share:.0%} of the tokens from layer {layer} on")
+                counts = self._straight(layer, max(1, round(tokens * share)))
+                setting = Setting(method.method, method.reducer, Exactly(counts))
+                known.append((share, self.harm(self.work.difference(setting, few))))
+                self.shown.step()
+            known.reverse()
+            # What takes away more disturbs more; what says otherwise is noise.
+            harms = np.maximum.accumulate([harm for _, harm in reversed(known)])[::-1]
+            shares = [share for share, _ in known]
+            table[row] = np.interp([n / tokens for n in levels], shares, harms)
+            beyond = np.array([n / tokens < shares[0] for n in levels])
+            slope = (harms[0] - harms[1]) / (shares[1] - shares[0])
+            below = np.array([shares[0] - n / tokens for n in levels])
+            table[row, beyond] = harms[0] + 2 * slope * below[beyond]
+        every = np.arange(layers)
+        return np.stack([np.interp(every, tried, column) for column in table.T], axis=1)
+
+    def _straight(self, layer: int, few: int) -> tuple[int, ...]:
+        """All tokens before a layer, and few from it on, halved in several layers if need be."""
+        counts, now = [], self.work.tokens
+        for each in range(self.work.layout.layers):
+            if each >= layer:
+                now = max(few, now - now // 2)
+            counts.append(now)
+        return tuple(counts)
+
+    @cached_property
+    def levels(self) -> list[int]:
+        """The numbers of tokens that the search chooses from, falling."""
+        tokens = self.work.tokens
+        least = max(1, tokens // 16)
+        steps = [tokens * (least / tokens) ** (i / (LEVELS - 1)) for i in range(LEVELS)]
+        return sorted({round(step) for step in steps}, reverse=True)
+
+    def schedules(self, method: Setting, harms: Any) -> list[tuple[float, tuple[int, ...]]]:
+        """The schedules that disturb least, with the speed-ups that they should have, the slowest
+        first."""
+        costs, levels = self.costs[method.method], self.levels
+        found: dict[tuple[int, ...], float] = {}
+        dear = float(harms[harms > 0].min()) if (harms > 0).any() else 1e-9
+        for price in np.geomspace(dear / costs.dense / 100, harms.max() / costs.dense * 100, 60):
+            counts = cheapest(levels, harms, costs, float(price))
+            found[counts] = costs.dense / costs.time((levels[0], *counts))
+        return sorted((speed, counts) for counts, speed in found.items())
+
+    # --- candidates -------------------------------------------------------------------------------
+
+    def measure(self, setting: Setting, searched: bool) -> Candidate:
+        """A candidate, measured in full, once."""
+        known = self.candidates.get(setting.name)
+        if known is not None:
+            return known
+        self.shown.expect(1)
+        self.shown.now(setting.method)
+        candidate = Candidate(setting, searched, self.work.row(setting))
+        self.candidates[setting.name] = candidate
+        self.shown.row(self.table())
+        return candidate
+
+    def table(self) -> Evaluation:
+        """The dense model, and all that was measured in full."""
+        rows = [
+            dataclasses.replace(c.row, method=f"{c.row.method}, searched") if c.searched else c.row
+            for c in self.candidates.values()
+        ]
+        return self.work.table(self.name, [self.dense, *rows], self.refused)
+
+    def uniform(self, method: Setting, speed: float) -> Setting:
+        """A method at the keep rate that should be so many times as fast."""
+        low, high = 0.02, 1.0
+        for _ in range(8):
+            rate = (low + high) / 2
+            if self._predicted_at(method, rate) < speed:
+                high = rate
+            else:
+                low = rate
+        return Setting(method.method, method.reducer, round(low, 3))
+
+    def _predicted_at(self, method: Setting, rate: float) -> float:
+        try:
+            return self.predicted(Setting(method.method, method.reducer, round(rate, 3)))
+        except ValueError:  # fewer tokens than the method can make
+            return math.inf
+
+    def meeting(
+        self, speed: float, propose: Callable[[float], Setting | None], searched: bool
+    ) -> Candidate | None:
+        """A candidate that is measured to be so many times as fast, if it can be had in three
+        tries: predictions are corrected by what was measured."""
+        asked = speed * 1.01
+        best: Candidate | None = None
+        for _ in range(3):
+            setting = propose(asked)
+            if setting is None:
+                return best
+            tried = self.measure(setting, searched)
+            if tried.row.speed_up >= speed:
+                return tried
+            best = tried
+            asked *= min(1.3, max(1.01, 1.01 * speed / tried.row.speed_up))
+        return best
+
+    def proposer(
+        self, method: Setting, schedules: list[tuple[float, tuple[int, ...]]]
+    ) -> Callable[[float], Setting | None]:
+        """From a speed-up to the setting that should have it and disturb least."""
+
+        def propose(speed: float) -> Setting | None:
+            for predicted, counts in schedules:
+                if predicted >= speed:
+                    return Setting(method.method, method.reducer, Exactly(counts))
+            return None
+
+        return propose
+
+    # --- the two questions ------------------------------------------------------------------------
+
+    def faster(self, speedup: float) -> Advice:
+        """What loses least among what is so many times as fast."""
+        wanted = f"{speedup:g} times as fast"
+        most = max(self.ceiling.values())
+        if most < speedup:
+            return self._nothing(wanted, self._limits(speedup))
+        few = max(1, len(self.work.compared) // 2)
+        uniform = [self.uniform(method, speedup * 1.02) for method in self.methods]
+        order = self.screened(uniform, few)
+        chosen = [next(m for m in self.methods if m.method == s.method) for s in order]
+        for method in chosen[: FINALISTS + 1]:
+            self.meeting(speedup, partial(self.uniform, method), False)
+        for method in [m for m in chosen if m.method in self.costs][:FINALISTS]:
+            schedules = self.schedules(method, self.sensitivity(method, few))
+            self.meeting(speedup, self.proposer(method, schedules), True)
+        rows = self._raced([c for c in self.candidates.values() if c.row.speed_up >= 0.9 * speedup])
+        table = self.table()
+        good = [c for c in rows if c.row.speed_up >= speedup]
+        if not good:
+            nearest = max(self.candidates.values(), key=lambda c: c.row.speed_up, default=None)
+            told = self._limits(speedup)
+            if nearest is not None:
+                told += (f"The fastest that was measured is {self._told(nearest)}.",)
+            return self._nothing(wanted, told)
+        best = min(good, key=lambda c: (round(table.drop(c.row), 6), c.row.kl or 0.0))
+        return self._advice(wanted, best, good)
+
+    def closest(self, max_drop: float) -> Advice:
+        """What is fastest among what loses at most so much."""
+        table = self.table()
+        wanted = f"at most {max_drop:g} points of {table.leading} lost"
+        most = max(self.ceiling.values())
+        if most < WORTH:
+            return self._nothing(wanted, self._limits(WORTH))
+        few = max(1, len(self.work.compared) // 2)
+        middle = 1 + (most - 1) / 2
+        uniform = [self.uniform(method, middle) for method in self.methods]
+        order = self.screened(uniform, few)
+        chosen = [next(m for m in self.methods if m.method == s.method) for s in order]
+        for method in chosen[: FINALISTS + 1]:
+            self._fastest(max_drop, most, partial(self.uniform, method), False)
+        for method in [m for m in chosen if m.method in self.costs][:FINALISTS]:
+            schedules = self.schedules(method, self.sensitivity(method, few))
+            self._fastest(max_drop, most, self.proposer(method, schedules), True)
+        kept = [c for c in self.candidates.values() if table.drop(c.row) <= max_drop]
+        kept = self._raced(sorted(kept, key=lambda c: -c.row.speed_up)[:6])
+        good = [c for c in kept if c.row.speed_up >= WORTH]
+        if not good:
+            told: tuple[str, ...] = (
+                f"Nothing that is measurably faster loses as little as {max_drop:g} points of "
+                f"{table.leading}.",
+            )
+            if self.candidates:
+                least = min(self.candidates.values(), key=lambda c: table.drop(c.row))
+                told += (f"The least is lost by {self._told(least)}.",)
+            return self._nothing(wanted, told)
+        best = max(good, key=lambda c: (c.row.speed_up, -table.drop(c.row)))
+        return self._advice(wanted, best, good)
+
+    def _fastest(
+        self, max_drop: float, most: float, propose: Callable[[float], Setting | None],
+        searched: bool,
+    ) -> None:  # fmt: skip
+        """Measures settings of one family at ever nearer speeds, to find where the drop passes what
+        is allowed."""
+        low, high = 1.0, most
+        for _ in range(5):
+            speed = (low + high) / 2
+            setting = propose(speed)
+            if setting is None:
+                high = speed
+                continue
+            lost = self.table().drop(self.measure(setting, searched).row)
+            low, high = (speed, high) if lost <= max_drop else (low, speed)
+
+    def _raced(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """The same candidates, with speeds that were measured all in turns with each other."""
+        if not candidates:
+            return []
+        arms: dict[str, Any] = {"dense": None}
+        for candidate in candidates:
+            arms[candidate.setting.name] = self.work.applied(candidate.setting)
+            remove(self.work.model)
+        self.shown.expect(1)
+        self.shown.now("the last ones, in turns")
+        speeds = self.work.race(arms, self.work.seconds * (len(arms) + 1))
+        self.shown.step()
+        raced = []
+        for candidate in candidates:
+            row = dataclasses.replace(
+                candidate.row,
+                speed=speeds[candidate.setting.name],
+                dense=speeds["dense"],
+                limit=_scaled(candidate.row, speeds["dense"]),
+            )
+            self.candidates[candidate.setting.name] = dataclasses.replace(candidate, row=row)
+            raced.append(self.candidates[candidate.setting.name])
+        return raced
+
+    # --- words ------------------------------------------------------------------------------------
+
+    def _limits(self, speedup: float) -> tuple[str, ...]:
+        """What cutting tokens off at no cost would gain, and why it is not more."""
+        work, most = self.work, max(self.ceiling.values())
+        where = f"batch {len(work.inputs) if isinstance(work.inputs, torch.Tensor) else work.batch}"
+        where += f" on {work.device.type}"
+        told = [
+            "Tokens cut off at no cost, which no method can beat, are worth here ("
+            + where
+            + "): "
+            + ", ".join(f"{gain:.2f}x at keep rate {r:g}" for r, gain in self.ceiling.items())
+            + "."
+        ]
+        floor = [rate for rate, gain in self.ceiling.items() if gain >= speedup]
+        if floor:
+            told.append(f"So {speedup:g}x cannot be had above a keep rate of {max(floor):g}.")
+        elif most < 1.1:
+            told.append(
+                "The time goes into starting operators rather than into tokens: try a larger batch "
+                "or image, or torch.compile."
+            )
+        else:
+            told.append(f"{speedup:g}x is out of reach, whatever the method.")
+        return tuple(told)
+
+    def _told(self, candidate: Candidate) -> str:
+        table, row = self.table(), candidate.row
+        return (
+            f"{candidate.setting.method}, {table.drop(row):.2f} points of {table.leading} lost at "
+            f"{row.speed_up:.2f}x"
+        )
+
+    def _nothing(self, wanted: str, why: tuple[str, ...]) -> Advice:
+        return Advice(wanted, None, (f"Nothing helps: {wanted} is not to be had.", *why),
+                      self.table())  # fmt: skip
+
+    def _advice(self, wanted: str, best: Candidate, good: Sequence[Candidate]) -> Advice:
+        table, row = self.table(), best.row
+        score, dense = table.score(row), table.score(table.dense)
+        unit = table.unit
+        # How many answers have changed bounds how far the drop may be from that on other images.
+        told = [
+            f"{wanted[0].upper()}{wanted[1:]}: {best.setting.method}, "
+            f"{'a schedule found for this model' if best.searched else 'one keep rate'}.",
+            f"Measured on {row.images} images: {table.leading} {score:.2f}{unit} (dense "
+            f"{dense:.2f}{unit}, {score - dense:+.2f}); {row.speed_up:.2f}x as fast at batch "
+            f"{table.batch} ({row.latency_speed_up:.2f}x for one image alone), free limit "
+            f"{row.free_limit:.2f}x.",
+        ]
+        if row.agreement is not None and table.unit == "%":
+            error = 100 * math.sqrt((1 - row.agreement / 100) / max(1, row.compared))
+            told.append(
+                f"{row.agreement:.1f} % of the answers are the dense model's, so on other images "
+                f"of this kind the change should be within {2 * error:.1f} points of that."
+            )
+        others = [c for c in good if c is not best and not c.searched]
+        if best.searched and others:
+            rival = min(others, key=lambda c: (table.drop(c.row), c.row.kl or 0.0))
+            told.append(
+                f"The best uniform keep rate that does it: {rival.setting.name}, "
+                f"{table.score(rival.row):.2f}{unit} at {rival.row.speed_up:.2f}x."
+            )
+        patched = dataclasses.replace(
+            row, method=f"{row.method}, searched" if best.searched else row.method
+        )
+        return Advice(wanted, patched, tuple(told), table)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a method costs, by what was measured.
+
+    Attributes:
+        block: seconds of a block as a parabola of its tokens.
+        added: seconds that the method adds to a block, of the tokens that enter it.
+        dense: seconds of the dense model.
+        between: whether attention still sees the tokens that enter.
+    """
+
+    block: tuple[float, float, float]
+    added: tuple[float, float, float]
+    dense: float
+    between: bool
+
+    def step(self, before: Any, after: Any, added: bool = True) -> Any:
+        """Seconds of one block that is entered by so many tokens and left by so many; arrays or
+        numbers."""
+        block = _at(self.block, after)
+        if self.between:
+            block = (block + _at(self.block, before)) / 2
+        return block + np.where(after < before, _at(self.added, before), 0.0) * added
+
+    def time(self, counts: Sequence[int], added: bool = True) -> float:
+        """Seconds of the model, with these tokens before the first layer and after each."""
+        steps = [float(self.step(a, b, added)) for a, b in itertools.pairwise(counts)]
+        full = float(_at(self.block, counts[0])) * len(steps)
+        return max(1e-9, self.dense - full + sum(steps))
+
+
+def cheapest(levels: Sequence[int], harms: Any, costs: Costs, price: float) -> tuple[int, ...]:
+    """The numbers of tokens after each layer for which harm + price * time is least.
+
+    Args:
+        levels: numbers of tokens to choose from, falling, all of them first.
+        harms: what it does to go on with so many from a layer on: [layers, levels].
+        costs: what time it takes.
+        price: of a second.
+    """
+    layers, many = harms.shape
+    n = np.array(levels)
+    before, after = n[:, None], n[None, :]
+    time = costs.step(before, after)  # [from, to]
+    # None grows, and none loses more than half at once, which is all that pairs can.
+    allowed = (after <= before) & (after >= before - before // 2)
+    best = np.full(many, np.inf)
+    best[0] = 0.0
+    came = np.zeros((layers, many), dtype=int)
+    for layer in range(layers):
+        harm = np.maximum(0, harms[layer][None, :] - harms[layer][:, None])
+        total = np.where(allowed, best[:, None] + harm + price * time, np.inf)
+        came[layer] = total.argmin(0)
+        best = total.min(0)
+    at = int(best.argmin())
+    counts = []
+    for layer in reversed(range(layers)):
+        counts.append(int(n[at]))
+        at = int(came[layer, at])
+    return tuple(reversed(counts))
+
+
+def _parabola(points: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
+    """The parabola through (tokens, seconds) that lies nearest, none of its parts below zero: a
+    start, so much for each token, and so much for each pair."""
+    from scipy.optimize import nnls  # whoever asks for no advice need not wait for it
+
+    tokens = np.array([p[0] for p in points], dtype=float)
+    seconds = np.array([p[1] for p in points], dtype=float)
+    scale = tokens.max()
+    columns = np.stack([np.ones_like(tokens), tokens / scale, (tokens / scale) ** 2], 1)
+    # In proportion: a small block counts as much as a large one.
+    weight = 1 / np.maximum(seconds, seconds.max() * 1e-3)
+    a, b, c = nnls(columns * weight[:, None], seconds * weight)[0]
+    return float(a), float(b / scale), float(c / scale**2)
+
+
+def _at(parabola: tuple[float, float, float], tokens: Any) -> Any:
+    start, each, pair = parabola
+    return start + each * tokens + pair * np.square(tokens, dtype=float)
+
+
+def _scaled(row: Row, dense: Speed) -> Speed | None:
+    """The free limit of an earlier run, beside this run's dense model."""
+    if row.limit is None:
+        return None
+    return dataclasses.replace(
+        row.limit,
+        images_per_second=row.free_limit * dense.images_per_second,
+        latency=row.limit.latency / row.dense.latency * dense.latency,
+    )
+
+
+def _by_harm(pair: tuple[float, Setting]) -> float:
+    return pair[0]
