@@ -342,9 +342,14 @@ class Profile:
         return fragment(self)
 
 
-def fragment(profile: Profile) -> str:
+def fragment(profile: Profile, style: bool = True) -> str:
     """A profile as HTML, to stand in a notebook or in a page: the bars, the table and the
-    sentences."""
+    sentences.
+
+    Args:
+        profile: what `tokred.profile` has returned.
+        style: whether to bring the style along; a page has it once.
+    """
     head = ["layer", "tokens", "block", *list(markup.PARTS.values())[1:], "dense", "free limit"]
     rows = []
     for times in profile.layers:
@@ -366,7 +371,7 @@ def fragment(profile: Profile) -> str:
     return "".join(
         [
             '<div class="tokred">',
-            markup.STYLE,
+            markup.STYLE if style else "",
             markup.paragraph(summary),
             markup.bars(bars),
             markup.table(head, rows, caption="Milliseconds per batch"),

@@ -1,0 +1,396 @@
+"""One page of HTML that tells what an evaluation has found: in words, as a plot, as a table.
+
+    table = tokred.evaluate(model, "flowers/val")
+    tokred.report.write("report.html", table, profile=tokred.profile(model, images, "atc", 0.5))
+
+The page is one file, which fetches nothing. It can be read on a phone, in dark mode, on paper and
+without scripts; with them, a click on a title sorts the table.
+"""
+
+from __future__ import annotations
+
+import datetime
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from tokred import markup, profiling
+from tokred.evaluation import Evaluation, Row
+from tokred.markup import Point, escape, listed, paragraph
+from tokred.profiling import Profile
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+DROPS = (0.5, 2.0)
+"""Points of the leading metric that the headline looks for the fastest setting within."""
+SHARES = (0.01, 0.05)
+"""The same for metrics that are no percentages, as shares of the dense model's score."""
+
+
+class Advising(Protocol):
+    """What `tokred.advise` returns, as far as it is told here."""
+
+    @property
+    def code(self) -> str: ...
+
+    @property
+    def sentences(self) -> tuple[str, ...]: ...
+
+
+def write(
+    path: str | Path,
+    evaluation: Evaluation | None,
+    *,
+    profile: Profile | None = None,
+    pictures: Sequence[tuple[str, Image]] = (),
+    advice: Advising | None = None,
+    title: str | None = None,
+) -> None:
+    """Writes the page; see `html`."""
+    page = html(evaluation, profile=profile, pictures=pictures, advice=advice, title=title)
+    Path(path).write_text(page, encoding="utf-8")
+
+
+def html(
+    evaluation: Evaluation | None,
+    *,
+    profile: Profile | None = None,
+    pictures: Sequence[tuple[str, Image]] = (),
+    advice: Advising | None = None,
+    title: str | None = None,
+) -> str:
+    """The page.
+
+    Args:
+        evaluation: the table; None for a page about a profile alone.
+        profile: where the time of one setting goes.
+        pictures: strips that `tokred.visualise` has drawn, each with a caption.
+        advice: what is to be said first, with the line to paste.
+        title: the heading; the model's name, if not given.
+
+    Raises:
+        ValueError: there is neither an evaluation nor a profile.
+    """
+    about = evaluation or profile
+    if about is None:
+        raise ValueError("evaluation must be given, or profile: there is nothing to report")
+    heading = title or f"{about.model} with fewer tokens"
+    body = [f"<h1>{escape(heading)}</h1>"]
+    if evaluation is not None or advice is not None:
+        body.append(_headline(evaluation, advice))
+    if evaluation is not None:
+        body += [
+            _section("What it gains, and what it costs", plot(evaluation)),
+            _section("All settings", f'<div class="sortable">{_table(evaluation)}</div>'),
+        ]
+        if evaluation.refused:
+            told = [f"{name}: {reason}" for name, reason in evaluation.refused.items()]
+            body.append(_section("What was refused", listed(told)))
+    if profile is not None:
+        body.append(_section("Where the time goes", profiling.fragment(profile, style=False)))
+    if pictures:
+        shown = "".join(
+            f"<figure>{markup.picture(_png(image), caption)}"
+            f"<figcaption>{escape(caption)}</figcaption></figure>"
+            for caption, image in pictures
+        )
+        body.append(_section("Which tokens became one", shown))
+    if evaluation is not None:
+        body.append(_section("Conditions", listed(_conditions(evaluation))))
+    body.append(_section("How to read it", _reading(evaluation, profile)))
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(heading)}</title>{markup.STYLE}{_STYLE}</head>\n"
+        f'<body class="tokred"><main>\n{"".join(part + chr(10) for part in body)}</main>\n'
+        f"{_SCRIPT}</body></html>\n"
+    )
+
+
+def table(evaluation: Evaluation) -> str:
+    """The table and the plot as a piece of HTML, for notebooks."""
+    images = evaluation.dense.images
+    summary = f"{evaluation.model} on {evaluation.data}: {images} images, {evaluation.task}"
+    refused = [f"refused: {name}: {reason}" for name, reason in evaluation.refused.items()]
+    return "".join(
+        [
+            f'<div class="tokred">{markup.STYLE}',
+            paragraph(summary),
+            plot(evaluation) if evaluation.settings else "",
+            _table(evaluation),
+            listed(refused),
+            paragraph("; ".join(_conditions(evaluation, dated=False)), "small"),
+            "</div>",
+        ]
+    )
+
+
+def plot(evaluation: Evaluation) -> str:
+    """The leading metric against the measured speed-up, as SVG."""
+
+    def point(row: Row) -> Point:
+        score = f"{_number(evaluation.score(row))}{evaluation.unit}"
+        title = f"{row.name}: {evaluation.leading} {score}, {row.speed_up:.2f}x as fast"
+        return Point(row.speed_up, evaluation.score(row), title, row.name if row in front else "")
+
+    front = evaluation.front()
+    methods = dict.fromkeys(row.method for row in evaluation.settings)
+    cross = point(evaluation.dense)
+    unit = f", {evaluation.unit}" if evaluation.unit else ""
+    falls = "" if evaluation.higher_is_better else " (less is better)"
+    return markup.scatter(
+        {
+            method: [point(row) for row in evaluation.settings if row.method == method]
+            for method in methods
+        },
+        [point(row) for row in front],
+        Point(cross.x, cross.y, cross.title, "dense"),
+        "speed-up over the dense model, measured",
+        f"{evaluation.leading}{unit}{falls}",
+        upside_down=not evaluation.higher_is_better,
+    )
+
+
+def _table(evaluation: Evaluation) -> str:
+    head, rows = columns(evaluation)
+    front = evaluation.front()
+    marked = {number for number, row in enumerate(evaluation.rows) if row in front}
+    caption = "Bold: no other setting is both faster and better."
+    return markup.table(head, rows, caption, marked)
+
+
+def columns(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
+    """The titles of the table, and the cells of every row; columns with nothing in them are left
+    out."""
+    others = [name for name in evaluation.dense.metrics if name != evaluation.leading]
+    titles = ["setting", "keep rate", evaluation.leading, "change", *others]
+    titles += [
+        "agreement, %", "KL", "cosine", "depth error", "images/s", "speed-up", "of free limit",
+        "latency, ms", "its speed-up", "G multiply-adds", "memory, MiB", "tokens",
+    ]  # fmt: skip
+    rows = []
+    for row in evaluation.rows:
+        speed = row.speed
+        change = evaluation.score(row) - evaluation.score(evaluation.dense)
+        dense = row is evaluation.dense
+        share = "" if dense else f"{100 * row.speed_up / row.free_limit:.0f}%"
+        rows.append(
+            [
+                row.name,
+                _or_nothing(row.keep_rate, "g"),
+                _number(evaluation.score(row)),
+                "" if dense else _number(change, "+"),
+                *(_number(row.metrics[name]) if name in row.metrics else "" for name in others),
+                _or_nothing(row.agreement, ".2f"),
+                _or_nothing(row.kl, ".4f"),
+                _or_nothing(row.cosine, ".4f"),
+                _or_nothing(row.depth_error, ".4f"),
+                f"{speed.images_per_second:.1f}",
+                f"{row.speed_up:.2f}x",
+                share,
+                f"{1e3 * speed.latency:.2f}",
+                f"{row.latency_speed_up:.2f}x",
+                "" if speed.mult_adds is None else f"{speed.mult_adds / 1e9:.3f}",
+                "" if speed.peak_memory is None else f"{speed.peak_memory / 2**20:.1f}",
+                " → ".join(map(str, _changes(row))),
+            ]
+        )
+    # What leads is not told twice.
+    twice = {"agreement": "agreement, %", "cosine": "cosine", "depth_error": "depth error"}
+    there = [
+        number
+        for number, title in enumerate(titles)
+        if any(cells[number] for cells in rows) and title != twice.get(evaluation.leading)
+    ]
+    return [titles[n] for n in there], [[cells[n] for n in there] for cells in rows]
+
+
+def _changes(row: Row) -> list[int]:
+    """Patch tokens that enter, and after every layer that changes their number."""
+    told = [row.tokens]
+    for count in row.counts:
+        if count != told[-1]:
+            told.append(count)
+    return told
+
+
+def _headline(evaluation: Evaluation | None, advice: Advising | None) -> str:
+    parts = []
+    code = "" if advice is None else advice.code
+    if advice is not None:
+        parts += [paragraph(sentence) for sentence in advice.sentences]
+    if evaluation is not None:
+        score = f"{evaluation.leading} {_number(evaluation.score(evaluation.dense))}"
+        parts.append(
+            paragraph(
+                f"On {evaluation.dense.images} images of {evaluation.data}, the dense model has "
+                f"{score}{evaluation.unit} at {evaluation.dense.speed.images_per_second:.1f} "
+                "images/s."
+                if evaluation.dense.metrics
+                else f"{evaluation.dense.images} images of {evaluation.data} have no labels: what "
+                "counts is how close a setting stays to the dense model."
+            )
+        )
+        told, first = _found(evaluation)
+        parts.append(listed(told))
+        code = code or first
+    if code:
+        parts.append("<p>To use it:</p>")
+        parts.append(f'<pre class="scroll" tabindex="0"><code>{escape(code)}</code></pre>')
+    return f'<section class="headline">{"".join(parts)}</section>'
+
+
+def _found(evaluation: Evaluation) -> tuple[list[str], str]:
+    """The fastest setting within each drop, in words, and the code of the first."""
+    told, code = [], ""
+    percent = evaluation.unit == "%"
+    for drop, share in zip(DROPS, SHARES, strict=True):
+        if percent:
+            most, words = drop, f"At most {drop:g} points lost"
+        else:
+            most = share * abs(evaluation.score(evaluation.dense))
+            words = f"At most {share:.0%} worse"
+        try:
+            best = evaluation.best(max_drop=most)
+        except LookupError:
+            told.append(f"{words}: none of the settings that were tried is as fast as that.")
+            continue
+        change = evaluation.score(best) - evaluation.score(evaluation.dense)
+        told.append(
+            f"{words}: {best.name}, {best.speed_up:.2f}x as fast ({evaluation.leading} "
+            f"{_number(change, '+')}; cutting tokens off at no cost would be "
+            f"{best.free_limit:.2f}x)."
+        )
+        code = code or best.code
+    return told, code
+
+
+def _conditions(evaluation: Evaluation, dated: bool = True) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in evaluation.versions.items())
+    told = [
+        f"{evaluation.device}, {evaluation.dtype}, {evaluation.threads} threads",
+        f"batch {evaluation.batch} (latency: one image)",
+        f"{evaluation.dense.compared} images compared with the dense model",
+        versions,
+    ]
+    return [*told, f"written {datetime.date.today().isoformat()}"] if dated else told
+
+
+def _reading(evaluation: Evaluation | None, profile: Profile | None) -> str:
+    told = [
+        (
+            "free limit",
+            "The same model with its tokens cut off to the same numbers, which needs no decision "
+            "and no merging: no method can be faster on this machine.",
+        )
+    ]
+    if evaluation is not None:
+        told += [
+            (
+                "speed-up",
+                "Measured in turns with the dense model, in the same run. Where a batch of one "
+                "image gains less than a large one, starting the work costs more than doing it.",
+            ),
+            (
+                "agreement, KL, cosine",
+                "How close the answers stay to the dense model's, with or without labels: the "
+                "share of equal decisions, the mean Kullback-Leibler divergence of the "
+                "probabilities in nats, the mean cosine between the features.",
+            ),
+            (
+                "multiply-adds",
+                "Per image, of matrix products, convolutions and attention, those of the method "
+                "included.",
+            ),
+        ]
+    if profile is not None:
+        told.append(
+            (
+                "matching, merging, way back, bias",
+                "Deciding which tokens become one; making few of them; making the full grid again; "
+                "telling attention how many tokens each one stands for.",
+            )
+        )
+    entries = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in told)
+    return f"<dl>{entries}</dl>"
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{content}</section>"
+
+
+def _number(value: float, sign: str = "") -> str:
+    """With 2 digits behind the point, small ones with 4."""
+    return f"{value:{sign}.{2 if abs(value) >= 1 or value == 0 or sign else 4}f}"
+
+
+def _or_nothing(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _png(image: Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, "PNG", optimize=True)
+    return stream.getvalue()
+
+
+_STYLE = """<style>
+:root{color-scheme:light dark;--paper:#fdfdfc;--ink:#1b1d21;--soft:#f1f1ee;--accent:#2f6099}
+@media (prefers-color-scheme:dark){
+:root{--paper:#15171b;--ink:#e6e6e3;--soft:#212429;--accent:#8db8e8}}
+body.tokred{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
+main{max-width:1060px;margin:0 auto;padding:20px 16px 48px}
+h1{font-size:1.6em;line-height:1.2;margin:.2em 0 .5em;overflow-wrap:anywhere}
+h2{font-size:1.15em;margin:1.8em 0 .5em}
+p,li,dd{max-width:72ch;overflow-wrap:anywhere}
+ul{padding-left:1.2em}
+.headline{background:var(--soft);border-left:4px solid var(--accent);padding:.5em 1em .8em;
+border-radius:4px}
+pre{margin:.4em 0;padding:.6em .8em;background:var(--paper);border:1px solid var(--hair);
+border-radius:4px;font-size:.87em}
+.tokred table{font-size:14px}
+.tokred thead th,.tokred tbody th{background:var(--paper)}
+.tokred th:first-child{position:sticky;left:0;z-index:1}
+.tokred tr.marked th,.tokred tr.marked td{background:var(--soft)}
+.scroll:focus-visible{outline:2px solid var(--accent)}
+.sortable thead th{cursor:pointer}
+.sortable th[aria-sort=ascending]::after{content:" \\2191"}
+.sortable th[aria-sort=descending]::after{content:" \\2193"}
+figure{margin:0 0 1em}
+figcaption{font-size:.87em;opacity:.85}
+img{display:block;max-width:100%;min-width:560px;height:auto;border-radius:4px;background:#fff}
+dt{font-weight:600;margin-top:.6em}
+dd{margin:0}
+@media print{
+:root{color-scheme:light;--paper:#fff;--ink:#000;--soft:#eee;--accent:#555}
+.scroll{overflow:visible}.tokred table{font-size:7pt}.tokred th,.tokred td{padding:.15em .25em}
+img{min-width:0}section{break-inside:avoid}}
+</style>"""
+
+_SCRIPT = """<script>
+document.querySelectorAll(".sortable th[scope=col]").forEach((title, column) => {
+  const sort = () => {
+    const body = title.closest("table").tBodies[0];
+    const falls = title.getAttribute("aria-sort") !== "descending";
+    const value = row => {
+      const text = row.cells[column].textContent;
+      return column === 0 ? text : text === "" ? NaN : parseFloat(text);
+    };
+    const compare = (a, b) => {
+      const [x, y] = [value(a), value(b)];
+      if (column === 0) return x.localeCompare(y, undefined, {numeric: true});
+      return isNaN(x) ? (isNaN(y) ? 0 : -1) : isNaN(y) ? 1 : x - y;
+    };
+    const rows = [...body.rows].sort((a, b) => falls ? compare(b, a) : compare(a, b));
+    title.parentElement.querySelectorAll("th").forEach(th => th.removeAttribute("aria-sort"));
+    title.setAttribute("aria-sort", falls ? "descending" : "ascending");
+    body.append(...rows);
+  };
+  title.tabIndex = 0;
+  title.addEventListener("click", sort);
+  title.addEventListener("keydown", event => { if (event.key === "Enter") sort(); });
+});
+</script>
+"""
