@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import html
+import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ STYLE = """<style>
 .tokred .scroll{overflow-x:auto;max-width:100%}
 .tokred table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:.4em 0}
 .tokred caption{text-align:left;padding:.2em 0}
-.tokred th,.tokred td{padding:.28em .6em;text-align:right;white-space:nowrap;
+.tokred th,.tokred td{padding:.28em .5em;text-align:right;white-space:nowrap;
 border-bottom:1px solid var(--hair)}
 .tokred thead th{font-weight:600;vertical-align:bottom;white-space:normal;min-width:3.6em}
 .tokred th:first-child{text-align:left;min-width:0}
@@ -146,8 +147,8 @@ def scatter(
         upside_down: whether the vertical axis falls.
     """
     points = [cross, *(point for all_of in series.values() for point in all_of)]
-    left, right, top, bottom = 58, 14, 14, 50
-    height = 370
+    left, right, top, bottom = 58, 14, 26, 50
+    height = 380
     across = _ticks([point.x for point in points])
     up = _ticks([point.y for point in points])
 
@@ -196,7 +197,7 @@ def scatter(
         f'd="{_CROSS}" fill="none" stroke="currentColor" stroke-width="2.6"/></g>'
     )
     box = (left, top, _WIDE - right, height - bottom)
-    parts.extend(_labels([(*at(point), point.label) for point in points], box))
+    parts.extend(_labels([(*at(point), point.label) for point in points], box, [*map(at, line)]))
     legend = [("dense model", f'<path transform="translate(7 7)" d="{_CROSS}" fill="none" '
                'stroke="currentColor" stroke-width="2.2"/>')]  # fmt: skip
     legend.append(
@@ -306,11 +307,18 @@ def _ticks(values: Sequence[float], about: int = 6) -> list[float]:
 
 
 def _labels(
-    points: Sequence[tuple[float, float, str]], box: tuple[float, float, float, float]
+    points: Sequence[tuple[float, float, str]],
+    box: tuple[float, float, float, float],
+    line: Sequence[tuple[float, float]],
 ) -> list[str]:
-    """Labels beside their points, where they touch neither each other nor other points, nor leave
-    the box; those without room are left out."""
+    """Labels beside their points, where they touch neither each other nor other points nor the
+    line, nor leave the box; those without room are left out."""
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y, _ in points]
+    for (x, y), (to_x, to_y) in itertools.pairwise(line):
+        pieces = 1 + int(math.hypot(to_x - x, to_y - y) / 8)
+        for piece in range(1, pieces):
+            on_x, on_y = (a + (b - a) * piece / pieces for a, b in ((x, to_x), (y, to_y)))
+            taken.append((on_x - 2, on_y - 2, on_x + 2, on_y + 2))
     parts = []
     for x, y, label in points:
         wide, high = 0.56 * _LARGE * len(label), float(_LARGE)
@@ -322,7 +330,7 @@ def _labels(
         )  # fmt: skip
         for low, above, anchor in places if label else ():
             area = (low, above, low + wide, above + high)
-            inside = area[0] >= box[0] and area[1] >= box[1] - 8 and area[2] <= box[2] + 8
+            inside = area[0] >= box[0] and area[1] >= box[1] - 24 and area[2] <= box[2] + 8
             if inside and area[3] <= box[3] and not any(_touch(area, other) for other in taken):
                 taken.append(area)
                 place = {"start": low, "middle": low + wide / 2, "end": low + wide}[anchor]

@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -351,14 +351,17 @@ def fragment(profile: Profile, style: bool = True) -> str:
         style: whether to bring the style along; a page has it once.
     """
     head = ["layer", "tokens", "block", *list(markup.PARTS.values())[1:], "dense", "free limit"]
+    names = ("block", *PARTS, "dense", "limit")
+
+    def cells(seconds: Iterable[float]) -> list[str]:
+        return [f"{1e3 * each:.2f}" if each else "" for each in seconds]
+
     rows = []
     for times in profile.layers:
         changed = times.after != times.before
         tokens = f"{times.before} → {times.after}" if changed else f"{times.before}"
-        numbers = (getattr(times, name) for name in ("block", *PARTS, "dense", "limit"))
-        rows.append([str(times.layer), tokens, *(f"{1e3 * number:.2f}" for number in numbers)])
-    numbers = (profile.total(name) for name in ("block", *PARTS, "dense", "limit"))
-    rows.append(["all", "", *(f"{1e3 * number:.2f}" for number in numbers)])
+        rows.append([str(times.layer), tokens, *cells(getattr(times, name) for name in names)])
+    rows.append(["all", "", *cells(map(profile.total, names))])
     sentences = [*profile.warnings(), *profile.losses()]
     summary = (
         f"{profile.model}, {profile.method}: {profile.speed_up:.2f}x as fast as dense (free limit "

@@ -165,10 +165,10 @@ def columns(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
     """The titles of the table, and the cells of every row; columns with nothing in them are left
     out."""
     others = [name for name in evaluation.dense.metrics if name != evaluation.leading]
-    titles = ["setting", "keep rate", evaluation.leading, "change", *others]
+    titles = ["setting", "keep rate", evaluation.leading, "change", "speed-up", "of free limit"]
     titles += [
-        "agreement, %", "KL", "cosine", "depth error", "images/s", "speed-up", "of free limit",
-        "latency, ms", "its speed-up", "G multiply-adds", "memory, MiB", "tokens",
+        *others, "agreement, %", "KL", "cosine", "depth error", "images/s", "latency, ms",
+        "its speed-up", "G multiply-adds", "memory, MiB", "tokens",
     ]  # fmt: skip
     rows = []
     for row in evaluation.rows:
@@ -182,14 +182,14 @@ def columns(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
                 _or_nothing(row.keep_rate, "g"),
                 _number(evaluation.score(row)),
                 "" if dense else _number(change, "+"),
+                f"{row.speed_up:.2f}x",
+                share,
                 *(_number(row.metrics[name]) if name in row.metrics else "" for name in others),
                 _or_nothing(row.agreement, ".2f"),
                 _or_nothing(row.kl, ".4f"),
                 _or_nothing(row.cosine, ".4f"),
                 _or_nothing(row.depth_error, ".4f"),
                 f"{speed.images_per_second:.1f}",
-                f"{row.speed_up:.2f}x",
-                share,
                 f"{1e3 * speed.latency:.2f}",
                 f"{row.latency_speed_up:.2f}x",
                 "" if speed.mult_adds is None else f"{speed.mult_adds / 1e9:.3f}",
@@ -222,15 +222,17 @@ def _headline(evaluation: Evaluation | None, advice: Advising | None) -> str:
     if advice is not None:
         parts += [paragraph(sentence) for sentence in advice.sentences]
     if evaluation is not None:
+        images = evaluation.dense.images
+        measured = "" if str(images) in evaluation.data else f", measured on {images} images"
         score = f"{evaluation.leading} {_number(evaluation.score(evaluation.dense))}"
         parts.append(
             paragraph(
-                f"On {evaluation.dense.images} images of {evaluation.data}, the dense model has "
+                f"On {evaluation.data}, the dense model has "
                 f"{score}{evaluation.unit} at {evaluation.dense.speed.images_per_second:.1f} "
-                "images/s."
+                f"images/s{measured}."
                 if evaluation.dense.metrics
-                else f"{evaluation.dense.images} images of {evaluation.data} have no labels: what "
-                "counts is how close a setting stays to the dense model."
+                else f"{evaluation.data}: there are no labels, so that what counts is how close a "
+                f"setting stays to the dense model, measured on {evaluation.dense.compared} images."
             )
         )
         told, first = _found(evaluation)
@@ -341,15 +343,15 @@ _STYLE = """<style>
 @media (prefers-color-scheme:dark){
 :root{--paper:#15171b;--ink:#e6e6e3;--soft:#212429;--accent:#8db8e8}}
 body.tokred{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
-main{max-width:1060px;margin:0 auto;padding:20px 16px 48px}
+main{max-width:1240px;margin:0 auto;padding:20px 16px 48px}
 h1{font-size:1.6em;line-height:1.2;margin:.2em 0 .5em;overflow-wrap:anywhere}
 h2{font-size:1.15em;margin:1.8em 0 .5em}
-p,li,dd{max-width:72ch;overflow-wrap:anywhere}
+p,li,dd{max-width:80ch;overflow-wrap:anywhere}
 ul{padding-left:1.2em}
 .headline{background:var(--soft);border-left:4px solid var(--accent);padding:.5em 1em .8em;
 border-radius:4px}
 pre{margin:.4em 0;padding:.6em .8em;background:var(--paper);border:1px solid var(--hair);
-border-radius:4px;font-size:.87em}
+border-radius:4px;font-size:.87em;white-space:pre-wrap}
 .tokred table{font-size:14px}
 .tokred thead th,.tokred tbody th{background:var(--paper)}
 .tokred th:first-child{position:sticky;left:0;z-index:1}
