@@ -190,10 +190,12 @@ class Evaluation:
         return max(good, key=lambda row: (row.speed_up, -self.drop(row)))
 
     def _nearest(self, max_drop: float | None, min_speed_up: float | None) -> str:
-        wanted = " and ".join(
-            [f"loses at most {max_drop:g} of {self.leading}"] * (max_drop is not None)
-            + [f"is {min_speed_up:g} times as fast"] * (min_speed_up is not None)
-        )
+        wants = []
+        if max_drop is not None:
+            wants.append(f"loses at most {max_drop:g} of {self.leading}")
+        if min_speed_up is not None:
+            wants.append(f"is {min_speed_up:g} times as fast")
+        wanted = " and ".join(wants)
         if not self.settings:
             return f"no setting {wanted}: none was measured"
         if max_drop is not None:
