@@ -116,6 +116,21 @@ def test_bench_takes_any_timm_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert "bfloat16" in capsys.readouterr().out
 
 
+def test_profile_prints_and_writes_every_layer(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    page = tmp_path / "profile.html"
+    arguments = ["profile", "digits", "--method", "atc", "--option", "linkage=single",
+                 "--rounds", "1", "--batch", "1", "--html", str(page)]  # fmt: skip
+    assert main([*arguments, "--json"]) == 0
+    stored = json.loads(capsys.readouterr().out)
+    assert stored["method"].startswith("ATC(linkage='single'")
+    assert stored["layers"][3]["after"] == 98 and stored["layers"][3]["matching"] > 0
+    assert "196 → 98" in page.read_text() and "Profile of digits" in page.read_text()
+    assert main(arguments[:-2]) == 0
+    assert len(re.findall(r"^ +\d+ .*\|", capsys.readouterr().out, re.MULTILINE)) == 12
+
+
 def test_inspect_tells_layer_by_layer(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "digits", "--method", "tome", "--keep-rate", "0.7"]) == 0
     out = capsys.readouterr().out

@@ -67,23 +67,26 @@ def of(model: nn.Module, *arguments: Any, rounds: int = 3, **options: Any) -> to
 
 
 def test_inner_parts_are_not_counted_twice() -> None:
-    now = iter([0.0, 1.0, 3.0, 7.0, 15.0, 31.0, 63.0, 127.0])
+    now = iter([0.0, 1.0, 3.0, 7.0, 15.0, 31.0, 63.0, 127.0, 255.0])
     clock = Clock(lambda: next(now), lambda start, end: end - start)
     clock.begin("side")
-    clock.enter(4)  # 0
-    with clock.part("merging"):  # 1
-        with clock.part("matching"):  # 3
-            pass  # 7
-        clock.become("back")  # 15
-    # 31
-    clock.leave()  # 63
-    with clock.part("back"):  # 127, and never ends
-        next(now, None)
-        assert clock.spent("side") == [
-            {(4, "rest"): 1.0 + 32.0, (4, "merging"): 2.0 + 8.0, (4, "matching"): 4.0,
-             (4, "back"): 16.0}
-        ]  # fmt: skip
-        clock.stamp = lambda: 128.0
+    clock.enter(4)
+    with clock.part("merging"):
+        with clock.part("matching"):
+            pass
+        clock.become("back")
+    clock.leave()
+    with clock.part("back"):  # behind the block
+        pass
+    assert clock.spent("side") == [
+        {
+            (4, "rest"): 1.0 + 32.0,
+            (4, "merging"): 2.0 + 8.0,
+            (4, "matching"): 4.0,
+            (4, "back"): 16.0,
+            (None, "back"): 128.0,
+        }
+    ]
 
 
 @pytest.mark.parametrize(("part", "layer"), [("matching", 2), ("merging", 2), ("back", 3)])

@@ -1,5 +1,5 @@
-"""The command line: `tokred demo`, `list`, `bench`, `fidelity`, `fid`, `train`, `inspect`, `show`,
-`cite`.
+"""The command line: `tokred demo`, `list`, `bench`, `profile`, `fidelity`, `fid`, `train`,
+`inspect`, `show`, `cite`.
 
 The demo runs on a bundled checkpoint and bundled images; nothing is downloaded.
 """
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import tokred
-from tokred import drawing, fid, host, pictures, reducers, tracing, training, zoo
+from tokred import drawing, fid, host, pictures, reducers, report, tracing, training, zoo
 from tokred.denoising import MODULES
 from tokred.optional import require
 from tokred.reducers import Reducer
@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     command("list", _list, "the methods and the models they work on")
     for name, run, text in (
         ("bench", _bench, "measured speed: dense, reduced and the free limit, interleaved"),
+        ("profile", _profile, "what every layer spends its time on, and where merging loses"),
         ("fidelity", _fidelity, "how close the reduced model stays to the dense one, on images"),
         ("inspect", _inspect, "how many tokens stay after each layer, and how they were merged"),
         ("show", _show, "a picture of images and their tokens"),
@@ -92,11 +93,14 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--device", default="cpu")
         made.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
         made.add_argument("--image-size", type=int, help="in pixels, if not the model's own")
-        if name == "bench":
+        if name in ("bench", "profile"):
             made.add_argument("--batch", type=int, default=8)
-            made.add_argument("--rounds", type=int, default=20)
-            made.add_argument("--compile", action="store_true", help="under torch.compile")
+            made.add_argument("--rounds", type=int, default=20 if name == "bench" else 10)
             made.add_argument("--json", action="store_true", help="print everything as JSON")
+        if name == "profile":
+            made.add_argument("--html", type=Path, metavar="FILE", help="write a page, too")
+        elif name == "bench":
+            made.add_argument("--compile", action="store_true", help="under torch.compile")
             many = made.add_argument_group("suites: many models and methods at once")
             many.add_argument(
                 "--suite",
@@ -297,6 +301,22 @@ def _bench(options: argparse.Namespace) -> None:
     print(result)
     with tokred.applied(model, _reducer(options), _keep_rate(options)):
         print(f"  {tokred.flops(model, images)}")
+
+
+def _profile(options: argparse.Namespace) -> None:
+    model, images, _ = _model_and_images(options, options.batch)
+    with _bar(options.rounds, "measuring") as bar:
+        result = tokred.profile(
+            model,
+            images,
+            _reducer(options),
+            _keep_rate(options),
+            rounds=options.rounds,
+            on_round=lambda done, of: bar.update(),
+        )
+    if options.html:
+        report.write(options.html, None, profile=result, title=f"Profile of {options.model}")
+    print(json.dumps(result.as_dict(), indent=2) if options.json else result)
 
 
 def _bench_suite(options: argparse.Namespace) -> None:
@@ -789,12 +809,12 @@ def _model_and_images(
             originals = [pil.open(path).convert("RGB") for path in given]
             images = torch.stack([transform(picture) for picture in originals])
             pictures = list(images)
-        elif options.run is _bench:
+        elif options.run in (_bench, _profile):
             images = torch.randn(num, channels, height, width)
             pictures = list(images)
         else:
             raise ValueError(f"give pictures with --image FILE: {options.model} comes with none")
-        if not options.pretrained and options.run is not _bench:
+        if not options.pretrained and options.run not in (_bench, _profile):
             print("note: random weights; --pretrained fetches timm's", file=sys.stderr)
     return model.to(options.device, dtype), images.to(options.device, dtype), pictures
 

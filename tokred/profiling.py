@@ -246,6 +246,12 @@ class Profile:
                 "with the bias of sizes. proportional_attention=False does without, at some cost "
                 "in accuracy."
             )
+        spread = max(self.dense.spread, self.reduced.spread)
+        if spread > 0.15:
+            told.append(
+                f"Rounds differ by +-{spread:.0%}: something else runs on this machine. Do not "
+                "trust single layers; more rounds help."
+            )
         if self.overhead > 0.2:
             told.append(
                 f"Profiling has slowed the model down by {self.overhead:.0%}: blocks are short, "
@@ -459,7 +465,7 @@ def profile(
             after = through(model, found, images, reduction, grid[0] * grid[1])
         else:
             after = list(counts)
-        limit = free_limit_of(model, patch, images, reduction, counts)
+        limit = free_limit_of(model, found, images, reduction, counts)
 
         def become(hung: Reduction | None, profiled: str | None) -> None:
             for handle in handles:

@@ -111,8 +111,7 @@ def html(
 
 def table(evaluation: Evaluation) -> str:
     """The table and the plot as a piece of HTML, for notebooks."""
-    images = evaluation.dense.images
-    summary = f"{evaluation.model} on {evaluation.data}: {images} images, {evaluation.task}"
+    summary = f"{evaluation.model} on {evaluation.data}, {evaluation.task}"
     refused = [f"refused: {name}: {reason}" for name, reason in evaluation.refused.items()]
     return "".join(
         [
@@ -167,7 +166,7 @@ def columns(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
     others = [name for name in evaluation.dense.metrics if name != evaluation.leading]
     titles = ["setting", "keep rate", evaluation.leading, "change", "speed-up", "of free limit"]
     titles += [
-        *others, "agreement, %", "KL", "cosine", "depth error", "images/s", "latency, ms",
+        *others, "agreement, %", "KL", "cosine", "depth error, %", "images/s", "latency, ms",
         "its speed-up", "G multiply-adds", "memory, MiB", "tokens",
     ]  # fmt: skip
     rows = []
@@ -188,7 +187,7 @@ def columns(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
                 _or_nothing(row.agreement, ".2f"),
                 _or_nothing(row.kl, ".4f"),
                 _or_nothing(row.cosine, ".4f"),
-                _or_nothing(row.depth_error, ".4f"),
+                _or_nothing(row.depth_error, ".2f"),
                 f"{speed.images_per_second:.1f}",
                 f"{1e3 * speed.latency:.2f}",
                 f"{row.latency_speed_up:.2f}x",
@@ -198,7 +197,7 @@ def columns(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
             ]
         )
     # What leads is not told twice.
-    twice = {"agreement": "agreement, %", "cosine": "cosine", "depth_error": "depth error"}
+    twice = {"agreement": "agreement, %", "cosine": "cosine", "depth_error": "depth error, %"}
     there = [
         number
         for number, title in enumerate(titles)
