@@ -579,6 +579,8 @@ def test_it_is_measured_against_the_dense_model_and_the_limit() -> None:
     assert found.speed_up == pytest.approx(found.efficiency * found.free_limit)
     tokred.apply(model, "todo", 0.5)
     assert tokred.flops(model, inputs).reduced < tokred.flops(model, inputs).dense
+    with pytest.raises(tokred.UnsupportedModelError, match=r"tokred\.bench measures it"):
+        tokred.profile(model, inputs, "tome")
 
 
 # Refusals
