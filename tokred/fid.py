@@ -572,7 +572,8 @@ def score(
 def frechet_distance(
     ours: Float[np.ndarray, "some dim"], theirs: Float[np.ndarray, "others dim"]
 ) -> float:
-    """Between Gaussians of the same means and covariances: |m - n|^2 + tr(A + B - 2 (AB)^1/2).
+    """Between Gaussians of the same means and covariances:
+    `|m - n|^2 + tr(A + B - 2 (AB)^1/2)`.
 
     By torchmetrics' `FrechetInceptionDistance`, in float64.
     """

@@ -28,8 +28,8 @@ class Fidelity:
             model, mean over patch tokens and images (Liang et al. 2022, table 1).
         agreement: the share of decisions (classes of images, pixels or queries, by the largest
             score) that are the same; None if the model decides nothing.
-        depth_error: the mean of |depth - dense depth| / dense depth over pixels; None if the model
-            estimates no depth.
+        depth_error: the mean of `|depth - dense depth| / dense depth` over pixels; None if the
+            model estimates no depth.
         divergence: the Kullback-Leibler divergence of the reduced model's probabilities of classes
             from the dense model's, in nats, mean over decisions; None if there are none.
     """

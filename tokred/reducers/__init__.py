@@ -96,19 +96,18 @@ class Reducer(Protocol):
 
     A class may say more (see `place`, `varies`, `prunes` and `proportional` here):
 
-        place: "between" attention and MLP, which is where most methods stand, "before" the block,
-            or "around" it: then there are all tokens again behind it.
-        varies: whether samples may end with different numbers of tokens. `keep` is then a bound,
-            not a promise.
-        prunes: whether tokens are dropped, rather than merged; no if not said.
-        proportional: whether its paper lets a token that stands for s tokens count s times in
-            attention; yes if not said.
-        reconstruction: what the full grid is made of (see `Reconstruction`); of copies if not
-            said.
-        schedule: `schedule(keep_rate)`, what a bare keep rate means; `Stages` if not said.
-        fit: `fit(keep, grid)`, the number of tokens nearest to `keep` that it can make of a grid;
-            any if not said.
-        learned: the name of what it learns, if it does: see `Learned`.
+    - `place`: "between" attention and MLP, which is where most methods stand, "before" the block,
+      or "around" it: then there are all tokens again behind it.
+    - `varies`: whether samples may end with different numbers of tokens. `keep` is then a bound,
+      not a promise.
+    - `prunes`: whether tokens are dropped, rather than merged; no if not said.
+    - `proportional`: whether its paper lets a token that stands for s tokens count s times in
+      attention; yes if not said.
+    - `reconstruction`: what the full grid is made of (see `Reconstruction`); of copies if not said.
+    - `schedule(keep_rate)`: what a bare keep rate means; `Stages` if not said.
+    - `fit(keep, grid)`: the number of tokens nearest to `keep` that it can make of a grid; any if
+      not said.
+    - `learned`: the name of what it learns, if it does: see `Learned`.
     """
 
     needs: ClassVar[frozenset[str]]

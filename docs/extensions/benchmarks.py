@@ -1,0 +1,212 @@
+"""Tables and plots of the benchmarks, made from the JSON that `tokred bench --suite` has written.
+
+A page says `<!-- benchmarks: all -->` where everything is to stand, and `<!-- benchmarks: NAME
+-->` where the plots of one file are: NAME is its path below `docs/benchmarks`, without the suffix.
+In the repository these are comments; what can be read there are the files themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import plots
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+_MARK = re.compile(r"^<!-- benchmarks: ([\w./-]+) -->$", re.MULTILINE)
+_SAID_ABOVE = re.compile(r"# |\d+ threads, Python ")
+_HEADS = {
+    "vit": "Vision transformers",
+    "gates": "Gates",
+    "tcformer": "TCFormer",
+    "clustering": "Clustering alone",
+    "dense": "Dense prediction",
+    "diffusion": "Diffusion",
+}
+_FOLDERS = {
+    "": "",
+    "batches": ", batches of 1 and 32",
+    "all-methods": ", all methods",
+    "all-methods/keep-half": ", all methods at keep rate .5",
+}
+
+
+def names() -> list[str]:
+    """What has been measured: paths below `docs/benchmarks` without suffix, in the order of the
+    page."""
+    found = [
+        str(file.relative_to(FOLDER).with_suffix("").as_posix()) for file in FOLDER.rglob("*.json")
+    ]
+    suites = list(_HEADS)
+    return sorted(found, key=lambda name: (suites.index(suite_of(name)), "all" not in name, name))
+
+
+def suite_of(name: str) -> str:
+    """The suite that a file is of."""
+    return name.split("/")[-1].split("-")[0]
+
+
+def results(name: str) -> dict[str, Any]:
+    """What a suite has measured."""
+    found: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text())
+    return found
+
+
+def table(name: str) -> str:
+    """The Markdown that the suite makes of it, which is what stands beside the JSON."""
+    made: str = import_module(f"tokred.suites.{suite_of(name)}").markdown(results(name))
+    return made.rstrip("\n") + "\n"
+
+
+def anchor(name: str) -> str:
+    """Where its section is on the page."""
+    return "tables-" + re.sub(r"[^a-z0-9]+", "-", name.lower())
+
+
+def head(name: str) -> str:
+    """What its section is called."""
+    folder, _, stem = f"/{name}".rpartition("/")
+    device, dtype = stem.split("-", 2)[1:]
+    return f"{_HEADS[suite_of(name)]}{_FOLDERS[folder.strip('/')]}: {device.upper()}, {dtype}"
+
+
+def section(name: str) -> str:
+    """Head, conditions, plots and tables of one file, as Markdown."""
+    tables = compact(results(name)) if suite_of(name) == "vit" else ""
+    if not tables:  # those of the suite, without its head, which stands above
+        told = [line for line in table(name).splitlines() if not _SAID_ABOVE.match(line)]
+        tables = re.sub("^## ", "### ", "\n".join(told), flags=re.MULTILINE)
+    return "\n".join(
+        [
+            f"({anchor(name)})=",
+            f"## {head(name)}",
+            "",
+            conditions(results(name)),
+            "",
+            drawn(name),
+            tables,
+            "",
+        ]
+    )
+
+
+def compact(found: dict[str, Any]) -> str:
+    """One table of all groups of the suite `vit`, a row for each, where there is one keep rate;
+    empty otherwise."""
+    groups = [group for group in found["groups"] if group["cells"]]
+    rates = {cell["keep_rate"] for group in groups for cell in group["cells"]}
+    if len(rates) > 1 or len(groups) == 1:
+        return ""
+    methods = list(dict.fromkeys(cell["method"] for group in groups for cell in group["cells"]))
+    lines = [
+        f"Keep rate {rates.pop():g}:",
+        "",
+        f"| model | dense, ms | rounds | free limit | {' | '.join(methods)} |",
+        f"|---|---|---|---|{'---|' * len(methods)}",
+    ]
+    for group in groups:
+        cells = {cell["method"]: cell for cell in group["cells"]}
+        told = [
+            f"{group['model'].removesuffix('_patch16_224')}, {group['image_size']} px, "
+            f"batch {group['batch']}",
+            f"{group['milliseconds']:.0f}",
+            str(group["rounds"]),
+            f"{group['cells'][0]['free_limit']:.2f}",
+            *(
+                f"{cells[method]['speed_up']:.2f} ({cells[method]['efficiency']:.2f})"
+                for method in methods
+            ),
+        ]
+        lines.append(f"| {' | '.join(told)} |")
+    return "\n".join(lines)
+
+
+def conditions(found: dict[str, Any]) -> str:
+    """What it was measured on, in one line."""
+    device = found["device"]
+    told = [device, found["dtype"], f"{found['threads']} threads"]
+    if "compiled" in found:
+        told.append("compiled" if found["compiled"] else "eager")
+    rounds = _rounds(found)
+    told.append(f"{rounds[0]} to {rounds[-1]} rounds" if len(rounds) > 1 else f"{rounds[0]} rounds")
+    if "python" in found:
+        told.append(f"Python {found['python']}")
+    told += [f"{name} {version}" for name, version in found.get("versions", {}).items()]
+    return f"*Measured on: {', '.join(told)}.*"
+
+
+def _rounds(found: dict[str, Any]) -> list[int]:
+    if "rounds" in found:
+        return [found["rounds"]]
+    measured = found.get("groups") or found["results"]
+    each = {
+        row["rounds"]
+        if "rounds" in row
+        else min(len(seconds) for seconds in row["seconds"].values())
+        for row in measured
+    }
+    return sorted(each - {0})
+
+
+def drawn(name: str) -> str:
+    """Its plots, as HTML in Markdown; nothing of suites whose tables say it all."""
+    if suite_of(name) != "vit":
+        return ""
+    found = results(name)
+    groups = [group for group in found["groups"] if group["cells"]]
+    figures = []
+    for group in groups:
+        if len({cell["keep_rate"] for cell in group["cells"]}) > 1:
+            figures.append(f"<p>{_label(group, groups)}</p>{_speed_ups(group)}")
+    figures.append(_shares(groups))
+    return "```{raw} html\n" + "\n".join(figures) + "\n```\n"
+
+
+def _label(group: dict[str, Any], groups: list[dict[str, Any]]) -> str:
+    """A model, with what tells it from the others of its file."""
+    told = [group["model"].removesuffix("_patch16_224")]
+    if len({each["image_size"] for each in groups}) > 1:
+        told.append(f"{group['image_size']} px")
+    if len({each["batch"] for each in groups}) > 1:
+        told.append(f"batch {group['batch']}")
+    return ", ".join(told)
+
+
+def _speed_ups(group: dict[str, Any]) -> str:
+    series: dict[str, list[tuple[float, float]]] = {}
+    limit: dict[float, float] = {}
+    for cell in sorted(group["cells"], key=lambda cell: cell["keep_rate"]):
+        series.setdefault(cell["method"], []).append((cell["keep_rate"], cell["speed_up"]))
+        limit.setdefault(cell["keep_rate"], cell["free_limit"])
+    ordered = {name: series[name] for name in dict.fromkeys(c["method"] for c in group["cells"])}
+    return plots.lines(ordered, "keep rate", "speed-up", ("free limit", sorted(limit.items())))
+
+
+def _shares(groups: list[dict[str, Any]]) -> str:
+    """The share of the free limit: a row for each method, or for each model where there are many;
+    a mark for each keep rate, or for each method."""
+    values: dict[str, list[tuple[str, float]]] = {}
+    for group in groups:
+        for cell in group["cells"]:
+            rate, method = f"keep {cell['keep_rate']:g}", cell["method"]
+            row, kind = (method, rate) if len(groups) == 1 else (_label(group, groups), method)
+            values.setdefault(row, []).append((kind, cell["efficiency"]))
+    return plots.rows(values, "share of the free limit", line=1.0, low=0.75)
+
+
+def _fill(app: Any, page: str, source: list[str]) -> None:
+    def made(found: re.Match[str]) -> str:
+        shown = names() if found[1] == "all" else [found[1]]
+        for name in shown:  # the page is made again when they change
+            app.env.note_dependency(str(FOLDER / f"{name}.json"))
+        return "\n".join(map(section if found[1] == "all" else drawn, shown))
+
+    source[0] = _MARK.sub(made, source[0])
+
+
+def setup(app: Any) -> dict[str, Any]:
+    app.connect("source-read", _fill)
+    return {"parallel_read_safe": True, "env_version": 1}

@@ -1,0 +1,175 @@
+"""The documentation as a site: what can be told without building it, which `.ci/run` does.
+
+That is: every page is in the table of contents, every public name in the API reference; and what
+stands in tables is what was measured.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+import tokred
+from tokred.suites import gates
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+MEASURED = sorted((DOCS / "benchmarks").rglob("*.json"))
+PLAIN = ("tome.match", "tome2d.match", "atc.cluster", "dpc_knn.cluster", "kmedoids.cluster",
+         "slic.cluster", "slic.reconstruct")  # fmt: skip
+
+
+def listed(index: Path) -> set[str]:
+    """The pages in the tables of contents of a page."""
+    found: set[str] = set()
+    for block in re.findall(r"^```\{toctree\}\n(.*?)^```", index.read_text(), re.M | re.S):
+        found |= {line for line in block.split("\n") if line and not line.startswith(":")}
+    return found
+
+
+def directives() -> dict[str, str]:
+    """Every name of the API reference, and the kind of its entry."""
+    text = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
+    return {name: kind for kind, name in re.findall(r"^\.\. ([\w:]+):: ([\w.]+)", text, re.M)}
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    pages = {page.stem for page in DOCS.glob("*.md")} - {"index"}
+    there = listed(DOCS / "index.md")
+    assert pages <= there, f"{pages - there} are in no toctree of docs/index.md"
+    assert there - pages <= {"api/index", "notebooks/*"}, "a page that is listed does not exist"
+    entries = {page.stem for page in (DOCS / "api").glob("*.md")} - {"index"}
+    assert entries == listed(DOCS / "api" / "index.md")
+
+
+def test_the_reference_has_every_public_name() -> None:
+    there = directives()
+    public = {f"tokred.{name}" for name in tokred.__all__} - {"tokred.zoo"}
+    plain = {f"tokred.reducers.{name}" for name in PLAIN}
+    assert public <= there.keys(), f"{public - there.keys()} must be put into docs/api"
+    assert plain <= there.keys()
+    assert {f"tokred.zoo.{name}" for name in ("load", "held_out", "gates")} <= there.keys()
+
+
+def test_what_the_reference_names_exists_and_says_what_it_is() -> None:
+    for name in directives():
+        module, attribute = name.rsplit(".", 1)
+        assert getattr(importlib.import_module(module), attribute).__doc__, name
+
+
+@pytest.mark.parametrize("file", MEASURED, ids=lambda f: str(f.relative_to(DOCS).with_suffix("")))
+def test_tables_are_what_the_suite_makes_of_the_figures(file: Path) -> None:
+    suite = importlib.import_module(f"tokred.suites.{file.stem.split('-')[0]}")
+    made = suite.markdown(json.loads(file.read_text()))
+    assert file.with_suffix(".md").read_text().rstrip("\n") == made.rstrip("\n")
+
+
+def rows(page: str, head: str) -> list[list[str]]:
+    """The cells of the table with this head, on a page of the docs or the README."""
+    lines = (ROOT / page).read_text().split("\n")
+    begin = lines.index(head) + 2
+    end = next(n for n in range(begin, len(lines)) if not lines[n].startswith("|"))
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[begin:end]]
+
+
+def cells(*names: str) -> dict[tuple[str, int, int, str, str], tuple[dict[str, Any], int]]:
+    """What the suite `vit` has measured at keep rate .5: by model, pixels, batch, dtype and method,
+    the cell and the number of rounds."""
+    found = {}
+    for name in names:
+        results = json.loads((DOCS / "benchmarks" / f"{name}.json").read_text())
+        for group in results["groups"]:
+            model = group["model"].removesuffix("_patch16_224")
+            where = (model, group["image_size"], group["batch"], results["dtype"])
+            for cell in group["cells"]:
+                if cell["keep_rate"] == 0.5:
+                    found[(*where, cell["method"])] = (cell, group["rounds"])
+    return found
+
+
+def short(value: float) -> str:
+    return f"{value:.2f}".removeprefix("0")
+
+
+def test_the_extracts_of_the_benchmarks_are_what_was_measured() -> None:
+    measured = cells("vit-cpu-float32", "vit-cpu-bfloat16", "batches/vit-cpu-float32")
+    told = rows("docs/benchmarks.md", "| model | pixels | dtype | rounds | `tome` | `atc` |")
+    for model, pixels, dtype, rounds, *shares in told:
+        for method, share in zip(("tome", "atc"), shares, strict=True):
+            cell, run = measured[model, int(pixels), 8, dtype, method]
+            assert (share, int(rounds)) == (short(cell["efficiency"]), run)
+    told = rows("docs/benchmarks.md", "| model | batch | rounds | free limit | `tome` | `atc` |")
+    for model, batch, rounds, limit, *speeds in told:
+        for method, speed in zip(("tome", "atc"), speeds, strict=True):
+            cell, run = measured[model, 224, int(batch), "float32", method]
+            assert (limit, int(rounds)) == (short(cell["free_limit"]), run)
+            assert speed == f"{short(cell['speed_up'])} ({short(cell['efficiency'])})"
+
+
+def test_the_readme_has_the_speeds_that_were_measured() -> None:
+    measured = cells("all-methods/keep-half/vit-cpu-float32")
+    head = "| keep rate .5 | accuracy, `digits_cluttered` | speed-up, DeiT-S | of the free limit |"
+    _, *methods = rows("README.md", head)
+    assert len(methods) == len(measured)
+    for name, _, speed_up, share in methods:
+        cell, _ = measured["deit_small", 224, 8, "float32", name.strip("`")]
+        assert (speed_up, share) == (short(cell["speed_up"]), short(cell["efficiency"]))
+
+
+def test_the_table_of_tcformer_is_what_was_measured() -> None:
+    file = DOCS / "benchmarks" / "tcformer-cpu-float32.md"
+    made = [line for line in file.read_text().split("\n") if line.startswith("|")]
+    assert "\n".join(made) in (DOCS / "tcformer.md").read_text()
+
+
+def test_the_table_of_gates_is_what_was_measured() -> None:
+    results = json.loads((DOCS / "benchmarks" / "gates-cpu-float32.json").read_text())
+    head = "| model | batch | SViT | padded | free limit | of it | over padded |"
+    told = rows("docs/gates.md", head)
+    assert len(told) == len(results["groups"])
+    for (_, batch, *shown), group in zip(told, results["groups"], strict=True):
+        took = {side: statistics.median(seconds) for side, seconds in group["seconds"].items()}
+        dense, ours, padded, limit = (
+            took[side] for side in (gates.DENSE, gates.OURS, gates.PADDED, gates.LIMIT)
+        )
+        expected = [dense / ours, dense / padded, dense / limit, limit / ours, padded / ours]
+        assert int(batch) == group["batch"]
+        assert shown == [short(value) for value in expected]
+
+
+def test_links_lead_on_the_site_where_they_lead_in_the_repository(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(DOCS / "extensions"))
+    links = importlib.import_module("links")
+    page = "[a](dense.md) [b](../examples/dense.ipynb) [c](benchmarks/batches/vit-cpu-float32.md)"
+    made = links.for_the_site(page, "benchmarks")
+    assert made == "[a](dense.md) [b](notebooks/dense.ipynb) [c](#tables-batches-vit-cpu-float32)"
+    notebook = links.for_the_site("[a](../docs/dense.md#methods)", "notebooks/dense")
+    assert notebook == "[a](../dense.md#methods)"
+
+
+def test_plots_have_a_mark_for_everything_that_was_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(DOCS / "extensions"))
+    benchmarks = importlib.import_module("benchmarks")
+    for name in benchmarks.names():
+        assert benchmarks.head(name) and benchmarks.conditions(benchmarks.results(name))
+        drawn = re.findall(r"<svg.*?</svg>", benchmarks.drawn(name))
+        if benchmarks.suite_of(name) != "vit":
+            assert not drawn
+            continue
+        measured = [cell for g in benchmarks.results(name)["groups"] for cell in g["cells"]]
+        *speed_ups, shares = [ElementTree.fromstring(svg) for svg in drawn]
+        for plot in (*speed_ups, shares):
+            assert len(plot.findall(".//title")) == len(measured)
+        rates = {cell["keep_rate"] for cell in measured}
+        assert bool(speed_ups) == (len(rates) > 1)
