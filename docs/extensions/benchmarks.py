@@ -160,9 +160,22 @@ def drawn(name: str) -> str:
     figures = []
     for group in groups:
         if len({cell["keep_rate"] for cell in group["cells"]}) > 1:
-            figures.append(f"<p>{_label(group, groups)}</p>{_speed_ups(group)}")
-    figures.append(_shares(groups))
+            figures.append(_captioned([group], _speed_ups(group)))
+    figures.append(_captioned(groups, _shares(groups)))
     return "```{raw} html\n" + "\n".join(figures) + "\n```\n"
+
+
+def _captioned(groups: list[dict[str, Any]], figure: str) -> str:
+    """A plot below what is the same in all of it."""
+    first = groups[0]
+    told = [first["model"].removesuffix("_patch16_224")] if len(groups) == 1 else []
+    for each, text in (("image_size", "{} px"), ("batch", "batch {}")):
+        if len({group[each] for group in groups}) == 1:
+            told.append(text.format(first[each]))
+    rates = {cell["keep_rate"] for group in groups for cell in group["cells"]}
+    if len(rates) == 1:
+        told.append(f"keep rate {rates.pop():g}")
+    return f'<p class="caption">{", ".join(told)}</p>{figure}'
 
 
 def _label(group: dict[str, Any], groups: list[dict[str, Any]]) -> str:
