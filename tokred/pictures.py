@@ -26,6 +26,8 @@ from tokred.optional import require
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 HELD_OUT = ("val", "validation", "valid", "test")
 """What folders and splits to validate on are called; the first that is there is taken."""
+_ON_HUB = ("hf-hub:", "hf_hub:", "local-dir:")
+"""What timm takes for a checkpoint, whatever stands behind it."""
 
 
 @runtime_checkable
@@ -244,8 +246,7 @@ def load(
             return model, Preparation(evaluate, evaluate)
         return model, Preparation(Augmented((zoo.IMAGE_SIZE,) * 2, evaluate), evaluate)
     timm = require("timm", "timm")
-    on_hub = name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
-    if on_hub or timm.is_model(name):
+    if name.startswith(_ON_HUB) or timm.is_model(name):
         model = timm.create_model(name, pretrained=pretrained)
         if classes != model.num_classes:
             _refuse_frozen(name, model.num_classes, classes, frozen)
@@ -263,14 +264,7 @@ def _from_transformers(
     name: str, classes: int, frozen: bool, augment: str | None
 ) -> tuple[nn.Module, Preparation]:
     transformers = require("transformers", "transformers")
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"no model is called {name!r}: it is not bundled ({', '.join(zoo.names())}), timm has "
-            f"none of that name, nor has transformers ({str(error).splitlines()[0]})"
-        ) from error
-    own = config.num_labels
+    own = _config(name).num_labels
     if classes != own:
         _refuse_frozen(name, own, classes, frozen)
     model = transformers.AutoModelForImageClassification.from_pretrained(
@@ -284,12 +278,50 @@ def _from_transformers(
     return model, Preparation(train, evaluate, str(model.main_input_name))
 
 
+def _config(name: str) -> Any:
+    try:
+        return require("transformers", "transformers").AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no model is called {name!r}: it is not bundled ({', '.join(zoo.names())}), timm has "
+            f"none of that name, nor has transformers ({str(error).splitlines()[0]})"
+        ) from error
+
+
 def _refuse_frozen(name: str, own: int, classes: int, frozen: bool) -> None:
     if frozen:
         raise ValueError(
             f"{name} tells {own} classes apart, and the data has {classes}: frozen, its new head "
             "would stay random. Fine-tune it first (`tokred train none`), and give the weights"
         )
+
+
+def open_model(name: str, pretrained: bool = True) -> nn.Module:
+    """A model as it is, in evaluation mode, whatever it does.
+
+    >>> model = pictures.open_model("deit_small_patch16_224")
+
+    Args:
+        name: a bundled checkpoint, a timm name, or what transformers loads: a folder or a name,
+            which becomes an object of the class that it was saved from.
+        pretrained: whether to fetch timm's weights; others come with theirs.
+
+    Raises:
+        ValueError: there is no such model.
+        ModuleNotFoundError: a library is missing.
+    """
+    if name in zoo.names():
+        return zoo.load(name)
+    timm = require("timm", "timm")
+    if name.startswith(_ON_HUB) or timm.is_model(name):
+        model: nn.Module = timm.create_model(name, pretrained=pretrained)
+        return model.eval()
+    transformers = require("transformers", "transformers")
+    config = _config(name)
+    saved_from = (config.architectures or [""])[0]
+    kind = getattr(transformers, saved_from, transformers.AutoModel)
+    model = kind.from_pretrained(name)
+    return model.eval()
 
 
 @dataclass(frozen=True)
