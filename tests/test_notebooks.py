@@ -153,7 +153,9 @@ def tiny_depth(folder: Path) -> None:
 OTHERS = {"visualise": tiny_classifier, "add_your_own_method": tiny_classifier, "dense": tiny_depth}
 
 
-@pytest.mark.parametrize("name", sorted(OTHERS))
+@pytest.mark.parametrize(
+    "name", ["dense", "visualise", pytest.param("add_your_own_method", marks=pytest.mark.slow)]
+)
 def test_runs_on_another_model_and_a_folder_of_pictures(
     name: str, scope: dict[str, Any], tmp_path: Path
 ) -> None:
