@@ -1,5 +1,5 @@
-"""The command line: `tokred demo`, `list`, `bench`, `profile`, `fidelity`, `fid`, `train`,
-`inspect`, `show`, `cite`.
+"""The command line: `tokred demo`, `list`, `evaluate`, `advise`, `bench`, `profile`, `fidelity`,
+`fid`, `train`, `inspect`, `show`, `cite`.
 
 The demo runs on a bundled checkpoint and bundled images; nothing is downloaded.
 """
@@ -7,8 +7,10 @@ The demo runs on a bundled checkpoint and bundled images; nothing is downloaded.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import os
 import statistics
 import sys
 import time
@@ -22,7 +24,22 @@ import torch
 from torch import Tensor, nn
 
 import tokred
-from tokred import drawing, fid, host, pictures, reducers, report, tracing, training, zoo
+from tokred import (
+    advising,
+    drawing,
+    evaluating,
+    fid,
+    host,
+    inputs,
+    metrics,
+    pictures,
+    reducers,
+    report,
+    samples,
+    tracing,
+    training,
+    zoo,
+)  # fmt: skip
 from tokred.denoising import MODULES
 from tokred.optional import require
 from tokred.reducers import Reducer
@@ -143,6 +160,34 @@ def _parser() -> argparse.ArgumentParser:
                 help="tokens after every reduction; how many layers used each patch; or a plot of "
                 "how many patches each layer used, and which of them came back",
             )  # fmt: skip
+    evaluated = command(
+        "evaluate", _evaluate, "what methods and keep rates gain and cost on your images: a table"
+    )
+    _add_evaluation_options(evaluated, reducers_tried=evaluating.METHODS)
+    evaluated.add_argument(
+        "--keep-rates", nargs="+", type=float, default=list(evaluating.KEEP_RATES),
+        help=f"in (0, 1] (default: {' '.join(f'{rate:g}' for rate in evaluating.KEEP_RATES)})",
+    )  # fmt: skip
+    evaluated.add_argument(
+        "--hourglass", action="store_true",
+        help="few tokens from a third of the way on, for every method (slic always does)",
+    )  # fmt: skip
+    evaluated.add_argument("--limit", type=int, help="look at only so many images, spread evenly")
+    evaluated.add_argument("--plot", type=Path, metavar="FILE", help="write the plot, too")
+    evaluated.add_argument("--csv", type=Path, metavar="FILE", help="write the table, too")
+    evaluated.add_argument(
+        "--cache", type=Path, metavar="FOLDER", help="for what is finished (default: the user's)"
+    )
+    evaluated.add_argument("--fresh", action="store_true", help="measure everything again")
+    advised = command("advise", _advise, "the method, layers and numbers of tokens for a budget")
+    _add_evaluation_options(advised, reducers_tried=advising.METHODS)
+    budget = advised.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--speedup", type=float, help="how many times as fast it has to be")
+    budget.add_argument(
+        "--max-drop", type=float, metavar="POINTS",
+        help="how much accuracy it may lose (without labels: agreement with the dense model)",
+    )  # fmt: skip
+    advised.add_argument("--images", type=int, default=256, help="to try on (default: 256)")
     swept = command("fid", _fid, "images of a diffusion pipeline by method and keep rate: FID, KID")
     _add_fid_options(swept)
     trained = command("train", _train, "fine-tune a model that runs on fewer tokens, and its gates")
@@ -150,6 +195,33 @@ def _parser() -> argparse.ArgumentParser:
     cited = command("cite", _cite, "the BibTeX entry of a method")
     cited.add_argument("method")
     return parser
+
+
+def _add_evaluation_options(made: argparse.ArgumentParser, reducers_tried: Sequence[str]) -> None:
+    add = made.add_argument
+    add(
+        "model", metavar="MODEL",
+        help="a bundled one, such as 'digits', any timm name, or what transformers loads",
+    )  # fmt: skip
+    add(
+        "--data", metavar="FOLDER|hf:NAME",
+        help="a folder of pictures, or of folders of them, one for each class, or with 'images' "
+        "and 'labels' or 'depth' in it; a Hugging Face dataset (bundled models come with some)",
+    )  # fmt: skip
+    add(
+        "--methods", nargs="+", metavar="METHOD", default=list(reducers_tried),
+        help="with options after a colon, such as atc:single, or presets "
+        f"(default: {' '.join(reducers_tried)})",
+    )  # fmt: skip
+    add("--unlabelled", action="store_true", help="compare with the dense model alone")
+    add("--task", choices=tuple(metrics.TASKS), help="if the labels do not say it")
+    add("--batch", type=int, help="images per batch (default: 8, on CUDA 64)")
+    add("--seconds", type=float, default=2.0, help="how long each speed is measured (default: 2)")
+    add("--random-weights", action="store_true", help="do not fetch timm's weights")
+    add("--device", default="cpu")
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    add("--html", type=Path, metavar="FILE", help="write a page with all of it, too")
+    add("--json", action="store_true", help="print everything as JSON")
 
 
 def _add_fid_options(swept: argparse.ArgumentParser) -> None:
@@ -317,6 +389,132 @@ def _profile(options: argparse.Namespace) -> None:
     if options.html:
         report.write(options.html, None, profile=result, title=f"Profile of {options.model}")
     print(json.dumps(result.as_dict(), indent=2) if options.json else result)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    model, data, transform = _model_and_data(options)
+    methods = {name: _named(name, options) for name in options.methods}
+    schedule = tokred.Hourglass if options.hourglass else None
+    result = tokred.evaluate(
+        model,
+        data,
+        methods,
+        options.keep_rates,
+        schedule=schedule,
+        task=options.task,
+        labelled=not options.unlabelled,
+        transform=transform,
+        batch=options.batch,
+        limit=options.limit,
+        seconds=options.seconds,
+        name=options.model,
+        cache=options.cache or True,
+        fresh=options.fresh,
+        # Lines are printed as they come, so that the table grows on the terminal.
+        progress=not options.json,
+    )
+    state = evaluating.Processes()
+    if state.main:
+        print(json.dumps(result.as_dict(), indent=2) if options.json else result)
+        if options.csv:
+            result.to_pandas().to_csv(options.csv, index=False)
+        if options.plot:
+            result.plot().savefig(options.plot, dpi=110)
+        if options.html:
+            settings = evaluating.settings_of(methods, options.keep_rates, schedule)
+            fastest = [s for row in result.front() for s in settings if s.code == row.code]
+            shown = _Shown(model, data, transform, fastest[-1] if fastest else None)
+            _write_report(options.html, result, shown)
+        _tell_written(options.csv, options.plot, options.html)
+    if state.state is not None:
+        state.state.destroy_process_group()
+
+
+def _advise(options: argparse.Namespace) -> None:
+    model, data, transform = _model_and_data(options)
+    methods = {name: _named(name, options) for name in options.methods}
+    found = tokred.advise(
+        model,
+        data,
+        speedup=options.speedup,
+        max_drop=options.max_drop,
+        methods=methods,
+        images=options.images,
+        batch=options.batch,
+        labelled=not options.unlabelled,
+        task=options.task,
+        transform=transform,
+        seconds=options.seconds,
+        name=options.model,
+        progress=not options.json,
+    )
+    print(json.dumps(found.as_dict(), indent=2) if options.json else found)
+    if options.html:
+        shown = _Shown(model, data, transform, found.setting)
+        _write_report(options.html, found.evaluation, shown, found)
+    _tell_written(options.html)
+
+
+def _model_and_data(options: argparse.Namespace) -> tuple[nn.Module, Any, Any]:
+    """The model, the images, and how they are prepared, if the model does not say so itself."""
+    bundled = options.model in zoo.names()
+    if options.data is None and not bundled:
+        raise ValueError(f"give --data: {options.model} comes with no images")
+    model = pictures.open_model(options.model, not options.random_weights)
+    device = options.device
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    model = model.to(device, getattr(torch, options.dtype))
+    if options.data is None:
+        return model, zoo.held_out(options.model), None
+    transform = pictures.Digits(zoo.held_out(options.model).images.shape[-1]) if bundled else None
+    return model, options.data, transform
+
+
+def _named(name: str, options: argparse.Namespace) -> Reducer | tokred.Preset:
+    method = evaluating.method_of(name)
+    return method if isinstance(method, tokred.Preset) else _with_gates(method, options)
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """The setting that a page shows more of, and what it is shown on."""
+
+    model: nn.Module
+    data: Any
+    transform: Any
+    setting: evaluating.Setting | None
+
+
+def _write_report(
+    path: Path, evaluation: tokred.Evaluation, shown: _Shown, advice: Any = None
+) -> None:
+    """The page, with the profile and the token maps of one setting, if there is one."""
+    profile, strips = None, []
+    if shown.setting is not None:
+        model, name = shown.model, shown.setting.method
+        few = samples.of(shown.data, model, shown.transform, evaluation.batch, labelled=False)
+        parameter = next(model.parameters())
+
+        def batch(many: int) -> inputs.Inputs:
+            stacked = few.batch(range(min(many, len(few))))[0][0]
+            return samples.sent(stacked, parameter.device, parameter.dtype)
+
+        with tokred.applied(model, shown.setting.reducer, shown.setting.schedule):
+            with contextlib.suppress(ValueError, RuntimeError):  # not every model has one
+                profile = tokred.profile(model, batch(evaluation.batch))
+            trace = tokred.inspect(model, batch(3))
+            if isinstance(trace, tokred.Trace) and trace.stages:
+                # As the model saw them: the whole picture may have been cut.
+                drawn = tokred.visualise(trace, inputs.pixels(batch(3)))
+                strips = [(name, strip) for strip in drawn]
+    report.write(path, evaluation, profile=profile, pictures=strips, advice=advice)
+
+
+def _tell_written(*files: Path | None) -> None:
+    for file in files:
+        if file is not None:
+            print(f"wrote {file}", file=sys.stderr)
 
 
 def _bench_suite(options: argparse.Namespace) -> None:
@@ -833,7 +1031,7 @@ def _with_gates(made: Reducer, options: argparse.Namespace) -> Reducer:
     """A method that learns, with the gates that were given, or the bundled ones."""
     if not reducers.learned(made):
         return made
-    gates = options.gates
+    gates = getattr(options, "gates", None) or getattr(made, "gates", None)
     if gates is None and options.model in zoo.names():
         gates = zoo.gates(options.model, made.learned)
     filled: Reducer = replace(made, gates=gates)  # type: ignore[type-var]

@@ -68,12 +68,14 @@ class Advice:
         choice: the row that is advised; None if nothing helps.
         sentences: what there is to say, and why.
         evaluation: everything that was measured in full, the dense model first.
+        setting: method and schedule of the choice.
     """
 
     wanted: str
     choice: Row | None
     sentences: tuple[str, ...]
     evaluation: Evaluation
+    setting: Setting | None = None
 
     @property
     def code(self) -> str:
@@ -82,7 +84,13 @@ class Advice:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, as JSON can hold it."""
-        return {**dataclasses.asdict(self), "code": self.code}
+        return {
+            "wanted": self.wanted,
+            "choice": self.choice and dataclasses.asdict(self.choice),
+            "sentences": list(self.sentences),
+            "evaluation": self.evaluation.as_dict(),
+            "code": self.code,
+        }
 
     def __str__(self) -> str:
         return "\n".join([*self.sentences, *([f"\n    {self.code}"] if self.code else [])])
@@ -572,7 +580,7 @@ class _Search:
         patched = dataclasses.replace(
             row, method=f"{row.method}, searched" if best.searched else row.method
         )
-        return Advice(wanted, patched, tuple(told), table)
+        return Advice(wanted, patched, tuple(told), table, best.setting)
 
 
 @dataclass(frozen=True)

@@ -121,16 +121,21 @@ def settings_of(
     ]
     found = []
     for name, method in given:
-        reducer: Reducer | Preset
-        if isinstance(method, str) and method in tokred.presets:
-            reducer = tokred.presets[method]
-        else:
-            reducer = parse(method) if isinstance(method, str) else method
+        reducer = method_of(method) if isinstance(method, str) else method
         text = name or (method if isinstance(method, str) else spelled(reducer))
         once = isinstance(reducer, Preset) or (learned(reducer) and _gates_in(reducer))
         for rate in [None] if once else rates:
             found.append(Setting(text, reducer, rate))
     return found
+
+
+def method_of(text: str) -> Reducer | Preset:
+    """A method, with options after a colon, or a preset, as they are written on the command line.
+
+    Raises:
+        ValueError: no method has that name, or it has no such option.
+    """
+    return tokred.presets[text] if text in tokred.presets else parse(text)
 
 
 def spelled(reducer: Reducer | Preset) -> str:
@@ -503,14 +508,7 @@ class Work:
             yield number, [(self._sent(inputs), targets) for inputs, targets in groups]
 
     def _sent(self, inputs: Inputs) -> Inputs:
-        def send(x: Any) -> Any:
-            if not isinstance(x, Tensor):
-                return x
-            return x.to(self.device, self.dtype if x.is_floating_point() else None)
-
-        if isinstance(inputs, Tensor):
-            return send(inputs)  # type: ignore[no-any-return]
-        return {name: send(x) for name, x in inputs.items()}
+        return sampling.sent(inputs, self.device, self.dtype)
 
     def counts(self, reduction: Reduction | None) -> tuple[int, ...]:
         """Patch tokens after each layer."""

@@ -542,6 +542,20 @@ def _target(target: Any) -> Tensor | None:
     return torch.as_tensor(target)
 
 
+def sent(inputs: Inputs, device: torch.device, dtype: torch.dtype) -> Inputs:
+    """A batch on a device, its fractions in a dtype."""
+
+    def send(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return x.to(device, dtype if x.is_floating_point() else None)
+
+    if isinstance(inputs, Mapping):
+        return {name: send(x) for name, x in inputs.items()}
+    moved: Tensor = send(inputs)
+    return moved
+
+
 def _shape(inputs: Any) -> Any:
     parts = inputs.values() if isinstance(inputs, Mapping) else [inputs]
     return tuple(tuple(part.shape) if isinstance(part, Tensor) else None for part in parts)
