@@ -132,6 +132,44 @@ def apply(
         denoising = plan_for(uncompiled(model), denoiser, method, keep_rate, options)
         hang(model, denoiser, denoising)
         return denoising
+    host, reduction = reduction_for(
+        model,
+        method,
+        keep_rate,
+        schedule=schedule,
+        reconstruction=reconstruction,
+        stage=stage,
+        host=host,
+        proportional_attention=proportional_attention,
+        full_grid=full_grid,
+        attention=attention,
+    )
+    patches = reduction.layout.patches
+    if min(reduction.counts(patches, reduction.layout.grid)) == patches:
+        warnings.warn(
+            f"{reduction.schedule} keeps all {patches} tokens: nothing is reduced", stacklevel=2
+        )
+    if host.stages is not None:
+        reduction = in_windows(reduction, reduction.layout.grid)
+    hang(model, host, reduction)
+    return reduction
+
+
+def reduction_for(
+    model: nn.Module,
+    method: str | Reducer | Preset = "tome",
+    keep_rate: float | Schedule | Around | None = None,
+    *,
+    schedule: Schedule | None = None,
+    reconstruction: str | Reconstruction | None = None,
+    stage: int | None = None,
+    host: Host | None = None,
+    proportional_attention: bool | None = None,
+    full_grid: bool = True,
+    attention: str = "host",
+) -> tuple[Host, Reduction]:
+    """What `apply` hangs on a model that is no denoiser, and by which host: everything checked,
+    nothing changed. See there for arguments and errors."""
     if isinstance(keep_rate, Around):
         raise TypeError(
             f"keep_rate must be a number or a schedule for {type(model).__qualname__}, not "
@@ -187,21 +225,18 @@ def apply(
     )
     if learned(reducer):
         reduction.gates = _gates(model, host, tower, reducer, reduction, gated)
-    if min(reduction.counts(layout.patches, layout.grid)) == layout.patches:
-        warnings.warn(
-            f"{chosen} keeps all {layout.patches} tokens: nothing is reduced", stacklevel=2
-        )
-    if host.stages is not None:
-        reduction = in_windows(reduction, layout.grid)
-    hang(model, host, reduction)
-    return reduction
+    return host, reduction
 
 
 def remove(model: Any) -> None:
     """Takes the reduction away; the model is again as it was. Does nothing if there is none."""
     for module in module_of(model).modules():
-        if isinstance(innermost(module), Patched | PatchedAttention | AroundModule):
+        patched = innermost(module)
+        if isinstance(patched, Patched | PatchedAttention | AroundModule):
             _set_innermost(module, None)
+            attributes = getattr(patched.reduction, "attributes", None)
+            if attributes is not None:
+                attributes.take_away()
         for name, value in list(vars(module).items()):
             if isinstance(value, PatchedMethod):
                 delattr(module, name)
@@ -317,6 +352,8 @@ def hang(model: nn.Module, host: Host | Denoiser, reduction: Reduction | Denoisi
         original = getattr(type(tower), name, None)
         if original is not None:  # not every version has every method
             vars(tower)[name] = PatchedMethod(tower, original, call, reduction)
+    if reduction.attributes is not None:
+        reduction.attributes.hang()
 
 
 def _convolution(model: nn.Module, first: nn.Module) -> nn.Module | None:
@@ -720,7 +757,7 @@ def _gates(
         warnings.warn(
             f"the gates of {reducer} are random, and so is what it leaves out: train them "
             "(`tokred train`), or give gates=, a file of trained ones",
-            stacklevel=3,
+            stacklevel=4,
         )
     return gates
 

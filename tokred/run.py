@@ -238,6 +238,35 @@ class Record:
 
 
 @dataclass(eq=False)
+class Attributes:
+    """Attributes that hang on a model as long as a reduction does, for code that reads and sets
+    them there.
+
+    Attributes:
+        model: on which they hang.
+        values: by name. While they hang, those of the model count.
+    """
+
+    model: nn.Module
+    values: dict[str, Any]
+
+    def get(self, name: str) -> Any:
+        """What it is now."""
+        return getattr(self.model, name, self.values[name])
+
+    def hang(self) -> None:
+        """Puts them on the model."""
+        for name, value in self.values.items():
+            setattr(self.model, name, value)
+
+    def take_away(self) -> None:
+        """Takes them off the model; if they are hung there again, they are what they are now."""
+        for name in self.values:
+            if name in vars(self.model):
+                self.values[name] = vars(self.model).pop(name)
+
+
+@dataclass(eq=False)
 class Reduction:
     """A method that has been put into a model: what stays the same between forward passes.
 
@@ -258,6 +287,8 @@ class Reduction:
             noise from the global random stream, if None.
         padded: of a method that gates blocks: pad images to the one that keeps most tokens, rather
             than lay the tokens of all end to end.
+        attributes: what it hangs on the model besides; nothing, if None.
+        remembers: keep what the last pass of every thread has done to its tokens, see `last_pass`.
     """
 
     reducer: Reducer
@@ -272,6 +303,8 @@ class Reduction:
     gates: nn.ModuleDict | None = None
     noise: Callable[[int, Float[Tensor, "batch tokens 2"]], Tensor] | None = None
     padded: bool = False
+    attributes: Attributes | None = None
+    remembers: bool = False
     # Runtime state: by activation, and by thread. (An attribute of the tensor would do as well as
     # a weak dictionary, but would be saved and copied with features that leave the model.) Code
     # that is being compiled can see neither, and has a plain dictionary instead.
@@ -280,6 +313,8 @@ class Reduction:
     _traced: dict[str, Any] = field(default_factory=dict, repr=False)
     # Layers whose attention was seen not to be fused, or not to be the host's alone.
     _unfused: set[int] = field(default_factory=set, repr=False)
+    # Whether the last pass was one of compiled code, which cannot be remembered.
+    _unseen: bool = field(default=False, repr=False)
 
     def __str__(self) -> str:
         tokens = self.layout.patches
@@ -424,6 +459,10 @@ class Reduction:
         state = self.start(x, mask) if first else self.carried(x, layer) or self._alone(layer, x)
         if first and self.gates is not None and not torch.compiler.is_compiling():
             self._local.decisions = {}
+        if first and self.remembers:
+            self._unseen = torch.compiler.is_compiling()
+            if not torch.compiler.is_compiling():
+                self._local.past, self._local.running = None, []
         if not first and not torch.compiler.is_compiling():
             self._riding[x] = state  # for recomputation, if the host has changed what it rode on
         gate = None if self.gates is None else self._gate(layer, x.device)
@@ -571,6 +610,9 @@ class Reduction:
         if not torch.compiler.is_compiling():
             self._local.state = None
             self._local.grid = None
+            if self.remembers and self._local.running is not None:
+                # Once only: blocks may run again, one by one, for gradients.
+                self._local.past, self._local.running = self._local.running, None
         self._traced.clear()
 
     def see(self, signal: str, value: Tensor) -> None:
@@ -608,6 +650,25 @@ class Reduction:
             records = getattr(self._local, "records", None)
             if records is not None:
                 records.append(record)
+            running = getattr(self._local, "running", None)
+            if running is not None:
+                running.append(record)
+
+    @property
+    def last_pass(self) -> list[Record] | None:
+        """Of a reduction that remembers: what the last pass of this thread did to its tokens; None
+        if there was none yet that came to its end.
+
+        Raises:
+            RuntimeError: the last pass was one of compiled code.
+        """
+        if self._unseen:
+            raise RuntimeError(
+                "the last pass was one of compiled code, which keeps no record of what became of "
+                "tokens: run the model itself, not what torch.compile has made of it"
+            )
+        found: list[Record] | None = getattr(self._local, "past", None)
+        return found
 
     def expand(
         self, x: Float[Tensor, "batch tokens dim"], state: State

@@ -98,7 +98,7 @@ class Constant:
         _check_merges(self.merges)
 
     def __call__(self, tokens: int, layers: int) -> list[int]:
-        return _removing([self.merges] * layers, tokens)
+        return removing([self.merges] * layers, tokens)
 
 
 @dataclass(frozen=True)
@@ -128,11 +128,15 @@ class Linear:
         object.__setattr__(self, "_ratio", ratio_of(self.inflection))
 
     def __call__(self, tokens: int, layers: int) -> list[int]:
+        return removing(self.removed(layers), tokens)
+
+    def removed(self, layers: int) -> list[int]:
+        """How many tokens each layer is to remove, before the limit of one half."""
         over, under = self._ratio
         low = self.merges * (under - over) // under
         rise = 2 * (self.merges - low)
         steps = max(layers - 1, 1)
-        return _removing([low + i * rise // steps for i in range(layers)], tokens)
+        return [low + i * rise // steps for i in range(layers)]
 
 
 @dataclass(frozen=True)
@@ -272,7 +276,8 @@ def ratio_of(decimal: float) -> tuple[int, int]:
     return Fraction(str(decimal)).as_integer_ratio()
 
 
-def _removing(removed: Sequence[int], tokens: int) -> list[int]:
+def removing(removed: Sequence[int], tokens: int) -> list[int]:
+    """The tokens that leave each layer, if each removes so many, at most half of what is left."""
     left = []
     for merges in removed:
         tokens -= min(merges, tokens // 2)
