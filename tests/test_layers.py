@@ -20,7 +20,7 @@ RANK = {
     "denoising": 3.5, "patching": 4, "tracing": 5, "cost": 5, "fidelity": 5, "citing": 5, "zoo": 5,
     "calibration": 5, "losses": 5.5, "drawing": 6, "fid": 6, "suites": 6, "training": 6,
     "pictures": 5.8, "samples": 5.9, "metrics": 5.9, "evaluation": 6.2, "evaluating": 6.5,
-    "profiling": 6, "report": 6.6, "advising": 6.8, "__init__": 7, "__main__": 8,
+    "profiling": 6, "report": 6.6, "compat": 6.5, "advising": 6.8, "__init__": 7, "__main__": 8,
 }  # fmt: skip
 
 

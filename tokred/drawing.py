@@ -148,6 +148,24 @@ def _laid_out(
     ]
 
 
+def clusters(image: Image, labels: Int[Tensor, "rows columns"], cell: int = 16) -> Image:
+    """A picture with its tokens, as in `visualise`, and nothing around it.
+
+    Args:
+        image: of any size; it is stretched to `cell` pixels per patch.
+        labels: the token of every patch; -1 where it was dropped.
+        cell: pixels per patch.
+
+    Raises:
+        ModuleNotFoundError: Pillow is not installed.
+    """
+    pil = require("PIL.Image", "plots")
+    rows, columns = labels.shape
+    drawn = _tokens(_picture(image, (rows, columns), cell), labels, cell)
+    picture: Image = pil.fromarray(drawn.permute(1, 2, 0).contiguous().numpy())
+    return picture
+
+
 def stack(strips: Sequence[Image]) -> Image:
     """Strips of one width, one below the other, as one picture."""
     pil = require("PIL.Image", "plots")

@@ -1,0 +1,172 @@
+"""`tome.patch`: token merging in a model, by as many tokens a layer as its attribute `r` says.
+
+`r` is an attribute of the model itself, which the schedule looks at whenever a pass begins. So no
+class is changed, a copy of the model has an `r` of its own, and compiled code is compiled anew
+where `r` has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tokred.compat.tome.utils import parse_r
+from tokred.host import module_of
+from tokred.patching import hang, reduction_for
+from tokred.run import Attributes, Reduction
+from tokred.schedule import removing
+
+
+def timm(model: nn.Module, trace_source: bool = False, prop_attn: bool = True) -> None:
+    """Makes a model merge `model.r` tokens in every layer, 0 until that is set. In place.
+
+    Args:
+        model: a ViT of timm; or any other model in which `tokred.apply` can merge tokens.
+        trace_source: whether `model._tome_info["source"]` tells, after a pass, which patches each
+            token was made of.
+        prop_attn: whether a token that stands for s tokens counts s times in attention. Models
+            pretrained with masks (MAE), as they are, are better without.
+
+    Raises:
+        TypeError: an option is not a bool.
+        ValueError: the model has something else by the name of `r`.
+        UnsupportedModelError: the model is not one we know.
+    """
+    _patch(model, trace_source, prop_attn)
+
+
+def swag(model: nn.Module, trace_source: bool = False, prop_attn: bool = True) -> None:
+    """The same, for the SWAG checkpoints as torchvision has them:
+    `torchvision.models.vit_b_16(weights="IMAGENET1K_SWAG_E2E_V1")`. See `timm`."""
+    _patch(model, trace_source, prop_attn)
+
+
+def mae(model: nn.Module, trace_source: bool = False, prop_attn: bool = True) -> None:
+    """The same, for models pretrained with masks, as timm has them:
+    `timm.create_model("vit_base_patch16_224.mae", global_pool="avg")`. See `timm`."""
+    _patch(model, trace_source, prop_attn)
+
+
+@dataclass(frozen=True, eq=False)
+class AsSet:
+    """A schedule: what the attribute `r` of a model says when it is asked.
+
+    Attributes:
+        attributes: where `r` is.
+    """
+
+    attributes: Attributes
+
+    def __call__(self, tokens: int, layers: int) -> list[int]:
+        return removing(parse_r(layers, self.attributes.get("r")), tokens)
+
+    def __repr__(self) -> str:
+        return f"r={self.attributes.get('r')!r}"
+
+
+@dataclass(eq=False)
+class TomeInfo(Mapping[str, Any]):
+    """`model._tome_info`, to be read: by these names.
+
+    - "r": how many tokens each layer is to remove in the next pass, before the limit of one half.
+    - "size": how many patches each token stands for that left the last block, [B, N, 1]; None if
+      none were merged, or before the first pass. Of the last pass in this thread.
+    - "source": which tokens of the full sequence it was made of, [B, N, all], 1 or 0; None as
+      well if `trace_source` is off.
+    - "trace_source", "prop_attn": as they were given.
+    - "class_token", "distill_token": whether the model has one.
+
+    Attributes:
+        reduction: what hangs on the model.
+        trace_source: whether "source" is given.
+        distill_token: whether the model has a distillation token.
+    """
+
+    reduction: Reduction
+    trace_source: bool
+    distill_token: bool
+
+    def __getitem__(self, name: str) -> Any:
+        if name == "r":
+            assert self.reduction.attributes is not None
+            return parse_r(self.reduction.layout.layers, self.reduction.attributes.get("r"))
+        if name == "size":
+            source = self._source()
+            return None if source is None else source.sum(2, keepdim=True)
+        if name == "source":
+            return self._source() if self.trace_source else None
+        if name == "prop_attn":
+            return self.reduction.proportional_attention
+        if name == "class_token":
+            return self.reduction.layout.class_token
+        if name in ("trace_source", "distill_token"):
+            return getattr(self, name)
+        raise KeyError(f"_tome_info has {', '.join(_NAMES)}, not {name!r}")
+
+    def __setitem__(self, name: str, value: Any) -> NoReturn:
+        raise TypeError(
+            f"_tome_info[{name!r}] cannot be set: set model.r, or call tome.patch again with "
+            "other options"
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_NAMES)
+
+    def __len__(self) -> int:
+        return len(_NAMES)
+
+    def _source(self) -> Float[Tensor, "batch tokens all"] | None:
+        records = self.reduction.last_pass
+        if not records:
+            return None
+        index: Tensor | None = None
+        for record in records:
+            assert record.map is not None, "nothing rises here"
+            onward = record.map.labels()
+            index = onward if index is None else onward.gather(1, index)
+        assert index is not None and records[-1].map is not None
+        few = F.one_hot(index, records[-1].map.num_coarse).transpose(1, 2).float()
+        layout = self.reduction.layout
+        others, full = layout.others, few.shape[2] + layout.others
+        source = few.new_zeros(len(few), few.shape[1] + others, full)
+        inside = slice(layout.prefix, full - layout.suffix)
+        source[:, layout.prefix : source.shape[1] - layout.suffix, inside] = few
+        for token in range(others):
+            at = token if token < layout.prefix else token - others
+            source[:, at, at] = 1
+        return source
+
+
+_NAMES = ("r", "size", "source", "trace_source", "prop_attn", "class_token", "distill_token")
+
+
+def _patch(model: nn.Module, trace_source: bool, prop_attn: bool) -> None:
+    for name, value in {"trace_source": trace_source, "prop_attn": prop_attn}.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, not {value!r}")
+    if torch.compiler.is_compiling():
+        raise RuntimeError("tome.patch cannot be compiled: call it outside torch.compile's code")
+    model = module_of(model)
+    # What torch.compile returns passes attributes on to the model inside.
+    holder: nn.Module = getattr(model, "_orig_mod", model)
+    taken = {*holder._modules, *holder._parameters, *holder._buffers, *dir(type(holder))}
+    if "r" in taken:
+        raise ValueError(f"{type(holder).__qualname__} has an r of its own: use tokred.apply")
+    attributes = Attributes(holder, {"r": 0})
+    host, reduction = reduction_for(
+        model,
+        "tome",
+        AsSet(attributes),
+        proportional_attention=prop_attn,
+        full_grid=False,  # tokens come out as "source" and "size" describe them
+    )
+    distilled = getattr(holder, "dist_token", None) is not None
+    attributes.values["_tome_info"] = TomeInfo(reduction, trace_source, distilled)
+    reduction.attributes, reduction.remembers = attributes, True
+    hang(model, host, reduction)
