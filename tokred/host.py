@@ -256,10 +256,11 @@ class Denoiser:
 
 
 def module_of(model: Any) -> Any:
-    """The model that is meant: of a diffusers pipeline, its denoiser."""
+    """The model that is meant: of a diffusers pipeline, its denoiser; of one of transformers, its
+    model."""
     if isinstance(model, nn.Module):
         return model
-    inside = (getattr(model, name, None) for name in ("unet", "transformer"))
+    inside = (getattr(model, name, None) for name in ("unet", "transformer", "model"))
     return next((found for found in inside if isinstance(found, nn.Module)), model)
 
 

@@ -75,9 +75,9 @@ def apply(
 
     Args:
         model: a model of a supported family (see `tokred.hosts`), or one that has such a vision
-            tower somewhere inside; the rest of it is left alone. Or a denoiser of diffusers, or a
-            pipeline whose denoiser is meant; of the options, only `method` and `keep_rate` have a
-            meaning there.
+            tower somewhere inside; the rest of it is left alone. Or a pipeline of transformers,
+            whose model is meant. Or a denoiser of diffusers, or a pipeline whose denoiser is meant;
+            of the options, only `method` and `keep_rate` have a meaning there.
         method: a short name (see `tokred.methods`), a reducer such as
             `tokred.ATC(linkage="complete")`, or a preset (see `tokred.presets`), which brings its
             own schedule.
