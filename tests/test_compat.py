@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 from typing import Any
 
 import pytest
@@ -144,7 +145,9 @@ def test_copies_have_an_r_of_their_own(plain: nn.Module, images: Tensor) -> None
 def test_compiled_code_follows_r(plain: nn.Module, images: Tensor) -> None:
     torch._dynamo.reset()
     tome.patch.timm(plain)
-    compiled = torch.compile(plain, backend="eager", fullgraph=True)
+    # torch 2.6 leaves the graph to read what was written as a decimal.
+    whole = os.environ.get("TOKRED_VERSIONS") != "oldest"
+    compiled = torch.compile(plain, backend="eager", fullgraph=whole)
     for r in (2, (3, -1.0), 2):
         compiled.r = r
         assert plain.r == r

@@ -380,7 +380,7 @@ def test_quantised_before_or_after_is_the_same(weights: str) -> None:
     tokred.apply(after, "tome", keep_rate=0.5)
     for model in (before, after):
         quantization.quantize_(model, config)
-    assert any("Int8" in str(type(p.data)) for p in before.parameters())
+    assert any(type(p.data) is not Tensor for p in before.parameters())
     with torch.no_grad():
         dense = before(**inputs).logits
         with warnings.catch_warnings():
