@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import io
 import os
+import threading
 from typing import Any
 
 import pytest
@@ -174,6 +175,8 @@ def test_what_tokens_are_made_of_describes_those_that_come_out(name: str) -> Non
     )
     assert set(source.unique().tolist()) == {0, 1}
     assert (source.sum(1) == 1).all(), "every token of the full grid is in one"
+    first = source.argmax(2)
+    assert (first.diff() > 0).all(), "tokens stand where their first members stood"
     assert torch.equal(size, source.sum(2, keepdim=True))
     assert torch.equal(source[:, :others, :others], torch.eye(others).expand(2, -1, -1))
     labels = tokred.inspect(model, images).stages[-1].labels.flatten(1)
@@ -195,6 +198,41 @@ def test_sources_are_asked_for(plain: nn.Module, images: Tensor) -> None:
     plain.r = 4
     answer(plain, images)
     assert plain._tome_info["source"] is None and plain._tome_info["size"].sum() == 2 * 17
+
+
+def test_layers_that_are_handed_out_are_on_the_full_grid(plain: nn.Module, images: Tensor) -> None:
+    tome.patch.timm(plain)
+    plain.r = 4
+    with torch.no_grad():
+        last, between = plain.forward_intermediates(images, indices=[1, 2])
+    assert last.shape[1] == 3 and [one.shape for one in between] == [(2, 192, 4, 4)] * 2
+
+
+def test_every_thread_is_told_of_its_own_pass(plain: nn.Module) -> None:
+    tome.patch.timm(plain, trace_source=True)
+    plain.r = 4
+    answer(plain, torch.randn(1, 3, 64, 64))
+    told: list[Any] = []
+
+    def run() -> None:
+        told.append(plain._tome_info["source"])
+        answer(plain, torch.randn(2, 3, 64, 64))
+        told.append(plain._tome_info["source"].shape)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert told == [None, (2, 3, 17)] and plain._tome_info["source"].shape == (1, 3, 17)
+
+
+def test_r_is_where_the_patch_was_put(plain: nn.Module, images: Tensor) -> None:
+    dense = answer(plain, images)
+    wrapped = nn.DataParallel(plain)
+    tome.patch.timm(wrapped)
+    wrapped.r = 4
+    assert not torch.equal(answer(wrapped, images), dense) and not hasattr(plain, "r")
+    tokred.remove(wrapped)
+    assert torch.equal(answer(wrapped, images), dense) and not hasattr(wrapped, "r")
 
 
 def test_a_pass_that_is_broken_off_is_not_told(plain: nn.Module, images: Tensor) -> None:
