@@ -60,7 +60,7 @@ def benchmark(
     the reduced one, and tells how far figures scatter.)
 
     Args:
-        model: called with images, [batch_size, *input_size].
+        model: called with `batch_size` images at a time.
         device: where to run.
         input_size: channels, height and width.
         batch_size: images in a run.
