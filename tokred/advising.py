@@ -10,9 +10,9 @@
    at layer l as much as k tokens from there on more than n tokens from there on.
 4. Dynamic programming over layers and numbers of tokens finds the schedules that disturb least,
    for every time they may take.
-5. Those that meet the budget, and uniform keep rates of the best methods that do, are measured: all
-   of the images, and the time in turns with the dense model. What misses the budget is tried again,
-   with fewer tokens. The best one is the advice.
+5. Those that should meet the budget, and uniform keep rates of the best methods that should, are
+   measured: on all of the images, and their time in turns with the dense model's. What misses the
+   budget is tried again, with fewer tokens. The best one is the advice.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import torch
 from tokred import samples as sampling
 from tokred.cost import put_back
 from tokred.evaluating import Setting, Shown, Work, settings_of
-from tokred.evaluation import Evaluation, Row, Speed
+from tokred.evaluation import Evaluation, Row
 from tokred.fidelity import Fidelity
 from tokred.host import Host, UnsupportedModelError, module_of
 from tokred.patching import remove, uncompiled
@@ -49,10 +49,14 @@ METHODS = (
 )  # fmt: skip
 """The methods that are tried if none are named: all that need no training and keep as many tokens
 of every image."""
-FINALISTS = 3
-"""Methods whose schedules are searched."""
+FINALISTS, UNIFORM = 3, 4
+"""How many methods schedules are searched for, and how many are tried at uniform keep rates."""
+RACING = 8
+"""How many candidates are measured in turns with each other."""
 SHARES = (0.8, 0.6, 0.4, 0.2)
 """Of the tokens, to which they are reduced at one layer to see what that does."""
+SOUNDED = 6
+"""Layers at which that is done."""
 LEVELS = 40
 """Numbers of tokens that the search may choose from."""
 WORTH = 1.03
@@ -101,17 +105,40 @@ class Advice:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A setting that was measured in full.
+    """A setting that was tried on all of the images.
 
     Attributes:
         setting: what it is.
         searched: whether its schedule was searched for, rather than a uniform keep rate.
-        row: what came of it.
+        row: what came of it. (Its speeds are the dense model's until it has been raced.)
+        raced: whether its speed was measured beside that of the others.
     """
 
     setting: Setting
     searched: bool
     row: Row
+    raced: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """Settings of which one should be as fast as is asked for: a method at uniform keep rates, or
+    with the schedules that were found for it.
+
+    Attributes:
+        method: the method.
+        searched: whether schedules were searched for.
+        propose: from a speed-up to the setting that should have it; None if there is none.
+    """
+
+    method: str
+    searched: bool
+    propose: Callable[[float], Setting | None]
+
+    def has(self, candidate: Candidate) -> bool:
+        """Whether a candidate is one of them."""
+        of = candidate.setting.method, candidate.searched
+        return of == (self.method, self.searched)
 
 
 def advise(
@@ -199,7 +226,6 @@ class _Search:
         self.dense = work.row(None)
         shown.step()
         self.candidates: dict[str, Candidate] = {}
-        self._lagging: dict[str, float] = {}
 
     # --- what it costs ----------------------------------------------------------------------------
 
@@ -290,8 +316,8 @@ class _Search:
         """How much it disturbs the model to go on with so many tokens from a layer on: [layers,
         levels], NaN where it was not tried, filled in between."""
         tokens, layers = self.work.tokens, self.work.layout.layers
-        tried = sorted({round(i * (layers - 1) / min(7, layers - 1)) for i in range(8)}
-                       if layers > 8 else range(layers))  # fmt: skip
+        steps = min(SOUNDED, layers) - 1
+        tried = sorted({round(i * (layers - 1) / max(1, steps)) for i in range(steps + 1)})
         levels = self.levels
         self.shown.expect(len(tried) * len(SHARES))
         table = np.zeros((len(tried), len(levels)))
@@ -345,25 +371,31 @@ class _Search:
 
     # --- candidates -------------------------------------------------------------------------------
 
-    def measure(self, setting: Setting, searched: bool) -> Candidate:
-        """A candidate, measured in full, once."""
+    def judge(self, setting: Setting, searched: bool) -> Candidate:
+        """A candidate, tried on all of the images, once."""
         known = self.candidates.get(setting.name)
         if known is not None:
             return known
         self.shown.expect(1)
-        self.shown.now(setting.method)
-        candidate = Candidate(setting, searched, self.work.row(setting))
-        self.candidates[setting.name] = candidate
-        self.shown.row(self.table())
-        return candidate
+        self.shown.now(f"{setting.method} on all images")
+        dense = self.dense.speed
+        row = self.work.row(setting, {"dense": dense, "reduced": dense})
+        self.candidates[setting.name] = Candidate(setting, searched, row)
+        self.shown.step()
+        return self.candidates[setting.name]
 
     def table(self) -> Evaluation:
         """The dense model, and all that was measured in full."""
         rows = [
             dataclasses.replace(c.row, method=f"{c.row.method}, searched") if c.searched else c.row
             for c in self.candidates.values()
+            if c.raced
         ]
         return self.work.table(self.name, [self.dense, *rows], self.refused)
+
+    def drop(self, candidate: Candidate) -> float:
+        """By how much it is worse than the dense model in the leading metric."""
+        return self.table().drop(candidate.row)
 
     def uniform(self, method: Setting, speed: float) -> Setting:
         """A method at the keep rate that should be so many times as fast."""
@@ -382,137 +414,144 @@ class _Search:
         except ValueError:  # fewer tokens than the method can make
             return math.inf
 
-    def meeting(
-        self, speed: float, propose: Callable[[float], Setting | None], searched: bool
-    ) -> Candidate | None:
-        """A candidate that is measured to be so many times as fast, if it can be had in three
-        tries: predictions are corrected by what was measured."""
-        asked = speed * 1.01
-        best: Candidate | None = None
+    def meeting(self, speed: float, family: Family) -> Setting | None:
+        """The setting of a family that is measured to be so many times as fast, if it can be had in
+        three tries: predictions are corrected by what was measured."""
+        asked, found = speed * 1.02, None
         for _ in range(3):
-            setting = propose(asked)
-            if setting is None:
-                return best
-            tried = self.measure(setting, searched)
-            if tried.row.speed_up >= speed:
-                return tried
-            best = tried
-            asked *= min(1.3, max(1.01, 1.01 * speed / tried.row.speed_up))
-        return best
+            setting = family.propose(asked)
+            if setting is None or setting == found:
+                return found
+            found = setting
+            self.shown.expect(1)
+            self.shown.now(f"how fast is {setting.method}")
+            arms = {"dense": None, "tried": self.work.applied(setting)}
+            remove(self.work.model)
+            speeds = self.work.race(arms, self.work.seconds / 2)
+            self.shown.step()
+            ratio = speeds["tried"].images_per_second / speeds["dense"].images_per_second
+            if speed <= ratio <= 1.08 * speed:
+                return found
+            asked *= min(1.2, max(0.85, 1.02 * speed / ratio))
+        return found
 
-    def proposer(
-        self, method: Setting, schedules: list[tuple[float, tuple[int, ...]]]
-    ) -> Callable[[float], Setting | None]:
-        """From a speed-up to the setting that should have it and disturb least."""
+    def families(self, chosen: Sequence[Setting], few: int) -> list[Family]:
+        """The methods that disturb least: at uniform keep rates, and the first of them with
+        schedules that are searched for."""
+        found = [
+            Family(method.method, False, partial(self.uniform, method))
+            for method in chosen[:UNIFORM]
+        ]
+        for method in [m for m in chosen if m.method in self.costs][:FINALISTS]:
+            schedules = self.schedules(method, self.sensitivity(method, few))
+            found.append(Family(method.method, True, partial(_nearest, method, schedules)))
+        return found
 
-        def propose(speed: float) -> Setting | None:
-            for predicted, counts in schedules:
-                if predicted >= speed:
-                    return Setting(method.method, method.reducer, Exactly(counts))
-            return None
-
-        return propose
+    def _ordered(self, speed: float, few: int) -> list[Setting]:
+        """The methods, that which disturbs least at such a speed first."""
+        order = self.screened([self.uniform(method, speed) for method in self.methods], few)
+        return [next(m for m in self.methods if m.method == s.method) for s in order]
 
     # --- the two questions ------------------------------------------------------------------------
 
     def faster(self, speedup: float) -> Advice:
         """What loses least among what is so many times as fast."""
         wanted = f"{speedup:g} times as fast"
-        most = max(self.ceiling.values())
-        if most < speedup:
+        if max(self.ceiling.values()) < speedup:
             return self._nothing(wanted, self._limits(speedup))
         few = max(1, len(self.work.compared) // 2)
-        uniform = [self.uniform(method, speedup * 1.02) for method in self.methods]
-        order = self.screened(uniform, few)
-        chosen = [next(m for m in self.methods if m.method == s.method) for s in order]
-        for method in chosen[: FINALISTS + 1]:
-            self.meeting(speedup, partial(self.uniform, method), False)
-        for method in [m for m in chosen if m.method in self.costs][:FINALISTS]:
-            schedules = self.schedules(method, self.sensitivity(method, few))
-            self.meeting(speedup, self.proposer(method, schedules), True)
-        rows = self._raced([c for c in self.candidates.values() if c.row.speed_up >= 0.9 * speedup])
-        table = self.table()
-        good = [c for c in rows if c.row.speed_up >= speedup]
+        families = self.families(self._ordered(speedup * 1.02, few), few)
+        aimed = dict.fromkeys(range(len(families)), speedup)
+        short = list(aimed)
+        for _ in range(3):
+            for number in short:
+                setting = self.meeting(aimed[number], families[number])
+                if setting is not None:
+                    self.judge(setting, families[number].searched)
+            self.race()
+            # In turns with all others, a setting may be slower than by itself.
+            good = [c for c in self.candidates.values() if c.row.speed_up >= speedup]
+            short = [n for n in short if not any(families[n].has(c) for c in good)]
+            if not short:
+                break
+            for number in short:
+                aimed[number] *= 1.03
         if not good:
             nearest = max(self.candidates.values(), key=lambda c: c.row.speed_up, default=None)
             told = self._limits(speedup)
             if nearest is not None:
                 told += (f"The fastest that was measured is {self._told(nearest)}.",)
             return self._nothing(wanted, told)
-        best = min(good, key=lambda c: (round(table.drop(c.row), 6), c.row.kl or 0.0))
+        best = min(good, key=lambda c: (round(self.drop(c), 6), c.row.kl or 0.0))
         return self._advice(wanted, best, good)
 
     def closest(self, max_drop: float) -> Advice:
         """What is fastest among what loses at most so much."""
-        table = self.table()
-        wanted = f"at most {max_drop:g} points of {table.leading} lost"
+        wanted = f"at most {max_drop:g} points of {self.table().leading} lost"
         most = max(self.ceiling.values())
         if most < WORTH:
             return self._nothing(wanted, self._limits(WORTH))
         few = max(1, len(self.work.compared) // 2)
-        middle = 1 + (most - 1) / 2
-        uniform = [self.uniform(method, middle) for method in self.methods]
-        order = self.screened(uniform, few)
-        chosen = [next(m for m in self.methods if m.method == s.method) for s in order]
-        for method in chosen[: FINALISTS + 1]:
-            self._fastest(max_drop, most, partial(self.uniform, method), False)
-        for method in [m for m in chosen if m.method in self.costs][:FINALISTS]:
-            schedules = self.schedules(method, self.sensitivity(method, few))
-            self._fastest(max_drop, most, self.proposer(method, schedules), True)
-        kept = [c for c in self.candidates.values() if table.drop(c.row) <= max_drop]
-        kept = self._raced(sorted(kept, key=lambda c: -c.row.speed_up)[:6])
-        good = [c for c in kept if c.row.speed_up >= WORTH]
+        for family in self.families(self._ordered(1 + (most - 1) / 2, few), few):
+            self._fastest(max_drop, most, family)
+        self.race([c for c in self.candidates.values() if self.drop(c) <= max_drop])
+        raced = [c for c in self.candidates.values() if c.raced]
+        good = [c for c in raced if self.drop(c) <= max_drop and c.row.speed_up >= WORTH]
         if not good:
             told: tuple[str, ...] = (
                 f"Nothing that is measurably faster loses as little as {max_drop:g} points of "
-                f"{table.leading}.",
+                f"{self.table().leading}.",
             )
             if self.candidates:
-                least = min(self.candidates.values(), key=lambda c: table.drop(c.row))
+                self.race([min(self.candidates.values(), key=self.drop)])
+                least = min((c for c in self.candidates.values() if c.raced), key=self.drop)
                 told += (f"The least is lost by {self._told(least)}.",)
             return self._nothing(wanted, told)
-        best = max(good, key=lambda c: (c.row.speed_up, -table.drop(c.row)))
+        best = max(good, key=lambda c: (c.row.speed_up, -self.drop(c)))
         return self._advice(wanted, best, good)
 
-    def _fastest(
-        self, max_drop: float, most: float, propose: Callable[[float], Setting | None],
-        searched: bool,
-    ) -> None:  # fmt: skip
-        """Measures settings of one family at ever nearer speeds, to find where the drop passes what
-        is allowed."""
+    def _fastest(self, max_drop: float, most: float, family: Family) -> None:
+        """Tries settings of a family at ever nearer speeds, to find where the drop passes what is
+        allowed."""
         low, high = 1.0, most
         for _ in range(5):
             speed = (low + high) / 2
-            setting = propose(speed)
+            setting = family.propose(speed)
             if setting is None:
                 high = speed
                 continue
-            lost = self.table().drop(self.measure(setting, searched).row)
+            lost = self.drop(self.judge(setting, family.searched))
             low, high = (speed, high) if lost <= max_drop else (low, speed)
 
-    def _raced(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """The same candidates, with speeds that were measured all in turns with each other."""
-        if not candidates:
-            return []
+    def race(self, candidates: Sequence[Candidate] | None = None) -> None:
+        """Measures the speeds of candidates (all, if not given; of many, those that should be
+        fastest), all in turns with each other."""
+        racing = list(self.candidates.values()) if candidates is None else list(candidates)
+        racing = sorted(racing, key=lambda c: -self.predicted(c.setting))[:RACING]
+        if not racing:
+            return
         arms: dict[str, Any] = {"dense": None}
-        for candidate in candidates:
-            arms[candidate.setting.name] = self.work.applied(candidate.setting)
+        for number, candidate in enumerate(racing):
+            reduction = self.work.applied(candidate.setting)
             remove(self.work.model)
+            arms[f"{number}"] = reduction
+            arms[f"limit {number}"] = self.work.free_limit(reduction)
         self.shown.expect(1)
-        self.shown.now("the last ones, in turns")
-        speeds = self.work.race(arms, self.work.seconds * (len(arms) + 1))
+        self.shown.now(f"the last {len(racing)}, in turns")
+        speeds = self.work.race(arms, self.work.seconds * len(arms))
         self.shown.step()
-        raced = []
-        for candidate in candidates:
+        for number, candidate in enumerate(racing):
             row = dataclasses.replace(
                 candidate.row,
-                speed=speeds[candidate.setting.name],
+                speed=speeds[f"{number}"],
                 dense=speeds["dense"],
-                limit=_scaled(candidate.row, speeds["dense"]),
+                limit=speeds[f"limit {number}"],
             )
-            self.candidates[candidate.setting.name] = dataclasses.replace(candidate, row=row)
-            raced.append(self.candidates[candidate.setting.name])
-        return raced
+            self.candidates[candidate.setting.name] = dataclasses.replace(
+                candidate, row=row, raced=True
+            )
+        if self.shown.bar is not None:
+            self.shown.bar.write(str(self.table()))
 
     # --- words ------------------------------------------------------------------------------------
 
@@ -541,10 +580,9 @@ class _Search:
         return tuple(told)
 
     def _told(self, candidate: Candidate) -> str:
-        table, row = self.table(), candidate.row
         return (
-            f"{candidate.setting.method}, {table.drop(row):.2f} points of {table.leading} lost at "
-            f"{row.speed_up:.2f}x"
+            f"{candidate.setting.name}, {self.drop(candidate):.2f} points of "
+            f"{self.table().leading} lost at {candidate.row.speed_up:.2f}x"
         )
 
     def _nothing(self, wanted: str, why: tuple[str, ...]) -> Advice:
@@ -565,10 +603,12 @@ class _Search:
             f"{row.free_limit:.2f}x.",
         ]
         if row.agreement is not None and table.unit == "%":
-            error = 100 * math.sqrt((1 - row.agreement / 100) / max(1, row.compared))
+            # Two standard errors of the share of answers that change; if none did, the rule of 3.
+            changed, many = 1 - row.agreement / 100, max(1, row.compared)
+            error = 100 * max(2 * math.sqrt(changed / many), 3 / many)
             told.append(
-                f"{row.agreement:.1f} % of the answers are the dense model's, so on other images "
-                f"of this kind the change should be within {2 * error:.1f} points of that."
+                f"{row.agreement:.1f} % of the answers are the dense model's; on other images of "
+                f"this kind, the change should be within {error:.1f} points of that."
             )
         others = [c for c in good if c is not best and not c.searched]
         if best.searched and others:
@@ -665,15 +705,14 @@ def _at(parabola: tuple[float, float, float], tokens: Any) -> Any:
     return start + each * tokens + pair * np.square(tokens, dtype=float)
 
 
-def _scaled(row: Row, dense: Speed) -> Speed | None:
-    """The free limit of an earlier run, beside this run's dense model."""
-    if row.limit is None:
-        return None
-    return dataclasses.replace(
-        row.limit,
-        images_per_second=row.free_limit * dense.images_per_second,
-        latency=row.limit.latency / row.dense.latency * dense.latency,
-    )
+def _nearest(
+    method: Setting, schedules: Sequence[tuple[float, tuple[int, ...]]], speed: float
+) -> Setting | None:
+    """The slowest of the schedules that should be so many times as fast."""
+    for predicted, counts in schedules:
+        if predicted >= speed:
+            return Setting(method.method, method.reducer, Exactly(counts))
+    return None
 
 
 def _by_harm(pair: tuple[float, Setting]) -> float:

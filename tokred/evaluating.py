@@ -13,6 +13,7 @@ import datetime
 import hashlib
 import json
 import os
+import statistics
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 import tokred
 from tokred import samples as sampling
 from tokred.cost import (
+    Arm,
     count,
     counts_of,
     device_name,
@@ -522,7 +524,9 @@ class Work:
         return free_limit_of(self.model, self.found, one, reduction, self.counts(reduction))
 
     def race(self, arms: Mapping[str, Any], seconds: float) -> dict[str, Speed]:
-        """The speeds of several reductions (None: the dense model), in turns."""
+        """The speeds of several reductions (None: the dense model), in turns. What "dense" took in
+        a round is set against what the others took in the same round, so that a machine which is
+        busy now and then slows down both; of these ratios the median counts."""
         whole, one = self.inputs, first_of(self.inputs)
         racing = sides(self.model, self.found, arms, compile=False)
         try:
@@ -535,8 +539,8 @@ class Work:
             for arm, (model, prepare) in racing.items():
                 prepare()
                 found[arm] = Speed(
-                    images_per_second=len(pixels(whole)) / many[arm].median,
-                    latency=single[arm].median,
+                    images_per_second=len(pixels(whole)) / _beside(many["dense"], many[arm]),
+                    latency=_beside(single["dense"], single[arm]),
                     mult_adds=count(model, one),
                     peak_memory=peak_memory(model, whole),
                 )
@@ -571,6 +575,12 @@ class Work:
             rows=tuple(rows),
             refused=dict(refused),
         )
+
+
+def _beside(dense: Arm, arm: Arm) -> float:
+    """Seconds of an arm, by its ratio to the dense model round by round."""
+    ratios = [a / b for a, b in zip(arm.seconds, dense.seconds, strict=True)]
+    return dense.median * statistics.median(ratios)
 
 
 def _bytes(inputs: Inputs) -> int:
