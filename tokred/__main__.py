@@ -473,7 +473,12 @@ def _model_and_data(options: argparse.Namespace) -> tuple[nn.Module, Any, Any]:
 
 def _named(name: str, options: argparse.Namespace) -> Reducer | tokred.Preset:
     method = evaluating.method_of(name)
-    return method if isinstance(method, tokred.Preset) else _with_gates(method, options)
+    if isinstance(method, tokred.Preset):
+        return method
+    try:
+        return _with_gates(method, options)
+    except ValueError:  # there are none for this model, and the table is going to say so
+        return method
 
 
 @dataclass(frozen=True)

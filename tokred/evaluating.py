@@ -42,7 +42,7 @@ from tokred.cost import (
 from tokred.evaluation import Evaluation, Row, Speed, row_from
 from tokred.fidelity import Difference, Fidelity, Seen, compare, seeing, total
 from tokred.host import Denoiser, Host, UnsupportedModelError, find_host, module_of
-from tokred.inputs import Inputs, pixels
+from tokred.inputs import Inputs, call, pixels
 from tokred.metrics import TASKS, Scores, Task, task_of
 from tokred.optional import require
 from tokred.patching import apply, hang, host_of, reduction_of, remove, uncompiled
@@ -378,6 +378,8 @@ class Work:
             return "its gates are not trained: give them, as in tokred.SViT(gates=path)"
         try:
             self.applied(setting)
+            with torch.no_grad():  # some things only a pass can tell
+                call(self.model, first_of(self.inputs))
         except (UnsupportedModelError, ValueError) as error:
             return str(error)
         finally:
