@@ -18,7 +18,7 @@ import tokred
 from tokred.cost import Arm
 from tokred.maps import Clusters, TokenMap
 from tokred.patching import reduction_of
-from tokred.profiling import PARTS, Clock, LayerTimes
+from tokred.profiling import PARTS, Clock, LayerTimes, clock_for
 from tokred.reducers import Tokens
 
 NAP = 0.02
@@ -106,6 +106,35 @@ def test_inner_parts_are_not_counted_twice() -> None:
             (None, "back"): 128.0,
         }
     ]
+
+
+class Event:
+    """An event of a device, whose clock has gone 2 ms further at every one."""
+
+    count = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self, stream: str) -> None:
+        assert stream == "stream of cuda:1"
+        Event.count += 1
+        self.at = 2.0 * Event.count
+
+    def elapsed_time(self, other: Event) -> float:
+        return other.at - self.at
+
+
+def test_on_a_device_borders_are_events_in_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    clock = clock_for(torch.device("cuda:1"))
+    clock.begin("side")
+    clock.enter(0)
+    with clock.part("bias"):
+        pass
+    clock.leave()
+    assert clock.spent("side") == [{(0, "rest"): 0.004, (0, "bias"): 0.002}]
 
 
 @pytest.mark.usefixtures("nights")

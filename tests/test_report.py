@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import dataclass
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -162,11 +163,37 @@ def test_the_headline_says_what_to_take() -> None:
     assert "<pre" not in report.html(slow), "there is nothing to paste"
 
 
-def test_advice_comes_first(page: str) -> None:
+def test_advice_is_told_in_place_of_the_headline(page: str) -> None:
     tags = parsed(page)
     assert "Take atc: 1.52x as fast." in tags.text
-    assert Advised.code in tags.text
-    assert "keep_rate=0.7" not in tags.text
+    (pasted,) = re.findall("<pre.*?<code>(.*?)</code>", page)
+    assert unescape(pasted) == Advised.code
+    assert "points lost" not in tags.text
+    nothing = report.html(evaluation(), advice=Advised("", ("Nothing helps.",)))
+    assert "Nothing helps." in nothing and "<pre" not in nothing
+
+
+def test_settings_of_one_name_are_numbered() -> None:
+    table = evaluation()
+    several = [dataclasses.replace(row, keep_rate=None, method="atc") for row in table.settings]
+    head, rows = report.columns(dataclasses.replace(table, rows=(table.dense, *several)))
+    assert [cells[0] for cells in rows] == ["dense", "atc (1)", "atc (2)", "atc (3)", "atc (4)"]
+    assert [cells[head.index("code")] for cells in rows[1:]] == [row.code for row in several]
+
+
+def test_without_labels_closeness_leads() -> None:
+    table = evaluation(leading="agreement", task="unlabelled")
+    rows = [
+        dataclasses.replace(row, metrics={}, agreement=100.0 if not row.code else 99.5 - 10 * at)
+        for at, row in enumerate(table.rows)
+    ]
+    table = dataclasses.replace(table, rows=tuple(rows))
+    head, cells = report.columns(table)
+    assert head[2] == "agreement" and "agreement, %" not in head and "top1" not in head
+    assert [row[2] for row in cells] == ["100.00", "89.50", "79.50", "69.50", "59.50"]
+    text = parsed(report.html(table)).text
+    assert "there are no labels" in text and "measured on 256 images" in text
+    assert "At most 2 points lost: none" in text
 
 
 def test_names_cannot_break_out(page: str) -> None:

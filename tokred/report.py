@@ -129,22 +129,23 @@ def table(evaluation: Evaluation) -> str:
 def plot(evaluation: Evaluation) -> str:
     """The leading metric against the measured speed-up, as SVG."""
 
-    def point(row: Row) -> Point:
-        score = f"{_number(evaluation.score(row))}{evaluation.unit}"
-        title = f"{row.name}: {evaluation.leading} {score}, {row.speed_up:.2f}x as fast"
-        return Point(row.speed_up, evaluation.score(row), title, row.name if row in front else "")
-
     front = evaluation.front()
+    points: dict[int, Point] = {}
+    for row, name in zip(evaluation.rows, _names(evaluation), strict=True):
+        score = f"{_number(evaluation.score(row))}{evaluation.unit}"
+        title = f"{name}: {evaluation.leading} {score}, {row.speed_up:.2f}x as fast"
+        label = name if row in front else ""
+        points[id(row)] = Point(row.speed_up, evaluation.score(row), title, label)
     methods = dict.fromkeys(row.method for row in evaluation.settings)
-    cross = point(evaluation.dense)
+    cross = points[id(evaluation.dense)]
     unit = f", {evaluation.unit}" if evaluation.unit else ""
     falls = "" if evaluation.higher_is_better else " (less is better)"
     return markup.scatter(
         {
-            method: [point(row) for row in evaluation.settings if row.method == method]
+            method: [points[id(row)] for row in evaluation.settings if row.method == method]
             for method in methods
         },
-        [point(row) for row in front],
+        [points[id(row)] for row in front],
         Point(cross.x, cross.y, cross.title, "dense"),
         "speed-up over the dense model, measured",
         f"{evaluation.leading}{unit}{falls}",
@@ -167,17 +168,17 @@ def columns(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
     titles = ["setting", "keep rate", evaluation.leading, "change", "speed-up", "of free limit"]
     titles += [
         *others, "agreement, %", "KL", "cosine", "depth error, %", "images/s", "latency, ms",
-        "its speed-up", "G multiply-adds", "memory, MiB", "tokens",
+        "its speed-up", "G multiply-adds", "memory, MiB", "tokens", "code",
     ]  # fmt: skip
     rows = []
-    for row in evaluation.rows:
+    for row, name in zip(evaluation.rows, _names(evaluation), strict=True):
         speed = row.speed
         change = evaluation.score(row) - evaluation.score(evaluation.dense)
         dense = row is evaluation.dense
         share = "" if dense else f"{100 * row.speed_up / row.free_limit:.0f}%"
         rows.append(
             [
-                row.name,
+                name,
                 _or_nothing(row.keep_rate, "g"),
                 _number(evaluation.score(row)),
                 "" if dense else _number(change, "+"),
@@ -194,6 +195,7 @@ def columns(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
                 "" if speed.mult_adds is None else f"{speed.mult_adds / 1e9:.3f}",
                 "" if speed.peak_memory is None else f"{speed.peak_memory / 2**20:.1f}",
                 " → ".join(map(str, _changes(row))),
+                row.code,
             ]
         )
     # What leads is not told twice.
@@ -204,6 +206,16 @@ def columns(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
         if any(cells[number] for cells in rows) and title != twice.get(evaluation.leading)
     ]
     return [titles[n] for n in there], [[cells[n] for n in there] for cells in rows]
+
+
+def _names(evaluation: Evaluation) -> list[str]:
+    """What each row is called; where several have one name (schedules have no keep rate), they are
+    numbered."""
+    names = [row.name for row in evaluation.rows]
+    return [
+        name if names.count(name) == 1 else f"{name} ({names[: at + 1].count(name)})"
+        for at, name in enumerate(names)
+    ]
 
 
 def _changes(row: Row) -> list[int]:
@@ -217,7 +229,6 @@ def _changes(row: Row) -> list[int]:
 
 def _headline(evaluation: Evaluation | None, advice: Advising | None) -> str:
     parts = []
-    code = "" if advice is None else advice.code
     if advice is not None:
         parts += [paragraph(sentence) for sentence in advice.sentences]
     if evaluation is not None:
@@ -234,9 +245,12 @@ def _headline(evaluation: Evaluation | None, advice: Advising | None) -> str:
                 f"setting stays to the dense model, measured on {evaluation.dense.compared} images."
             )
         )
-        told, first = _found(evaluation)
+    code = ""
+    if advice is not None:
+        code = advice.code  # empty if nothing helps
+    elif evaluation is not None:
+        told, code = _found(evaluation)
         parts.append(listed(told))
-        code = code or first
     if code:
         parts.append("<p>To use it:</p>")
         parts.append(f'<pre class="scroll" tabindex="0"><code>{escape(code)}</code></pre>')
