@@ -380,7 +380,8 @@ dt{font-weight:600;margin-top:.6em}
 dd{margin:0}
 @media print{
 :root{color-scheme:light;--paper:#fff;--ink:#000;--soft:#eee;--accent:#555}
-.scroll{overflow:visible}.tokred table{font-size:7pt}.tokred th,.tokred td{padding:.15em .25em}
+.tokred .scroll{overflow:visible}.tokred table{font-size:6.5pt}
+.tokred th,.tokred td{padding:.15em .2em;white-space:normal}
 img{min-width:0}section{break-inside:avoid}}
 </style>"""
 
