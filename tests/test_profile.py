@@ -174,7 +174,8 @@ def test_the_whole_is_warned_of_in_words() -> None:
     assert "would gain next to nothing" in warned(1.5, 0.99, 1.5)[0]
     assert "slowed the model down by 33%" in warned(1.5, 0.5, 2.0)[2]
     assert len(warned(0.9, 0.5, 0.9)) == 1
-    assert "Rounds differ by +-" in warned(0.5, 0.5, 0.5, 1.0, 1.0, 2.0, 3.0)[1]
+    (busy,) = warned(0.5, 0.5, 0.5, 1.0, 1.0, 2.0, 3.0)
+    assert busy.startswith("Rounds differ by +-"), "and nothing that could be due to it"
 
 
 def test_numbers_are_those_of_the_model(plain: nn.Module) -> None:

@@ -200,7 +200,8 @@ def test_names_cannot_break_out(page: str) -> None:
     assert "<img src=x" not in page and "<gates>" not in page
     tags = parsed(page)
     assert f"{HOSTILE} 0.5" in tags.text and f"Method({HOSTILE})" in tags.text
-    assert ("img", "alt", HOSTILE) in tags.attributes
+    (alt,) = [value for tag, name, value in tags.attributes if (tag, name) == ("img", "alt")]
+    assert alt == f"{HOSTILE}: an image, then its tokens after each reduction"
     assert not any(name.startswith("on") for _, name, _ in tags.attributes)
 
 

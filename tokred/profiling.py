@@ -237,6 +237,13 @@ class Profile:
             else:
                 why = f"what the method adds takes {_ms(self.total('added') + self.behind)}"
             told.append(f"SLOWER than the dense model: {why}.")
+        spread = max(self.dense.spread, self.reduced.spread)
+        if spread > 0.15:
+            told.append(
+                f"Rounds differ by +-{spread:.0%}: something else runs on this machine. Do not "
+                "trust what is said of single layers; more rounds help."
+            )
+            return told
         reduced = [times for times in self.layers if times.bias > 0]
         rest, free = (sum(getattr(t, name) for t in reduced) for name in ("rest", "limit"))
         if self.proportional_attention and rest > 1.1 * free > 0:
@@ -245,12 +252,6 @@ class Profile:
                 f"{rest / free:.2f} times as long as with tokens cut off: attention may be slower "
                 "with the bias of sizes. proportional_attention=False does without, at some cost "
                 "in accuracy."
-            )
-        spread = max(self.dense.spread, self.reduced.spread)
-        if spread > 0.15:
-            told.append(
-                f"Rounds differ by +-{spread:.0%}: something else runs on this machine. Do not "
-                "trust single layers; more rounds help."
             )
         if self.overhead > 0.2:
             told.append(

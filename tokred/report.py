@@ -27,6 +27,7 @@ DROPS = (0.5, 2.0)
 """Points of the leading metric that the headline looks for the fastest setting within."""
 SHARES = (0.01, 0.05)
 """The same for metrics that are no percentages, as shares of the dense model's score."""
+_STRIP = "an image, then its tokens after each reduction"
 
 
 class Advising(Protocol):
@@ -92,7 +93,7 @@ def html(
         body.append(_section("Where the time goes", profiling.fragment(profile, style=False)))
     if pictures:
         shown = "".join(
-            f"<figure>{markup.picture(_png(image), caption)}"
+            f"<figure>{markup.picture(_png(image), f'{caption}: {_STRIP}')}"
             f"<figcaption>{escape(caption)}</figcaption></figure>"
             for caption, image in pictures
         )
