@@ -296,16 +296,18 @@ class Profile:
         if self.behind > 0:
             lines.append(f"  behind the last block, the full grid for pooling: {_ms(self.behind)}")
         lines.append("  # block  m matching  + merging  < way back  b bias  | dense")
-        lines.append(f"  {self.conditions}; profiling itself adds {self.overhead:.1%}")
+        lines.append(f"  {self.conditions}")
         return "\n".join(lines)
 
     @property
     def conditions(self) -> str:
-        """What it was measured on, in words."""
+        """What it was measured on, and what measuring has cost, in words."""
+        cost = f"{self.overhead:.1%}" if self.overhead > 0 else "nothing that could be measured"
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return (
             f"batch {self.batch} of {self.image_size[0]}x{self.image_size[1]}, {self.dtype}, "
-            f"{len(self.reduced.seconds)} rounds, {self.device}, {self.threads} threads, {versions}"
+            f"{len(self.reduced.seconds)} rounds, {self.device}, {self.threads} threads, {versions}; "
+            f"profiling itself adds {cost}"
         )
 
     def _bar(self, times: LayerTimes, width: int = 30) -> str:
@@ -386,9 +388,7 @@ def fragment(profile: Profile, style: bool = True) -> str:
             markup.bars(bars),
             markup.table(head, rows, caption="Milliseconds per batch"),
             markup.listed(sentences),
-            markup.paragraph(
-                f"{profile.conditions}; profiling itself adds {profile.overhead:.1%}", "small"
-            ),
+            markup.paragraph(profile.conditions, "small"),
             "</div>",
         ]
     )
