@@ -306,8 +306,8 @@ class Profile:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return (
             f"batch {self.batch} of {self.image_size[0]}x{self.image_size[1]}, {self.dtype}, "
-            f"{len(self.reduced.seconds)} rounds, {self.device}, {self.threads} threads, {versions}; "
-            f"profiling itself adds {cost}"
+            f"{len(self.reduced.seconds)} rounds, {self.device}, {self.threads} threads, {versions}"
+            f"; profiling itself adds {cost}"
         )
 
     def _bar(self, times: LayerTimes, width: int = 30) -> str:
