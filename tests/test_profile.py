@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 import tokred
 from tokred.cost import Arm
 from tokred.maps import Clusters, TokenMap
-from tokred.patching import reduction_of
-from tokred.profiling import PARTS, Clock, LayerTimes, clock_for
+from tokred.patching import hang, host_of, reduction_of
+from tokred.profiling import PARTS, Clock, LayerTimes, clock_for, timed
 from tokred.reducers import Tokens
 
 NAP = 0.02
@@ -261,6 +262,24 @@ def test_the_applied_reduction_is_profiled_and_stays(plain: nn.Module) -> None:
         of(plain, Napping("too many"), 0.5)
     assert reduction_of(plain) is former
     assert all(not hook for block in plain.blocks for hook in hooks(block))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["atc", "evit", "svit", "slic"])
+def test_the_stand_in_does_what_it_stands_for(plain: nn.Module, method: str) -> None:
+    images = torch.randn(2, 3, 64, 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # random gates will do
+        reduction = tokred.apply(plain, method, 0.5)
+    expected = plain.forward_intermediates(images)
+    clock = clock_for(torch.device("cpu"))
+    clock.begin("side")
+    hang(plain, host_of(plain), timed(reduction, clock))
+    found = plain.forward_intermediates(images)
+    assert torch.equal(found[0], expected[0])
+    assert all(torch.equal(a, b) for a, b in zip(found[1], expected[1], strict=True))
+    (spent,) = clock.spent("side")
+    assert {"matching", "merging", "back"} <= {part for _, part in spent}
 
 
 def test_a_model_without_one_is_left_without(plain: nn.Module) -> None:
