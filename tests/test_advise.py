@@ -20,7 +20,6 @@ from tokred import zoo
 from tokred.__main__ import main
 from tokred.advising import Costs, _parabola, cheapest
 from tokred.evaluating import Work
-from tokred.evaluation import Speed
 
 pytest.importorskip("torchmetrics")
 
@@ -106,14 +105,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     depends on how busy the machine is."""
 
     def set_clock(each: float, layer: float = 1.0) -> None:
-        def race(work: Work, arms: Mapping[str, Any], seconds: float) -> dict[str, Speed]:
-            times = {
+        def pace(work: Work, arms: Mapping[str, Any], *_: Any) -> dict[str, float]:
+            return {
                 name: sum(layer + each * n for n in work.counts(reduction))
                 for name, reduction in arms.items()
             }
-            return {name: Speed(1 / time, time, None, None) for name, time in times.items()}
 
-        monkeypatch.setattr(Work, "race", race)
+        monkeypatch.setattr(Work, "pace", pace)
 
     return set_clock
 

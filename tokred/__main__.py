@@ -422,9 +422,9 @@ def _evaluate(options: argparse.Namespace) -> None:
             result.plot().savefig(options.plot, dpi=110)
         if options.html:
             settings = evaluating.settings_of(methods, options.keep_rates, schedule)
-            fastest = [s for row in result.front() for s in settings if s.code == row.code]
-            shown = _Shown(model, data, transform, fastest[-1] if fastest else None)
-            _write_report(options.html, result, shown)
+            of_note = [*result.front(), *result.within(0.5)][-1:]
+            named = next((s for r in of_note for s in settings if s.code == r.code), None)
+            _write_report(options.html, result, _Shown(model, data, transform, named))
         _tell_written(options.csv, options.plot, options.html)
     if state.state is not None:
         state.state.destroy_process_group()
@@ -497,7 +497,7 @@ def _write_report(
     """The page, with the profile and the token maps of one setting, if there is one."""
     profile, strips = None, []
     if shown.setting is not None:
-        model, name = shown.model, shown.setting.method
+        model, name = shown.model, shown.setting.name
         few = samples.of(shown.data, model, shown.transform, evaluation.batch, labelled=False)
         parameter = next(model.parameters())
 
@@ -512,7 +512,7 @@ def _write_report(
             if isinstance(trace, tokred.Trace) and trace.stages:
                 # As the model saw them: the whole picture may have been cut.
                 drawn = tokred.visualise(trace, inputs.pixels(batch(3)))
-                strips = [(name, strip) for strip in drawn]
+                strips = [(f"{name}, image {i}", strip) for i, strip in enumerate(drawn, 1)]
     report.write(path, evaluation, profile=profile, pictures=strips, advice=advice)
 
 

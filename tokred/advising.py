@@ -53,7 +53,7 @@ FINALISTS, UNIFORM = 3, 4
 """How many methods schedules are searched for, and how many are tried at uniform keep rates."""
 RACING = 8
 """How many candidates are measured in turns with each other."""
-SHARES = (0.8, 0.6, 0.4, 0.2)
+SHARES = (0.85, 0.65, 0.45, 0.3, 0.15)
 """Of the tokens, to which they are reduced at one layer to see what that does."""
 SOUNDED = 6
 """Layers at which that is done."""
@@ -126,19 +126,12 @@ class Family:
     with the schedules that were found for it.
 
     Attributes:
-        method: the method.
         searched: whether schedules were searched for.
         propose: from a speed-up to the setting that should have it; None if there is none.
     """
 
-    method: str
     searched: bool
     propose: Callable[[float], Setting | None]
-
-    def has(self, candidate: Candidate) -> bool:
-        """Whether a candidate is one of them."""
-        of = candidate.setting.method, candidate.searched
-        return of == (self.method, self.searched)
 
 
 def advise(
@@ -240,9 +233,9 @@ class _Search:
             reduction = self.work.applied(setting)
             remove(self.work.model)
             arms[str(rate)] = self.work.free_limit(reduction)
-        speeds = self.work.race(arms, 2 * self.work.seconds)
-        dense = speeds.pop("dense").images_per_second
-        return {float(rate): speed.images_per_second / dense for rate, speed in speeds.items()}
+        taken = self.work.pace(arms, self.work.inputs, self.work.seconds)
+        dense = taken.pop("dense")
+        return {float(rate): dense / seconds for rate, seconds in taken.items()}
 
     @cached_property
     def costs(self) -> dict[str, Costs]:
@@ -329,17 +322,16 @@ class _Search:
                 setting = Setting(method.method, method.reducer, Exactly(counts))
                 known.append((share, self.harm(self.work.difference(setting, few))))
                 self.shown.step()
-            known.reverse()
+            known.append((0.0, 2 * known[-1][1]))  # of none at all: guessed, and rarely asked for
             # What takes away more disturbs more; what says otherwise is noise.
-            harms = np.maximum.accumulate([harm for _, harm in reversed(known)])[::-1]
-            shares = [share for share, _ in known]
-            table[row] = np.interp([n / tokens for n in levels], shares, harms)
-            beyond = np.array([n / tokens < shares[0] for n in levels])
-            slope = (harms[0] - harms[1]) / (shares[1] - shares[0])
-            below = np.array([shares[0] - n / tokens for n in levels])
-            table[row, beyond] = harms[0] + 2 * slope * below[beyond]
+            harms = np.maximum.accumulate([max(0.0, harm) for _, harm in known])
+            # A divergence grows with the square of what disturbs.
+            roots = np.sqrt(harms)[::-1]
+            shares = [share for share, _ in reversed(known)]
+            table[row] = np.interp([n / tokens for n in levels], shares, roots)
         every = np.arange(layers)
-        return np.stack([np.interp(every, tried, column) for column in table.T], axis=1)
+        roots = np.stack([np.interp(every, tried, column) for column in table.T], axis=1)
+        return roots**2
 
     def _straight(self, layer: int, few: int) -> tuple[int, ...]:
         """All tokens before a layer, and few from it on, halved in several layers if need be."""
@@ -427,9 +419,9 @@ class _Search:
             self.shown.now(f"how fast is {setting.method}")
             arms = {"dense": None, "tried": self.work.applied(setting)}
             remove(self.work.model)
-            speeds = self.work.race(arms, self.work.seconds / 2)
+            taken = self.work.pace(arms, self.work.inputs, self.work.seconds / 2)
             self.shown.step()
-            ratio = speeds["tried"].images_per_second / speeds["dense"].images_per_second
+            ratio = taken["dense"] / taken["tried"]
             if speed <= ratio <= 1.08 * speed:
                 return found
             asked *= min(1.2, max(0.85, 1.02 * speed / ratio))
@@ -438,13 +430,10 @@ class _Search:
     def families(self, chosen: Sequence[Setting], few: int) -> list[Family]:
         """The methods that disturb least: at uniform keep rates, and the first of them with
         schedules that are searched for."""
-        found = [
-            Family(method.method, False, partial(self.uniform, method))
-            for method in chosen[:UNIFORM]
-        ]
+        found = [Family(False, partial(self.uniform, method)) for method in chosen[:UNIFORM]]
         for method in [m for m in chosen if m.method in self.costs][:FINALISTS]:
             schedules = self.schedules(method, self.sensitivity(method, few))
-            found.append(Family(method.method, True, partial(_nearest, method, schedules)))
+            found.append(Family(True, partial(_nearest, method, schedules)))
         return found
 
     def _ordered(self, speed: float, few: int) -> list[Setting]:
@@ -463,19 +452,23 @@ class _Search:
         families = self.families(self._ordered(speedup * 1.02, few), few)
         aimed = dict.fromkeys(range(len(families)), speedup)
         short = list(aimed)
+        now: dict[int, Candidate] = {}
         for _ in range(3):
             for number in short:
                 setting = self.meeting(aimed[number], families[number])
                 if setting is not None:
-                    self.judge(setting, families[number].searched)
-            self.race()
+                    now[number] = self.judge(setting, families[number].searched)
+            self.race(list(now.values()))
+            now = {number: self.candidates[c.setting.name] for number, c in now.items()}
             # In turns with all others, a setting may be slower than by itself.
-            good = [c for c in self.candidates.values() if c.row.speed_up >= speedup]
-            short = [n for n in short if not any(families[n].has(c) for c in good)]
+            short = [n for n, c in now.items() if c.row.speed_up < speedup]
             if not short:
                 break
             for number in short:
-                aimed[number] *= 1.03
+                aimed[number] *= 1.01 * speedup / min(speedup, now[number].row.speed_up)
+        # Those that have been replaced were raced with others than these.
+        self.candidates = {c.setting.name: c for c in now.values()}
+        good = [c for c in now.values() if c.row.speed_up >= speedup]
         if not good:
             nearest = max(self.candidates.values(), key=lambda c: c.row.speed_up, default=None)
             told = self._limits(speedup)
@@ -523,11 +516,10 @@ class _Search:
             lost = self.drop(self.judge(setting, family.searched))
             low, high = (speed, high) if lost <= max_drop else (low, speed)
 
-    def race(self, candidates: Sequence[Candidate] | None = None) -> None:
-        """Measures the speeds of candidates (all, if not given; of many, those that should be
-        fastest), all in turns with each other."""
-        racing = list(self.candidates.values()) if candidates is None else list(candidates)
-        racing = sorted(racing, key=lambda c: -self.predicted(c.setting))[:RACING]
+    def race(self, candidates: Sequence[Candidate]) -> None:
+        """Measures the speeds of candidates (of many, those that should be fastest), all in turns
+        with each other."""
+        racing = sorted(candidates, key=lambda c: -self.predicted(c.setting))[:RACING]
         if not racing:
             return
         arms: dict[str, Any] = {"dense": None}

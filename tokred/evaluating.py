@@ -526,29 +526,39 @@ class Work:
         return free_limit_of(self.model, self.found, one, reduction, self.counts(reduction))
 
     def race(self, arms: Mapping[str, Any], seconds: float) -> dict[str, Speed]:
-        """The speeds of several reductions (None: the dense model), in turns. What "dense" took in
-        a round is set against what the others took in the same round, so that a machine which is
-        busy now and then slows down both; of these ratios the median counts."""
+        """What several reductions cost to run (None: the dense model, which is "dense")."""
         whole, one = self.inputs, first_of(self.inputs)
-        racing = sides(self.model, self.found, arms, compile=False)
+        alone = len(pixels(whole)) == 1
+        many = self.pace(arms, whole, seconds * (1 if alone else 2 / 3))
+        single = many if alone else self.pace(arms, one, seconds / 3)
+        found = {}
         try:
-            if len(pixels(whole)) == 1:
-                many = single = measure(racing, one, 1000, 2, limit=seconds)
-            else:
-                many = measure(racing, whole, 1000, 1, limit=seconds * 2 / 3)
-                single = measure(racing, one, 1000, 2, limit=seconds / 3)
-            found = {}
-            for arm, (model, prepare) in racing.items():
-                prepare()
+            for arm, reduction in arms.items():
+                remove(self.model)
+                if reduction is not None:
+                    hang(self.model, self.found, reduction)
                 found[arm] = Speed(
-                    images_per_second=len(pixels(whole)) / _beside(many["dense"], many[arm]),
-                    latency=_beside(single["dense"], single[arm]),
-                    mult_adds=count(model, one),
-                    peak_memory=peak_memory(model, whole),
+                    images_per_second=len(pixels(whole)) / many[arm],
+                    latency=single[arm],
+                    mult_adds=count(self.model, one),
+                    peak_memory=peak_memory(self.model, whole),
                 )
         finally:
             remove(self.model)
         return found
+
+    def pace(self, arms: Mapping[str, Any], inputs: Inputs, seconds: float) -> dict[str, float]:
+        """Seconds that several reductions (None: the dense model, which is "dense") take for a
+        batch, in turns. What the dense model took in a round is set against what the others took
+        in the same round, so that a machine which is busy now and then slows down both; of these
+        ratios the median counts."""
+        racing = sides(self.model, self.found, arms, compile=False)
+        try:
+            taken = measure(racing, inputs, 1000, 1, limit=seconds)
+        finally:
+            remove(self.model)
+        dense = taken["dense"]
+        return {arm: _beside(dense, taken[arm]) for arm in arms}
 
     def table(self, name: str, rows: Sequence[Row], refused: Mapping[str, str]) -> Evaluation:
         """What is known so far."""

@@ -167,6 +167,12 @@ class Evaluation:
                 best.append(row)
         return tuple(reversed(best))
 
+    def within(self, max_drop: float) -> tuple[Row, ...]:
+        """The settings that lose at most so much of the leading metric and are faster than the
+        dense model, the slowest first."""
+        kept = [r for r in self.settings if self.drop(r) <= max_drop and r.speed_up >= 1]
+        return tuple(sorted(kept, key=lambda row: (row.speed_up, -self.drop(row))))
+
     def best(self, max_drop: float | None = None, min_speed_up: float | None = None) -> Row:
         """The fastest setting that loses at most `max_drop` of the leading metric, or the one that
         loses least among those that are `min_speed_up` times as fast; with both, the fastest.
