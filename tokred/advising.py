@@ -424,7 +424,8 @@ class _Search:
             ratio = taken["dense"] / taken["tried"]
             if speed <= ratio <= 1.08 * speed:
                 return found
-            asked *= min(1.2, max(0.85, 1.02 * speed / ratio))
+            # Within reason: a busy machine says all sorts of things.
+            asked = min(1.3 * speed, max(0.9 * speed, asked * 1.02 * speed / ratio))
         return found
 
     def families(self, chosen: Sequence[Setting], few: int) -> list[Family]:
@@ -465,7 +466,7 @@ class _Search:
             if not short:
                 break
             for number in short:
-                aimed[number] *= 1.01 * speedup / min(speedup, now[number].row.speed_up)
+                aimed[number] *= min(1.1, 1.01 * speedup / now[number].row.speed_up)
         # Those that have been replaced were raced with others than these.
         self.candidates = {c.setting.name: c for c in now.values()}
         good = [c for c in now.values() if c.row.speed_up >= speedup]
