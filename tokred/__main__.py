@@ -163,7 +163,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluated = command(
         "evaluate", _evaluate, "what methods and keep rates gain and cost on your images: a table"
     )
-    _add_evaluation_options(evaluated, reducers_tried=evaluating.METHODS)
+    dense = f"{' '.join(evaluating.METHODS)}; of dense models {' '.join(evaluating.DENSE_METHODS)}"
+    _add_evaluation_options(evaluated, dense)
     evaluated.add_argument(
         "--keep-rates", nargs="+", type=float, default=list(evaluating.KEEP_RATES),
         help=f"in (0, 1] (default: {' '.join(f'{rate:g}' for rate in evaluating.KEEP_RATES)})",
@@ -180,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluated.add_argument("--fresh", action="store_true", help="measure everything again")
     advised = command("advise", _advise, "the method, layers and numbers of tokens for a budget")
-    _add_evaluation_options(advised, reducers_tried=advising.METHODS)
+    _add_evaluation_options(advised, " ".join(advising.METHODS))
     budget = advised.add_mutually_exclusive_group(required=True)
     budget.add_argument("--speedup", type=float, help="how many times as fast it has to be")
     budget.add_argument(
@@ -197,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_evaluation_options(made: argparse.ArgumentParser, reducers_tried: Sequence[str]) -> None:
+def _add_evaluation_options(made: argparse.ArgumentParser, reducers_tried: str) -> None:
     add = made.add_argument
     add(
         "model", metavar="MODEL",
@@ -209,9 +210,9 @@ def _add_evaluation_options(made: argparse.ArgumentParser, reducers_tried: Seque
         "and 'labels' or 'depth' in it; a Hugging Face dataset (bundled models come with some)",
     )  # fmt: skip
     add(
-        "--methods", nargs="+", metavar="METHOD", default=list(reducers_tried),
+        "--methods", nargs="+", metavar="METHOD",
         help="with options after a colon, such as atc:single, or presets "
-        f"(default: {' '.join(reducers_tried)})",
+        f"(default: {reducers_tried})",
     )  # fmt: skip
     add("--unlabelled", action="store_true", help="compare with the dense model alone")
     add("--task", choices=tuple(metrics.TASKS), help="if the labels do not say it")
@@ -393,7 +394,7 @@ def _profile(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     model, data, transform = _model_and_data(options)
-    methods = {name: _named(name, options) for name in options.methods}
+    methods = {name: _named(name, options) for name in options.methods or ()} or None
     schedule = tokred.Hourglass if options.hourglass else None
     result = tokred.evaluate(
         model,
@@ -421,7 +422,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         if options.plot:
             result.plot().savefig(options.plot, dpi=110)
         if options.html:
-            settings = evaluating.settings_of(methods, options.keep_rates, schedule)
+            tried = methods or dict.fromkeys(row.method for row in result.settings)
+            settings = evaluating.settings_of(tried, options.keep_rates, schedule)
             of_note = [*result.front(), *result.within(0.5)][-1:]
             named = next((s for r in of_note for s in settings if s.code == r.code), None)
             _write_report(options.html, result, _Shown(model, data, transform, named))
@@ -432,13 +434,13 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _advise(options: argparse.Namespace) -> None:
     model, data, transform = _model_and_data(options)
-    methods = {name: _named(name, options) for name in options.methods}
+    methods = {name: _named(name, options) for name in options.methods or ()} or None
     found = tokred.advise(
         model,
         data,
         speedup=options.speedup,
         max_drop=options.max_drop,
-        methods=methods,
+        methods=methods or advising.METHODS,
         images=options.images,
         batch=options.batch,
         labelled=not options.unlabelled,

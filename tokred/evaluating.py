@@ -54,7 +54,9 @@ from tokred.schedule import Schedule
 
 METHODS = ("tome", "atc", "dpc_knn", "evit")
 """The methods that are tried if none are named: merging by pairs, by clusters, by density; and
-pruning. Where the model has no class token, the last is refused, and the table says so."""
+pruning."""
+DENSE_METHODS = ("slic", "tome", "atc")
+"""The same, of models that answer for every pixel."""
 KEEP_RATES = (0.9, 0.7, 0.5, 0.3)
 HELD = 2**30
 """Bytes of images, and of what the dense model made of them, that are kept in memory."""
@@ -181,7 +183,7 @@ def _written(value: Any) -> str:
 def evaluate(
     model: Any,
     data: Any,
-    methods: Iterable[str | Reducer | Preset] | Mapping[str, Reducer | Preset] = METHODS,
+    methods: Iterable[str | Reducer | Preset] | Mapping[str, Reducer | Preset] | None = None,
     keep_rates: Iterable[float | Schedule] = KEEP_RATES,
     *,
     schedule: Callable[[float], Schedule] | None = None,
@@ -218,7 +220,8 @@ def evaluate(
             `labels` or `depth` in it; "hf:NAME" or a Hugging Face dataset; a dataset or loader of
             torch or timm; a list of pictures, paths or tensors; a tensor; `zoo.held_out()`.
         methods: what to try: names (`"atc:single"`), methods, presets; or such by names of one's
-            own.
+            own. If not given, tome, atc, dpc_knn and evit; of models that answer for every pixel,
+            slic, tome and atc.
         keep_rates: numbers in (0, 1], or schedules; each for each method.
         schedule: what makes a schedule of a keep rate, such as `tokred.Hourglass` for dense models;
             as `tokred.apply` does, if not given.
@@ -246,7 +249,8 @@ def evaluate(
         UnsupportedModelError: the model is not one we know.
         ModuleNotFoundError: a library is missing: `pip install "tokred[evaluate]"`.
     """
-    wanted = settings_of(methods, keep_rates, schedule)
+    rates = list(keep_rates)
+    wanted = settings_of(METHODS if methods is None else methods, rates, schedule)
     if not wanted:
         raise ValueError("methods and keep_rates must name at least one setting")
     model = uncompiled(module_of(model))
@@ -254,6 +258,8 @@ def evaluate(
         remove(model)
         samples = sampling.of(data, model, transform, limit, labelled)
         work = Work(model, samples, host, task, batch, compared, seconds)
+        if methods is None and work.dense_outputs:
+            wanted = settings_of(DENSE_METHODS, rates, schedule)
         several = work.several
         store = _Store(cache, fresh, work) if several.main else None
         return _run(work, wanted, store, name or type(model).__name__, progress, on_row)
@@ -370,6 +376,12 @@ class Work:
         height, width = pixels(self.inputs).shape[-2:]
         self.layout = patch.layout(tower, (height, width))
         self.tokens = self.layout.grid[0] * self.layout.grid[1]
+
+    @property
+    def dense_outputs(self) -> bool:
+        """Whether the model answers for every pixel."""
+        decided = self.example.decisions
+        return decided.depth is not None or (decided.chosen is not None and decided.chosen.ndim > 2)
 
     def why_not(self, setting: Setting) -> str | None:
         """Why the model cannot be reduced so; None if it can."""
