@@ -216,7 +216,7 @@ def _add_evaluation_options(made: argparse.ArgumentParser, reducers_tried: str) 
     )  # fmt: skip
     add("--unlabelled", action="store_true", help="compare with the dense model alone")
     add("--task", choices=tuple(metrics.TASKS), help="if the labels do not say it")
-    add("--batch", type=int, help="images per batch (default: 8, on CUDA 64)")
+    add("--batch", type=int, help="images per batch (default: 6400 tokens' worth, on CUDA 64)")
     add("--seconds", type=float, default=2.0, help="how long each speed is measured (default: 2)")
     add("--random-weights", action="store_true", help="do not fetch timm's weights")
     add("--device", default="cpu")

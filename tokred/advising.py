@@ -21,8 +21,9 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -128,10 +129,12 @@ class Family:
     Attributes:
         searched: whether schedules were searched for.
         propose: from a speed-up to the setting that should have it; None if there is none.
+        wrong: how many times too fast each of its settings was predicted to be.
     """
 
     searched: bool
     propose: Callable[[float], Setting | None]
+    wrong: list[float] = field(default_factory=list)
 
 
 def advise(
@@ -303,7 +306,7 @@ class _Search:
             self.shown.now(setting.name)
             harms.append(self.harm(self.work.difference(setting, few)))
             self.shown.step()
-        return [setting for _, setting in sorted(zip(harms, uniform, strict=True), key=_by_harm)]
+        return [setting for _, setting in sorted(zip(harms, uniform, strict=True), key=_first)]
 
     def sensitivity(self, method: Setting, few: int) -> Any:
         """How much it disturbs the model to go on with so many tokens from a layer on: [layers,
@@ -408,13 +411,14 @@ class _Search:
 
     def meeting(self, speed: float, family: Family) -> Setting | None:
         """The setting of a family that is measured to be so many times as fast, if it can be had in
-        three tries: predictions are corrected by what was measured."""
-        asked, found = speed * 1.02, None
+        three tries; else the nearest. Predictions are corrected by what was measured."""
+        tried: list[tuple[float, Setting]] = []
         for _ in range(3):
-            setting = family.propose(asked)
-            if setting is None or setting == found:
-                return found
-            found = setting
+            # Within reason: a busy machine says all sorts of things.
+            wrong = statistics.median(family.wrong) if family.wrong else 1.0
+            setting = family.propose(1.02 * speed * min(1.3, max(0.8, wrong)))
+            if setting is None or any(setting == known for _, known in tried):
+                break
             self.shown.expect(1)
             self.shown.now(f"how fast is {setting.method}")
             arms = {"dense": None, "tried": self.work.applied(setting)}
@@ -422,11 +426,13 @@ class _Search:
             taken = self.work.pace(arms, self.work.inputs, self.work.seconds / 2)
             self.shown.step()
             ratio = taken["dense"] / taken["tried"]
-            if speed <= ratio <= 1.08 * speed:
-                return found
-            # Within reason: a busy machine says all sorts of things.
-            asked = min(1.3 * speed, max(0.9 * speed, asked * 1.02 * speed / ratio))
-        return found
+            family.wrong.append(self.predicted(setting) / ratio)
+            tried.append((ratio, setting))
+            if speed <= ratio <= 1.06 * speed:
+                break
+        fast = [pair for pair in tried if pair[0] >= speed]
+        chosen = min(fast, key=_first) if fast else max(tried, key=_first, default=None)
+        return None if chosen is None else chosen[1]
 
     def families(self, chosen: Sequence[Setting], few: int) -> list[Family]:
         """The methods that disturb least: at uniform keep rates, and the first of them with
@@ -439,7 +445,13 @@ class _Search:
 
     def _ordered(self, speed: float, few: int) -> list[Setting]:
         """The methods, that which disturbs least at such a speed first."""
-        order = self.screened([self.uniform(method, speed) for method in self.methods], few)
+        uniform = []
+        for method in self.methods:
+            # What could not be profiled has to be timed, or the comparison is not fair.
+            family = Family(False, partial(self.uniform, method))
+            timed = None if method.method in self.costs else self.meeting(speed, family)
+            uniform.append(timed or self.uniform(method, speed))
+        order = self.screened(uniform, few)
         return [next(m for m in self.methods if m.method == s.method) for s in order]
 
     # --- the two questions ------------------------------------------------------------------------
@@ -452,24 +464,28 @@ class _Search:
         few = max(1, len(self.work.compared) // 2)
         families = self.families(self._ordered(speedup * 1.02, few), few)
         aimed = dict.fromkeys(range(len(families)), speedup)
-        short = list(aimed)
-        now: dict[int, Candidate] = {}
         for _ in range(3):
-            for number in short:
-                setting = self.meeting(aimed[number], families[number])
+            now = {}
+            for number, aim in aimed.items():
+                setting = self.meeting(aim, families[number])
                 if setting is not None:
                     now[number] = self.judge(setting, families[number].searched)
             self.race(list(now.values()))
-            now = {number: self.candidates[c.setting.name] for number, c in now.items()}
-            # In turns with all others, a setting may be slower than by itself.
-            short = [n for n, c in now.items() if c.row.speed_up < speedup]
-            if not short:
+            # In turns with others, a setting may be slower than by itself.
+            gained = {n: self.candidates[c.setting.name].row.speed_up for n, c in now.items()}
+            aimed = {
+                number: aimed[number] * min(1.05, 1.01 * speedup / gain)
+                for number, gain in gained.items()
+                if gain < speedup
+            }
+            if not aimed:
                 break
-            for number in short:
-                aimed[number] *= min(1.1, 1.01 * speedup / now[number].row.speed_up)
-        # Those that have been replaced were raced with others than these.
-        self.candidates = {c.setting.name: c for c in now.values()}
-        good = [c for c in now.values() if c.row.speed_up >= speedup]
+        # All that came near, in turns with each other and for longer; so one race decides.
+        near = [c for c in self.candidates.values() if c.row.speed_up >= 0.96 * speedup]
+        last = sorted(near, key=lambda c: (self.drop(c), c.row.kl or 0.0))[:RACING]
+        self.race(last, 2)
+        names = [c.setting.name for c in last]
+        good = [c for n in names if (c := self.candidates[n]).row.speed_up >= speedup]
         if not good:
             nearest = max(self.candidates.values(), key=lambda c: c.row.speed_up, default=None)
             told = self._limits(speedup)
@@ -517,9 +533,9 @@ class _Search:
             lost = self.drop(self.judge(setting, family.searched))
             low, high = (speed, high) if lost <= max_drop else (low, speed)
 
-    def race(self, candidates: Sequence[Candidate]) -> None:
+    def race(self, candidates: Sequence[Candidate], times: float = 1) -> None:
         """Measures the speeds of candidates (of many, those that should be fastest), all in turns
-        with each other."""
+        with each other, so many times as long as usual."""
         racing = sorted(candidates, key=lambda c: -self.predicted(c.setting))[:RACING]
         if not racing:
             return
@@ -531,7 +547,7 @@ class _Search:
             arms[f"limit {number}"] = self.work.free_limit(reduction)
         self.shown.expect(1)
         self.shown.now(f"the last {len(racing)}, in turns")
-        speeds = self.work.race(arms, self.work.seconds * len(arms))
+        speeds = self.work.race(arms, times * self.work.seconds * len(arms))
         self.shown.step()
         for number, candidate in enumerate(racing):
             row = dataclasses.replace(
@@ -708,5 +724,5 @@ def _nearest(
     return None
 
 
-def _by_harm(pair: tuple[float, Setting]) -> float:
+def _first(pair: tuple[float, Setting]) -> float:
     return pair[0]

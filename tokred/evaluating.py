@@ -12,6 +12,7 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import math
 import os
 import statistics
 import sys
@@ -48,7 +49,7 @@ from tokred.optional import require
 from tokred.patching import apply, hang, host_of, reduction_of, remove, uncompiled
 from tokred.presets import Preset
 from tokred.reducers import Reducer, learned, names, parse
-from tokred.run import Reduction
+from tokred.run import Layout, Reduction
 from tokred.samples import Samples, Transform
 from tokred.schedule import Schedule
 
@@ -58,6 +59,8 @@ pruning."""
 DENSE_METHODS = ("slic", "tome", "atc")
 """The same, of models that answer for every pixel."""
 KEEP_RATES = (0.9, 0.7, 0.5, 0.3)
+TOKENS = 6400
+"""Patch tokens in a batch on the CPU, if its size is not given; at most 32 images."""
 HELD = 2**30
 """Bytes of images, and of what the dense model made of them, that are kept in memory."""
 
@@ -230,7 +233,8 @@ def evaluate(
         labelled: whether to look for labels.
         transform: how pictures are prepared: a function from a picture to a tensor [C, H, W], or an
             image processor; the model's own, if not given.
-        batch: images per batch, for accuracy and for speed; 8, on CUDA 64, if not given.
+        batch: images per batch, for accuracy and for speed; if not given, 64 on CUDA, elsewhere
+            as many as have 6,400 patch tokens together, at most 32.
         limit: look at only so many images, spread evenly.
         compared: how many images are compared with the dense model, spread evenly (fewer where
             what it made of them takes more than 1 GiB).
@@ -334,8 +338,12 @@ class Work:
             raise ValueError("model must be in evaluation mode: call model.eval()")
         parameter = next(p for p in model.parameters() if p.is_floating_point())
         self.device, self.dtype = parameter.device, parameter.dtype
+        self.model, self.host, self.samples = model, host, samples
+        self.found = patch
         if batch is None:
-            batch = 64 if self.device.type == "cuda" else 8
+            inputs, _ = samples.batch([0])[0]
+            cells = math.prod(self._layout(inputs).grid)
+            batch = 64 if self.device.type == "cuda" else max(1, min(32, TOKENS // cells))
         if batch < 1 or compared < 1 or seconds <= 0:
             raise ValueError(
                 "batch and compared must be at least 1 image and seconds above 0, not "
@@ -343,7 +351,6 @@ class Work:
             )
         if task is not None and task not in TASKS:
             raise ValueError(f"task must be one of {', '.join(TASKS)}, not {task!r}")
-        self.model, self.host, self.samples = model, host, samples
         self.batch, self.seconds, self.several = batch, seconds, Processes()
         self._held: dict[int, Any] | None = {}
         self._held_bytes = 0
@@ -371,11 +378,13 @@ class Work:
         few = min(-(-compared // batch), room, batches)
         # Spread, because folders come class by class.
         self.compared = [i * batches // few for i in range(few)]
-        _, tower = find_host(model, host)
-        self.found = patch
-        height, width = pixels(self.inputs).shape[-2:]
-        self.layout = patch.layout(tower, (height, width))
-        self.tokens = self.layout.grid[0] * self.layout.grid[1]
+        self.layout = self._layout(self.inputs)
+        self.tokens = math.prod(self.layout.grid)
+
+    def _layout(self, inputs: Inputs) -> Layout:
+        _, tower = find_host(self.model, self.host)
+        height, width = pixels(inputs).shape[-2:]
+        return self.found.layout(tower, (height, width))
 
     @property
     def dense_outputs(self) -> bool:
