@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import tokred
 from tokred import zoo
 from tokred.__main__ import main
-from tokred.advising import Costs, _parabola, cheapest
+from tokred.advising import Costs, _parabola, cheapest, neighbours, scaled, unrolled
 from tokred.evaluating import Work
 
 pytest.importorskip("torchmetrics")
@@ -70,6 +70,30 @@ def test_time_is_that_of_blocks_and_of_what_is_added() -> None:
     assert costs.time((10, 10, 5, 5)) == pytest.approx(100 - 3 * 2 + 2 + 1.5 + 1.5 + 0.5)
     halfway = Costs((1.0, 0.1, 0.0), (0.5, 0.0, 0.0), 100.0, between=True)
     assert halfway.time((10, 10, 5, 5)) == pytest.approx(100 - 6 + 2 + 1.75 + 1.5 + 0.5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.dictionaries(st.integers(0, 7), st.integers(5, 95), min_size=1, max_size=4),
+    st.floats(1.02, 1.8),
+)
+def test_schedules_are_scaled_to_a_speed_and_moved_a_little(
+    drawn: dict[int, int], speed: float
+) -> None:
+    falling = sorted(set(drawn.values()), reverse=True)
+    stations = tuple(zip(sorted(drawn)[: len(falling)], falling, strict=False))
+    costs = Costs((0.0, 0.01, 0.0), (0.05, 0.0, 0.0), 8.0, between=False)
+    fitted = scaled(stations, costs, 100, 8, speed)
+    if fitted is not None:
+        counts = (100, *unrolled(fitted, 100, 8))
+        assert 8.0 / costs.time(counts) >= speed
+        assert all(a >= b for a, b in itertools.pairwise(counts))
+        assert {layer for layer, _ in fitted} <= {layer for layer, _ in stations}
+    for moved in neighbours(stations, 100, 8):
+        assert len(moved) == len(stations) and moved != stations
+        assert sum(a != b for a, b in zip(moved, stations, strict=True)) == 1
+        counts = (100, *unrolled(moved, 100, 8))
+        assert all(a >= b for a, b in itertools.pairwise(counts))
 
 
 def test_a_parabola_is_found_again_and_nothing_below_zero() -> None:

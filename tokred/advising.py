@@ -8,8 +8,9 @@
    disturbs the model, for several layers and shares: the mean divergence from the dense model's
    answers. A schedule is taken to disturb as much as its steps together: a step from n to k tokens
    at layer l as much as k tokens from there on more than n tokens from there on.
-4. Dynamic programming over layers and numbers of tokens finds the schedules that disturb least,
-   for every time they may take.
+4. Dynamic programming over layers and numbers of tokens finds the schedules that should disturb
+   least, for every time they may take. The one for the budget is compared with the uniform keep
+   rate, and the better of them improved by small changes, each of them tried.
 5. Those that should meet the budget, and uniform keep rates of the best methods that should, are
    measured: on all of the images, and their time in turns with the dense model's. What misses the
    budget is tried again, with fewer tokens. The best one is the advice.
@@ -25,7 +26,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -52,6 +53,8 @@ METHODS = (
 of every image."""
 FINALISTS, UNIFORM = 3, 4
 """How many methods schedules are searched for, and how many are tried at uniform keep rates."""
+POLISHING = 16
+"""How many changes of a schedule are tried."""
 RACING = 8
 """How many candidates are measured in turns with each other."""
 SHARES = (0.85, 0.65, 0.45, 0.3, 0.15)
@@ -62,6 +65,10 @@ LEVELS = 40
 """Numbers of tokens that the search may choose from."""
 WORTH = 1.03
 """A speed-up below which nothing is gained: within the noise of the measurement."""
+
+
+Stations: TypeAlias = tuple[tuple[int, int], ...]
+"""Where a schedule falls: layers, and the tokens that are left behind them."""
 
 
 @dataclass(frozen=True)
@@ -434,14 +441,77 @@ class _Search:
         chosen = min(fast, key=_first) if fast else max(tried, key=_first, default=None)
         return None if chosen is None else chosen[1]
 
-    def families(self, chosen: Sequence[Setting], few: int) -> list[Family]:
+    def families(self, chosen: Sequence[Setting], speed: float, few: int) -> list[Family]:
         """The methods that disturb least: at uniform keep rates, and the first of them with
-        schedules that are searched for."""
+        schedules that are searched for at such a speed, and scaled to others."""
         found = [Family(False, partial(self.uniform, method)) for method in chosen[:UNIFORM]]
         for method in [m for m in chosen if m.method in self.costs][:FINALISTS]:
-            schedules = self.schedules(method, self.sensitivity(method, few))
-            found.append(Family(True, partial(_nearest, method, schedules)))
+            seeds = self.seeds(method, speed, few)
+            if seeds:  # else it should never be so fast
+                best = self.polished(method, seeds, few)
+                found.append(Family(True, partial(self._scaled, method, best)))
         return found
+
+    def seeds(self, method: Setting, speed: float, few: int) -> list[Stations]:
+        """Where to begin: the schedule that should disturb least, and the uniform keep rate."""
+        levels, costs = self.levels, self.costs[method.method]
+        schedules = self.schedules(method, self.sensitivity(method, few))
+        searched = next((counts for gain, counts in schedules if gain >= speed), schedules[-1][1])
+        reduction = self.work.applied(self.uniform(method, speed))
+        remove(self.work.model)
+        found = []
+        for counts in (searched, self.work.counts(reduction)):
+            before = (levels[0], *counts)
+            stations = tuple(
+                (layer, after)
+                for layer, (now, after) in enumerate(itertools.pairwise(before))
+                if after < now
+            )
+            if not stations:
+                continue
+            fitted = scaled(stations, costs, levels[0], len(counts), speed)
+            if fitted is not None and fitted not in found:
+                found.append(fitted)
+        return found
+
+    def polished(self, method: Setting, seeds: list[Stations], few: int) -> Stations:
+        """The seed that disturbs least, improved as long as that is to be had in a few tries: a
+        reduction one layer earlier or later, or a little more of it; the others make up for it, so
+        that the time stays the same."""
+        tokens, layers, costs = self.work.tokens, self.work.layout.layers, self.costs[method.method]
+
+        def harm(stations: Stations) -> float:
+            counts = unrolled(stations, tokens, layers)
+            setting = Setting(method.method, method.reducer, Exactly(counts))
+            return self.harm(self.work.difference(setting, few))
+
+        self.shown.expect(len(seeds) + POLISHING)
+        self.shown.now(f"{method.method}, at its best")
+        known = {}
+        for seed in seeds:
+            known[seed] = harm(seed)
+            self.shown.step()
+        best = min(known, key=known.__getitem__)
+        speed = costs.dense / costs.time((tokens, *unrolled(best, tokens, layers)))
+        waiting = neighbours(best, tokens, layers)
+        for _ in range(POLISHING):
+            moved = None
+            while waiting and (moved is None or moved in known):
+                moved = scaled(waiting.pop(0), costs, tokens, layers, speed)
+            if moved is not None and moved not in known:
+                known[moved] = harm(moved)
+                if known[moved] < known[best]:
+                    best, waiting = moved, neighbours(moved, tokens, layers)
+            self.shown.step()
+        return best
+
+    def _scaled(self, method: Setting, stations: Stations, speed: float) -> Setting | None:
+        tokens, layers = self.work.tokens, self.work.layout.layers
+        fitted = scaled(stations, self.costs[method.method], tokens, layers, speed)
+        if fitted is None:
+            return None
+        counts = unrolled(fitted, tokens, layers)
+        return Setting(method.method, method.reducer, Exactly(counts))
 
     def _ordered(self, speed: float, few: int) -> list[Setting]:
         """The methods, that which disturbs least at such a speed first."""
@@ -462,7 +532,8 @@ class _Search:
         if max(self.ceiling.values()) < speedup:
             return self._nothing(wanted, self._limits(speedup))
         few = max(1, len(self.work.compared) // 2)
-        families = self.families(self._ordered(speedup * 1.02, few), few)
+        order = self._ordered(speedup * 1.02, few)
+        families = self.families(order, speedup * 1.02, few)
         aimed = dict.fromkeys(range(len(families)), speedup)
         for _ in range(3):
             now = {}
@@ -502,7 +573,8 @@ class _Search:
         if most < WORTH:
             return self._nothing(wanted, self._limits(WORTH))
         few = max(1, len(self.work.compared) // 2)
-        for family in self.families(self._ordered(1 + (most - 1) / 2, few), few):
+        middle = 1 + (most - 1) / 2
+        for family in self.families(self._ordered(middle, few), middle, few):
             self._fastest(max_drop, most, family)
         self.race([c for c in self.candidates.values() if self.drop(c) <= max_drop])
         raced = [c for c in self.candidates.values() if c.raced]
@@ -714,14 +786,58 @@ def _at(parabola: tuple[float, float, float], tokens: Any) -> Any:
     return start + each * tokens + pair * np.square(tokens, dtype=float)
 
 
-def _nearest(
-    method: Setting, schedules: Sequence[tuple[float, tuple[int, ...]]], speed: float
-) -> Setting | None:
-    """The slowest of the schedules that should be so many times as fast."""
-    for predicted, counts in schedules:
-        if predicted >= speed:
-            return Setting(method.method, method.reducer, Exactly(counts))
-    return None
+def unrolled(stations: Stations, tokens: int, layers: int) -> tuple[int, ...]:
+    """The numbers of tokens after each layer."""
+    counts, now, left = [], tokens, dict(stations)
+    for layer in range(layers):
+        now = left.get(layer, now)
+        counts.append(now)
+    return tuple(counts)
+
+
+def scaled(
+    stations: Stations, costs: Costs, tokens: int, layers: int, speed: float
+) -> Stations | None:
+    """The same reductions, all more or less of them by the same factor, so that the model should be
+    so many times as fast; None if there is no such factor."""
+
+    def at(factor: float) -> Stations:
+        kept, before = [], tokens
+        for layer, count in stations:
+            after = max(1, min(before, round(factor * count)))
+            if after < before:
+                kept.append((layer, after))
+            before = after
+        return tuple(kept)
+
+    def gain(factor: float) -> float:
+        return costs.dense / costs.time((tokens, *unrolled(at(factor), tokens, layers)))
+
+    low, high = 1e-3, tokens / min(count for _, count in stations)
+    if gain(low) < speed:
+        return None
+    for _ in range(24):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if gain(middle) >= speed else (low, middle)
+    return at(low)
+
+
+def neighbours(stations: Stations, tokens: int, layers: int) -> list[Stations]:
+    """The same reductions with one of them a layer earlier or later, or a little stronger or
+    weaker."""
+    found = []
+    for i, (layer, count) in enumerate(stations):
+        taken = {other for other, _ in stations}
+        for step in (-1, 1):
+            if 0 <= layer + step < layers and layer + step not in taken:
+                found.append((*stations[:i], (layer + step, count), *stations[i + 1 :]))
+        before = stations[i - 1][1] if i else tokens
+        after = stations[i + 1][1] if i + 1 < len(stations) else 0
+        for factor in (0.88, 1.12):
+            changed = round(count * factor)
+            if after < changed < before:
+                found.append((*stations[:i], (layer, changed), *stations[i + 1 :]))
+    return found
 
 
 def _first(pair: tuple[float, Setting]) -> float:
