@@ -57,6 +57,8 @@ POLISHING = 16
 """How many changes of a schedule are tried."""
 RACING = 8
 """How many candidates are measured in turns with each other."""
+TRIES, CLOSE = 3, 0.03
+"""How often predictions are corrected, and how much faster than asked a setting is to be."""
 SHARES = (0.85, 0.65, 0.45, 0.3, 0.15)
 """Of the tokens, to which they are reduced at one layer to see what that does."""
 SOUNDED = 6
@@ -416,30 +418,39 @@ class _Search:
         except ValueError:  # fewer tokens than the method can make
             return math.inf
 
-    def meeting(self, speed: float, family: Family) -> Setting | None:
-        """The setting of a family that is measured to be so many times as fast, if it can be had in
-        three tries; else the nearest. Predictions are corrected by what was measured."""
-        tried: list[tuple[float, Setting]] = []
-        for _ in range(3):
-            # Within reason: a busy machine says all sorts of things.
-            wrong = statistics.median(family.wrong) if family.wrong else 1.0
-            setting = family.propose(1.02 * speed * min(1.3, max(0.8, wrong)))
-            if setting is None or any(setting == known for _, known in tried):
-                break
+    def meeting(self, speed: float, families: Sequence[Family]) -> dict[int, Setting]:
+        """Of each family the slowest setting that is measured to be so many times as fast, if it
+        can be had in a few tries, else the fastest that was tried; all of them timed in turns.
+        Predictions are corrected by what was measured."""
+        tried: list[dict[str, tuple[Setting, list[float]]]] = [{} for _ in families]
+        for _ in range(TRIES):
+            now: dict[int, Setting] = {}
+            for number, family in enumerate(families):
+                wrong = statistics.median(family.wrong) if family.wrong else 1.0
+                # Within reason: a busy machine says all sorts of things.
+                asked = speed * (1 + CLOSE / 2) * min(1.4, max(0.7, wrong))
+                setting = family.propose(asked)
+                if setting is not None:
+                    now[number] = setting
+            arms: dict[str, Any] = {"dense": None}
+            for number, setting in now.items():
+                arms[str(number)] = self.work.applied(setting)
+                remove(self.work.model)
             self.shown.expect(1)
-            self.shown.now(f"how fast is {setting.method}")
-            arms = {"dense": None, "tried": self.work.applied(setting)}
-            remove(self.work.model)
-            taken = self.work.pace(arms, self.work.inputs, self.work.seconds / 2)
+            self.shown.now(f"{len(now)} settings, in turns")
+            taken = self.work.pace(arms, self.work.inputs, self.work.seconds * len(arms) / 2)
             self.shown.step()
-            ratio = taken["dense"] / taken["tried"]
-            family.wrong.append(self.predicted(setting) / ratio)
-            tried.append((ratio, setting))
-            if speed <= ratio <= 1.06 * speed:
-                break
-        fast = [pair for pair in tried if pair[0] >= speed]
-        chosen = min(fast, key=_first) if fast else max(tried, key=_first, default=None)
-        return None if chosen is None else chosen[1]
+            for number, setting in now.items():
+                ratio = taken["dense"] / taken[str(number)]
+                families[number].wrong.append(self.predicted(setting) / ratio)
+                tried[number].setdefault(setting.name, (setting, []))[1].append(ratio)
+        found = {}
+        for number, settings in enumerate(tried):
+            gains = [(statistics.median(ratios), one) for one, ratios in settings.values()]
+            fast = [pair for pair in gains if pair[0] >= speed]
+            if gains:
+                found[number] = (min(fast, key=_first) if fast else max(gains, key=_first))[1]
+        return found
 
     def families(self, chosen: Sequence[Setting], speed: float, few: int) -> list[Family]:
         """The methods that disturb least: at uniform keep rates, and the first of them with
@@ -515,12 +526,13 @@ class _Search:
 
     def _ordered(self, speed: float, few: int) -> list[Setting]:
         """The methods, that which disturbs least at such a speed first."""
-        uniform = []
-        for method in self.methods:
-            # What could not be profiled has to be timed, or the comparison is not fair.
-            family = Family(False, partial(self.uniform, method))
-            timed = None if method.method in self.costs else self.meeting(speed, family)
-            uniform.append(timed or self.uniform(method, speed))
+        # What could not be profiled has to be timed, or the comparison is not fair.
+        unknown = [method for method in self.methods if method.method not in self.costs]
+        timed: dict[int, Setting] = {}
+        if unknown:
+            timed = self.meeting(speed, [Family(False, partial(self.uniform, m)) for m in unknown])
+        met = {setting.method: setting for setting in timed.values()}
+        uniform = [met.get(m.method) or self.uniform(m, speed) for m in self.methods]
         order = self.screened(uniform, few)
         return [next(m for m in self.methods if m.method == s.method) for s in order]
 
@@ -534,29 +546,15 @@ class _Search:
         few = max(1, len(self.work.compared) // 2)
         order = self._ordered(speedup * 1.02, few)
         families = self.families(order, speedup * 1.02, few)
-        aimed = dict.fromkeys(range(len(families)), speedup)
-        for _ in range(3):
-            now = {}
-            for number, aim in aimed.items():
-                setting = self.meeting(aim, families[number])
-                if setting is not None:
-                    now[number] = self.judge(setting, families[number].searched)
-            self.race(list(now.values()))
-            # In turns with others, a setting may be slower than by itself.
-            gained = {n: self.candidates[c.setting.name].row.speed_up for n, c in now.items()}
-            aimed = {
-                number: aimed[number] * min(1.05, 1.01 * speedup / gain)
-                for number, gain in gained.items()
-                if gain < speedup
-            }
-            if not aimed:
+        for margin in (1.0, 1.03):
+            for number, setting in self.meeting(speedup * margin, families).items():
+                self.judge(setting, families[number].searched)
+            # All of them in turns with each other, and for longer; so one race decides.
+            self.race(list(self.candidates.values()), 2)
+            raced = [c for c in self.candidates.values() if c.raced]
+            good = [c for c in raced if c.row.speed_up >= speedup]
+            if good:
                 break
-        # All that came near, in turns with each other and for longer; so one race decides.
-        near = [c for c in self.candidates.values() if c.row.speed_up >= 0.96 * speedup]
-        last = sorted(near, key=lambda c: (self.drop(c), c.row.kl or 0.0))[:RACING]
-        self.race(last, 2)
-        names = [c.setting.name for c in last]
-        good = [c for n in names if (c := self.candidates[n]).row.speed_up >= speedup]
         if not good:
             nearest = max(self.candidates.values(), key=lambda c: c.row.speed_up, default=None)
             told = self._limits(speedup)
