@@ -561,7 +561,8 @@ class _Search:
             if nearest is not None:
                 told += (f"The fastest that was measured is {self._told(nearest)}.",)
             return self._nothing(wanted, told)
-        best = min(good, key=lambda c: (round(self.drop(c), 6), c.row.kl or 0.0))
+        # Of those that lose as little, the fastest.
+        best = min(good, key=lambda c: (round(self.drop(c), 6), -c.row.speed_up))
         return self._advice(wanted, best, good)
 
     def closest(self, max_drop: float) -> Advice:
