@@ -123,6 +123,20 @@ def test_the_readme_has_the_speeds_that_were_measured() -> None:
         assert (speed_up, share) == (short(cell["speed_up"]), short(cell["efficiency"]))
 
 
+def test_the_table_of_decisions_has_figures_of_the_pages_that_it_links_to() -> None:
+    head = "| you want | take | measured |"
+    for want, _, measured in rows("docs/choosing-a-method.md", head):
+        links = re.findall(r"\]\(([\w./-]+)\)", measured)
+        linked = " ".join((DOCS / link).read_text() for link in links)
+        linked = re.sub(r"\b0\.", ".", linked)
+        figures = re.findall(r"(?<![\w.-])\d*\.\d+", re.sub(r"\]\(.*?\)", "]", measured))
+        assert links and figures, want
+        for figure in figures:
+            if figure not in (".5", ".25"):  # keep rates
+                pattern = rf"(?<![\w.]){re.escape(figure)}(?!\d)"
+                assert re.search(pattern, linked), f"{figure} is not on {links}"
+
+
 def test_the_table_of_tcformer_is_what_was_measured() -> None:
     file = DOCS / "benchmarks" / "tcformer-cpu-float32.md"
     made = [line for line in file.read_text().split("\n") if line.startswith("|")]

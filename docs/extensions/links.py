@@ -1,7 +1,8 @@
 """Links of the pages, as they have to be on the site.
 
 In the repository a page links to files beside it. On the site, tables of the benchmarks are
-sections of one page, and notebooks are pages of their own; any other file is handed out as a
+sections of one page, notebooks are pages of their own, and the README is the quick start; any other
+file is handed out as a
 download, which MyST does by itself.
 """
 
@@ -15,6 +16,7 @@ import benchmarks
 
 _TABLE = re.compile(r"\]\((?:docs/)?benchmarks/([\w./-]+)\.(?:md|json)\)")
 _NOTEBOOK = re.compile(r"\]\((?:\.\./)?examples/([\w-]+)\.ipynb\)")
+_README = re.compile(r"\]\(\.\./README\.md(#[\w-]+)?\)")
 _PAGE_OF_DOCS = re.compile(r"\]\(\.\./docs/([\w./#-]+)\)")
 
 
@@ -28,6 +30,7 @@ def for_the_site(text: str, page: str = "") -> str:
     up = "../" * (len(PurePosixPath(page).parts) - 1)
     text = _TABLE.sub(lambda found: f"](#{benchmarks.anchor(found[1])})", text)
     text = _NOTEBOOK.sub(lambda found: f"]({up}notebooks/{found[1]}.ipynb)", text)
+    text = _README.sub(lambda found: f"]({up}quick-start.md{found[1] or ''})", text)
     return _PAGE_OF_DOCS.sub(lambda found: f"]({up}{found[1]})", text)
 
 
