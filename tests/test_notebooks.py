@@ -2,7 +2,7 @@
 
 Here their cells run one after the other in this process, as a kernel would run them, because the
 start of a kernel and all imports take longer than the cells; the slow run starts kernels. What they
-are stored with is written by `jupyter execute --inplace examples/NAME.ipynb`.
+are stored with is written by `examples/run_notebooks.py`.
 """
 
 from __future__ import annotations
@@ -175,10 +175,10 @@ def test_runs_on_another_model_and_a_folder_of_pictures(
 
 @pytest.mark.slow
 @every_notebook
-def test_runs_in_a_kernel(file: Path, tmp_path: Path) -> None:
-    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+def test_runs_in_a_kernel(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ipykernel")
-    notebook = nbformat.read(file, as_version=4)
-    nbclient.NotebookClient(
-        notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}
-    ).execute()
+    monkeypatch.syspath_prepend(str(file.parent))
+    monkeypatch.setenv("TOKRED_CACHE", str(tmp_path))
+    ran = pytest.importorskip("run_notebooks").run(file)
+    shown = [pictures_in(cell.outputs) for cell in ran.cells if cell.cell_type == "code"]
+    assert shown == [pictures_in(cell["outputs"]) for cell in cells(file, "code")]
