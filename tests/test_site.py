@@ -28,10 +28,11 @@ PLAIN = ("tome.match", "tome2d.match", "atc.cluster", "dpc_knn.cluster", "kmedoi
 
 def listed(index: Path) -> set[str]:
     """The pages in the tables of contents of a page."""
-    found: set[str] = set()
+    found: list[str] = []
     for block in re.findall(r"^```\{toctree\}\n(.*?)^```", index.read_text(), re.M | re.S):
-        found |= {line for line in block.split("\n") if line and not line.startswith(":")}
-    return found
+        found += [line for line in block.split("\n") if line and not line.startswith(":")]
+    assert len(set(found)) == len(found), f"listed twice: {found}"
+    return set(found)
 
 
 def directives() -> dict[str, str]:
