@@ -168,6 +168,23 @@ def test_a_model_of_transformers_is_given_images_by_name(digits: Path, tmp_path:
     assert float(prepared.train(image).min()) >= -1 and prepared.name == "pixel_values"
 
 
+def test_models_are_opened_by_name_whatever_they_do(tmp_path: Path) -> None:
+    assert type(pictures.open_model("digits_scenes")).__name__ == "Segmenter"
+    ours = pictures.open_model("test_vit", pretrained=False)
+    assert isinstance(ours, timm.models.VisionTransformer) and not ours.training
+    config = transformers.YolosConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=[32, 32],
+        num_detection_tokens=2,
+    )
+    transformers.YolosForObjectDetection(config).save_pretrained(tmp_path)
+    found = pictures.open_model(str(tmp_path))
+    assert isinstance(found, transformers.YolosForObjectDetection) and not found.training
+
+
 @pytest.mark.slow
 def test_the_command_trains_in_two_processes(digits: Path, tmp_path: Path) -> None:
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
