@@ -6,6 +6,8 @@ import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # there is a process for every core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Else a name that does not exist is asked for again and again, for as long as 20 seconds.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import copy
 from collections.abc import Callable, Iterator
