@@ -38,7 +38,10 @@ def listed(index: Path) -> set[str]:
 def directives() -> dict[str, str]:
     """Every name of the API reference, and the kind of its entry."""
     text = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
-    return {name: kind for kind, name in re.findall(r"^\.\. ([\w:]+):: ([\w.]+)", text, re.M)}
+    found = re.findall(r"^\.\. ([\w:]+):: ([\w.]+)", text, re.M)
+    names = [name for _, name in found]
+    assert len(set(names)) == len(names), f"twice: {sorted(n for n in names if names.count(n) > 1)}"
+    return {name: kind for kind, name in found}
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:
