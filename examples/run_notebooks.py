@@ -21,12 +21,11 @@ HERE = Path(__file__).parent
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    names = sorted(file.stem for file in HERE.glob("*.ipynb"))
-    parser.add_argument("names", nargs="*", choices=names, default=names, metavar="NAME")
-    for name in parser.parse_args().names:
-        file = HERE / f"{name}.ipynb"
+    parser.add_argument("names", nargs="*", metavar="NAME", help="all, if not given")
+    names = parser.parse_args().names
+    for file in [HERE / f"{name}.ipynb" for name in names] or sorted(HERE.glob("*.ipynb")):
         nbformat.write(run(file), file)
-        print(f"{name}: {file.stat().st_size / 1000:.0f} kB")
+        print(f"{file.stem}: {file.stat().st_size / 1000:.0f} kB")
 
 
 def run(file: Path) -> Any:
