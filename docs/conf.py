@@ -35,7 +35,7 @@ exclude_patterns = ["benchmarks/**", "extensions/**", "static/**"]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 4
 nb_execution_mode = "off"
-nb_ipywidgets_js = {}  # no notebook has any, and the site fetches nothing
+nb_ipywidgets_js: dict[str, str] = {}  # no notebook has any, and the site fetches nothing
 copybutton_exclude = ".linenos, .gp, .go"
 
 # Docstrings. In these, `single` backticks are code, and names are linked where they can be.
