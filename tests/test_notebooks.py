@@ -154,11 +154,64 @@ def tiny_depth(folder: Path) -> None:
     transformers.DPTImageProcessor(size=size, do_resize=True).save_pretrained(folder)
 
 
-OTHERS = {"visualise": tiny_classifier, "add_your_own_method": tiny_classifier, "dense": tiny_depth}
+def tiny_diffusion(folder: Path) -> None:
+    """A pipeline of Stable Diffusion, with a tokenizer that knows three letters."""
+    import diffusers
+    import transformers
+
+    torch.manual_seed(0)
+    letters = ["a", "b", "c", "a</w>", "b</w>", "c</w>", "<|startoftext|>", "<|endoftext|>"]
+    text = transformers.CLIPTextConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        vocab_size=len(letters),
+        bos_token_id=6,
+        eos_token_id=7,
+    )
+    channels = {"block_out_channels": (32, 32), "norm_num_groups": 8}
+    diffusers.StableDiffusionPipeline(
+        vae=diffusers.AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            **channels,
+        ),
+        text_encoder=transformers.CLIPTextModel(text),
+        tokenizer=transformers.CLIPTokenizer(
+            vocab={letter: number for number, letter in enumerate(letters)},
+            merges=[],
+            model_max_length=77,
+        ),
+        unet=diffusers.UNet2DConditionModel(
+            sample_size=16,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=16,
+            attention_head_dim=8,
+            **channels,
+        ),
+        scheduler=diffusers.DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+
+
+OTHERS = {
+    "visualise": tiny_classifier,
+    "validate": tiny_classifier,
+    "benchmark": tiny_classifier,
+    "dense": tiny_depth,
+    "diffusion": tiny_diffusion,
+    "add_your_own_method": tiny_classifier,
+}
+IN_EVERY_RUN = ("visualise", "dense")
 
 
 @pytest.mark.parametrize(
-    "name", ["dense", "visualise", pytest.param("add_your_own_method", marks=pytest.mark.slow)]
+    "name",
+    [pytest.param(name, marks=[] if name in IN_EVERY_RUN else pytest.mark.slow) for name in OTHERS],
 )
 def test_runs_on_another_model_and_a_folder_of_pictures(
     name: str, scope: dict[str, Any], tmp_path: Path
@@ -168,13 +221,18 @@ def test_runs_on_another_model_and_a_folder_of_pictures(
     for number, image in enumerate(zoo.held_out("digits_scenes").images[:12]):
         Image.fromarray(image[0].numpy()).save(tmp_path / "photos" / f"{number}.png")
     file = next(file for file in FILES if file.stem == name)
-    changed = 0
+    changed = set()
     for cell in cells(file, "code"):
-        code, names = re.subn('(?m)^MODEL = "[a-z_]+"', 'MODEL = "checkpoint"', source(cell))
-        code, images = re.subn("(?m)^IMAGES = None", 'IMAGES = "photos"', code)
-        changed += names + images
+        code = source(cell)
+        for was, now in (
+            ('^MODEL = "[a-z_]+"', 'MODEL = "checkpoint"'),
+            ("^IMAGES = None", 'IMAGES = "photos"'),
+            (r"^PROMPTS = \[.*\]", 'PROMPTS = ["abc", "b"]'),
+        ):
+            code, number = re.subn(was, now, code, flags=re.MULTILINE)
+            changed |= {now.split()[0]} if number else set()
         run(code, scope)
-    assert changed == 2
+    assert changed == {"MODEL", "PROMPTS" if name == "diffusion" else "IMAGES"}
 
 
 @pytest.mark.slow
