@@ -10,6 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # there is a process for every core
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import copy
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
 
@@ -22,6 +23,10 @@ from tokred import zoo
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+# What tests measure is nobody else's.
+_CACHE = tempfile.TemporaryDirectory()
+os.environ["TOKRED_CACHE"] = _CACHE.name
 
 # The real classes, narrowed: wide layers test nothing more and cost minutes.
 SMALL: dict[str, object] = {"embed_dim": 192, "num_heads": 3}
