@@ -30,6 +30,7 @@ def test_list_names_every_method_and_host(capsys: pytest.CaptureFixture[str]) ->
     assert re.search(r"^  timm_vit +ViT, DeiT", out, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_the_demo_ends_with_the_table_and_the_picture(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -107,6 +107,7 @@ def test_blocks_compiled_one_by_one_share_their_code(host: Small) -> None:
     assert counter.frame_count == graphs
 
 
+@pytest.mark.slow
 def test_twelve_blocks_stay_below_the_recompile_limit() -> None:
     import timm
     from torch._dynamo.testing import CompileCounterWithBackend

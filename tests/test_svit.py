@@ -670,6 +670,7 @@ def test_a_gate_decides_in_its_own_dtype() -> None:
 # The bundled gates
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_bundled_gates_beat_random_ones_and_top_k(digits: Digits) -> None:
     model, images, labels = digits()

@@ -14,6 +14,7 @@ import tokred
 from tokred import drawing, reducers
 
 
+@pytest.mark.filterwarnings("ignore:the gates of")  # random ones will do
 @pytest.mark.parametrize(
     "method",
     [
