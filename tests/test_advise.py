@@ -169,6 +169,19 @@ def test_nothing_is_advised_that_loses_more_than_is_allowed(clock: Callable[[flo
     assert "At most 100 points of agreement lost: random" in str(advice)
 
 
+def test_windows_are_advised_on_as_well(clock: Callable[[float], None]) -> None:
+    clock(1.0)
+    model = timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=112, embed_dim=24, depths=(1, 1, 3, 1),
+        num_heads=(1, 1, 2, 2), num_classes=10,
+    ).eval()  # fmt: skip
+    images = torch.randn(4, 3, 112, 112)
+    advice = quick(model, images, methods=["slic", "tome"], speedup=1.2)
+    assert "tome" in advice.evaluation.refused
+    assert advice.setting is None or advice.setting.method == "slic"
+    assert advice.evaluation.rows[1:] or "Nothing helps" in str(advice)
+
+
 def test_an_impossible_budget_is_told_with_what_is_possible() -> None:
     held_out = zoo.held_out()
     data = zoo.HeldOut(held_out.images[:8], held_out.labels[:8], held_out.digits, held_out.classes)

@@ -43,7 +43,7 @@ from tokred.profiling import profile
 from tokred.reducers import Reducer
 from tokred.reducers.truncate import Truncate
 from tokred.samples import Transform
-from tokred.schedule import Exactly, Stages
+from tokred.schedule import Exactly
 
 METHODS = (
     "tome", "atc", "atc:complete", "dpc_knn", "kmedoids", "pitome", "mutual",
@@ -240,9 +240,11 @@ class _Search:
         of the layers, by keep rate."""
         arms: dict[str, Any] = {"dense": None}
         rates = (0.9, 0.6, 0.3, 0.1)
+        cut = Setting("limit", Truncate(), 0.5)
+        # Where blocks attend in windows, tokens are cut off as the method would have them.
+        reducer = cut.reducer if self.work.why_not(cut) is None else self.methods[0].reducer
         for rate in rates:
-            setting = Setting("limit", Truncate(), Stages(rate))
-            reduction = self.work.applied(setting)
+            reduction = self.work.applied(Setting("limit", reducer, rate))
             remove(self.work.model)
             arms[str(rate)] = self.work.free_limit(reduction)
         taken = self.work.pace(arms, self.work.inputs, self.work.seconds)
