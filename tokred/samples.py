@@ -32,8 +32,6 @@ MASKS = ("labels", "masks", "annotations", "segmentations")
 """What a folder beside `images` is called that holds the class of every pixel."""
 DEPTHS = ("depth", "depths")
 """The same, for depths: `.npy`, or pictures in 16 bits."""
-IGNORED = 255
-"""The class of pixels that count for nothing."""
 
 Sample = tuple[Any, Tensor | None]
 """What the model takes for one image, without a batch, and what is true of it."""
