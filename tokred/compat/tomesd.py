@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from decimal import Decimal
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 
+from tokred.compat.tome import merge
 from tokred.denoising import Around
 from tokred.host import UnsupportedModelError, find_denoiser, module_of
 from tokred.maps import Clusters
@@ -23,7 +25,7 @@ from tokred.patching import apply, remove, uncompiled
 from tokred.reducers import Tokens
 from tokred.reducers.tome2d import ToMe2d
 
-__all__ = ["apply_patch", "remove_patch"]
+__all__ = ["apply_patch", "merge", "remove_patch"]
 
 
 def apply_patch(
@@ -57,9 +59,17 @@ def apply_patch(
 
     Raises:
         ValueError: an option is out of range, or asks for something that the model does not have.
+        TypeError: `ratio` is no number, or `sx` or `sy` no whole one.
         UnsupportedModelError: the model is not one we know.
     """
-    most = 1 - 1 / (sx * sy) if min(sx, sy) > 0 else 0
+    if isinstance(ratio, bool) or not isinstance(ratio, Real):
+        raise TypeError(f"ratio must be a number, not {ratio!r}")
+    for name, side in {"sx": sx, "sy": sy}.items():
+        if isinstance(side, bool) or not isinstance(side, Integral):
+            raise TypeError(f"{name} must be a whole number of tokens, not {side!r}")
+    if min(sx, sy) < 1 or sx * sy < 2:
+        raise ValueError(f"sx and sy must make cells of at least two tokens, not {sx} x {sy}")
+    most = 1 - 1 / (sx * sy)
     if not 0 <= ratio <= most:
         raise ValueError(
             f"ratio must be in [0, {most:g}] for cells of {sx} x {sy}, of which one token stays, "

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tokred.maps import take
-from tokred.reducers.tome import match
+from tokred.reducers import tome2d
+from tokred.reducers.tome import best, match
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,91 @@ def bipartite_soft_matching(
     return Merge(index, prefix + patches - merges), Unmerge(index)
 
 
+def kth_bipartite_soft_matching(
+    metric: Float[Tensor, "batch tokens dim"], k: int
+) -> tuple[Merge, Unmerge]:
+    """Merges every token into the most similar of every `k`-th one, of which there are
+    tokens // k. Merged tokens stand in the order of those.
+
+    Args:
+        metric: what tokens are compared by.
+        k: one token in `k` stays, the last of each `k`; 1 merges nothing.
+
+    Returns:
+        Two functions: `merge(x, mode="mean")` and `unmerge(x)`.
+
+    Raises:
+        ValueError: `k` is not in [1, tokens].
+    """
+    batch, num = metric.shape[:2]
+    if not 1 <= k <= num:
+        raise ValueError(f"k must be in [1, {num}] for {num} tokens, not {k}")
+    stay = torch.arange(k - 1, num, k, device=metric.device)
+    return _into(metric, stay.expand(batch, -1))
+
+
+def random_bipartite_soft_matching(
+    metric: Float[Tensor, "batch tokens dim"], r: int
+) -> tuple[Merge, Unmerge]:
+    """Draws `r` tokens of every image from the global random state, and merges each into the most
+    similar of the others, in whose order merged tokens stand.
+
+    Args:
+        metric: what tokens are compared by.
+        r: how many tokens to remove; none if below 1.
+
+    Returns:
+        Two functions: `merge(x, mode="mean")` and `unmerge(x)`.
+
+    Raises:
+        ValueError: `r` leaves no token.
+    """
+    batch, num = metric.shape[:2]
+    if r >= num:
+        raise ValueError(f"r must leave one of {num} tokens at least, not be {r}")
+    drawn = torch.rand(batch, num, device=metric.device).argsort(1)
+    return _into(metric, drawn[:, max(0, r) :].sort(1).values)
+
+
+def bipartite_soft_matching_random2d(
+    metric: Float[Tensor, "batch tokens dim"],
+    w: int,
+    h: int,
+    sx: int,
+    sy: int,
+    r: int,
+    no_rand: bool = False,
+    generator: torch.Generator | None = None,
+) -> tuple[Merge, Unmerge]:
+    """Merges the `r` most similar of the tokens of a grid into one token of each of its cells, as
+    `tomesd.merge` does. Merged tokens stand where the first of them stood.
+
+    Args:
+        metric: what tokens are compared by, row by row.
+        w: columns of the grid.
+        h: rows of the grid.
+        sx: columns of a cell.
+        sy: rows of a cell.
+        r: how many tokens to remove; all but one of each cell at most are.
+        no_rand: whether a cell's token is its upper left one, rather than drawn.
+        generator: what it is drawn from; the global random state of the CPU, if not given.
+
+    Returns:
+        Two functions: `merge(x, mode="mean")` and `unmerge(x)`.
+
+    Raises:
+        ValueError: there are not `w * h` tokens, or no cell fits into the grid.
+    """
+    if no_rand:
+        generator = None
+    elif generator is None:
+        generator = torch.default_generator
+    merges = max(0, min(r, w * h - (w // sx) * (h // sy)))
+    with torch.no_grad():
+        index = tome2d.match(metric, (h, w), merges, (sy, sx), generator)
+    return Merge(index, w * h - merges), Unmerge(index)
+
+
 def merge_wavg(
     merge: Callable[..., Tensor],
     x: Float[Tensor, "batch fine dim"],
@@ -120,3 +207,16 @@ def merge_source(
     if source is None:
         source = torch.eye(x.shape[1], device=x.device).expand(len(x), -1, -1)
     return merge(source, mode="amax")
+
+
+def _into(
+    metric: Float[Tensor, "batch tokens dim"], stay: Int[Tensor, "batch coarse"]
+) -> tuple[Merge, Unmerge]:
+    """Every token into the most similar of those that stay."""
+    with torch.no_grad():
+        unit = F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
+        _, partner = best(unit, take(unit, stay))
+        # Into itself, and not into one that equals it.
+        itself = torch.arange(stay.shape[1], device=stay.device).expand_as(stay)
+        index = partner.scatter(1, stay, itself)
+    return Merge(index, stay.shape[1]), Unmerge(index)

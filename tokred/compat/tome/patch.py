@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokred.compat.tome.utils import parse_r
-from tokred.host import module_of
+from tokred.host import UnsupportedModelError, module_of
 from tokred.patching import hang, reduction_for
 from tokred.run import Attributes, Reduction
 from tokred.schedule import removing
@@ -50,7 +50,39 @@ def swag(model: nn.Module, trace_source: bool = False, prop_attn: bool = True) -
 def mae(model: nn.Module, trace_source: bool = False, prop_attn: bool = True) -> None:
     """The same, for models pretrained with masks, as timm has them:
     `timm.create_model("vit_base_patch16_224.mae", global_pool="avg")`. See `timm`."""
+    inside = module_of(model)
+    if hasattr(inside, "fc_norm") and not hasattr(inside, "norm"):
+        raise UnsupportedModelError(
+            f"{type(inside).__qualname__} averages tokens by itself and has no norm, as in MAE's "
+            'repository: load its weights into timm\'s "vit_base_patch16_224.mae" with '
+            'global_pool="avg", whose parameters have the same names'
+        )
     _patch(model, trace_source, prop_attn)
+
+
+@dataclass(eq=False)
+class InFront(Attributes):
+    """Attributes that stand in front of the model's own by these names, which come back.
+
+    Attributes:
+        behind: the model's own, while they hang.
+    """
+
+    behind: dict[str, Any] | None = None
+
+    def hang(self) -> None:
+        """Puts them on the model."""
+        own = vars(self.model)
+        self.behind = {name: own[name] for name in self.values if name in own}
+        super().hang()
+
+    def take_away(self) -> None:
+        """Takes them off the model, which has its own again."""
+        if self.behind is None:  # asked for every block
+            return
+        super().take_away()
+        vars(self.model).update(self.behind)
+        self.behind = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +190,7 @@ def _patch(model: nn.Module, trace_source: bool, prop_attn: bool) -> None:
     taken = {*holder._modules, *holder._parameters, *holder._buffers, *dir(type(holder))}
     if "r" in taken:
         raise ValueError(f"{type(holder).__qualname__} has an r of its own: use tokred.apply")
-    attributes = Attributes(holder, {"r": 0})
+    attributes = InFront(holder, {"r": 0})
     host, reduction = reduction_for(
         model,
         "tome",
