@@ -19,7 +19,7 @@ import tokred
 from tokred import zoo
 from tokred.__main__ import main
 from tokred.advising import Costs, _parabola, cheapest, neighbours, scaled, unrolled
-from tokred.evaluating import Work
+from tokred.evaluating import Pace, Work
 
 pytest.importorskip("torchmetrics")
 
@@ -129,9 +129,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     depends on how busy the machine is."""
 
     def set_clock(each: float, layer: float = 1.0) -> None:
-        def pace(work: Work, arms: Mapping[str, Any], *_: Any) -> dict[str, float]:
+        def pace(work: Work, arms: Mapping[str, Any], *_: Any, **__: Any) -> dict[str, Pace]:
             return {
-                name: sum(layer + each * n for n in work.counts(reduction))
+                name: Pace(sum(layer + each * n for n in work.counts(reduction)))
                 for name, reduction in arms.items()
             }
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,8 @@ from torch import Tensor, nn
 import tokred
 from tokred import evaluating, samples, zoo
 from tokred.__main__ import main
-from tokred.cost import peak_memory
-from tokred.evaluation import Evaluation, Row
+from tokred.cost import Arm, peak_memory
+from tokred.evaluation import Evaluation, Row, Speed
 from tokred.fidelity import Decisions
 from tokred.metrics import TASKS, Scores, task_of
 
@@ -338,6 +340,80 @@ def test_it_can_be_shown_and_stored() -> None:
     assert "<table" in table._repr_html_()
 
 
+def timed(row: Row, dense: float, speed_up: float, error: float = 0.0) -> Row:
+    """A row whose dense model makes so many images per second, one after the other as well, and
+    whose free limit is 2.5."""
+
+    def at(rate: float) -> Speed:
+        return Speed(rate, 1 / rate, None, None, error)
+
+    return dataclasses.replace(
+        row, dense=at(dense), speed=at(dense * speed_up), limit=at(dense * 2.5)
+    )
+
+
+def test_rows_can_be_compared_though_the_machine_was_slower_in_some() -> None:
+    made = table_of(("a", 0.7, 89.0, 1.25), ("b", 0.5, 86.0, 2.0))
+    dense, a, b = made.rows
+
+    def table(*rows: Row) -> Evaluation:
+        return dataclasses.replace(made, rows=rows)
+
+    first = dataclasses.replace(timed(dense, 100, 1), limit=None)
+    quiet = table(first, timed(a, 100, 1.25), timed(b, 100, 2.0, 0.03))
+    assert quiet.warnings() == []
+    busy = table(first, timed(a, 100, 1.25), timed(b, 50, 2.0))
+    for told in (quiet, busy):  # as much faster, in turns with a dense model that was as slow
+        assert [told.images_per_second(row) for row in told.rows] == pytest.approx([100, 125, 200])
+        assert [told.latency(row) for row in told.rows] == pytest.approx([0.01, 0.008, 0.005])
+        assert list(told.to_pandas().images_per_second) == pytest.approx([100, 125, 200])
+    (sentence,) = busy.warnings()
+    assert "busy" in sentence and "from 20 to 40 ms per batch" in sentence
+    assert sentence in str(busy) and sentence in repr(busy) and sentence in busy._repr_html_()
+    (sentence,) = table(first, timed(b, 100, 2.0, 0.2)).warnings()
+    assert "unsure by up to 20 %" in sentence
+    # Where even the free limit gains nothing, that is said; but a high keep rate gains little
+    # anywhere.
+    still = dataclasses.replace(timed(a, 100, 1.0), limit=first.speed)
+    (sentence,) = table(first, still).warnings()
+    assert "gain next to nothing" in sentence
+    assert table(first, dataclasses.replace(still, counts=(a.tokens - 1,))).warnings() == []
+
+
+def test_speed_is_measured_until_it_is_sure(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small("vit")
+    samples_of = samples.of(torch.randn(2, 3, 64, 64), model)
+    work = evaluating.Work(model, samples_of, None, None, None, 8, 1.0)
+    assert work.batch == 32  # of a small model
+    monkeypatch.setattr(evaluating, "count", lambda *_: 4.6e9)  # that of a DeiT-S
+    assert evaluating.Work(model, samples_of, None, None, None, 8, 1.0).batch == 8
+    calls: list[tuple[int, float]] = []
+    rounds = [[1.0, 2.0, 3.0, 2.0], [2.0] * 30]
+
+    def measure(sides: Any, inputs: Any, most: int, warmup: int, limit: float) -> dict[str, Arm]:
+        calls.append((warmup, limit))
+        taken = rounds[len(calls) - 1]
+        # In every round the machine is as slow for both, but for what `taken` says.
+        return {"dense": Arm(tuple(4.0 * x for x in range(1, len(taken) + 1)), None),
+                "tried": Arm(tuple(x * y for x, y in enumerate(taken, 1)), None)}  # fmt: skip
+
+    monkeypatch.setattr(evaluating, "measure", measure)
+    pace = work.pace({"dense": None, "tried": None}, work.inputs, 0.5)
+    assert calls == [(1, 0.5), (0, 0.5)]
+    ratios = np.array(rounds[0] + rounds[1]) / 4
+    assert pace["tried"].seconds / pace["dense"].seconds == pytest.approx(np.median(ratios))
+    assert pace["dense"].error == 0 and pace["tried"].error == 0
+    calls.clear()
+    once = work.pace({"dense": None, "tried": None}, work.inputs, 0.5, patience=1)
+    assert calls == [(1, 0.5)]
+    # The error of the median of a normal sample, from its quartiles.
+    low, high = 1.25 / 4, 2.75 / 4
+    assert once["tried"].error == pytest.approx(1.253 * (high - low) / 1.349 / 2 / 0.5)
+    sample = np.random.default_rng(0).normal(1.0, 0.1, (2000, 25))
+    errors = [evaluating._beside([1.0] * 25, list(row)).error for row in sample]
+    assert np.mean(errors) == pytest.approx(np.median(sample, 1).std(), rel=0.1)
+
+
 # --- data -----------------------------------------------------------------------------------------
 
 
@@ -479,18 +555,42 @@ def test_memory_is_that_of_the_tensors_that_live_together() -> None:
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page, plot, csv = (tmp_path / name for name in ("r.html", "p.png", "t.csv"))
-    arguments = ["evaluate", "digits", "--methods", "tome", "svit", "--keep-rates", "0.5",
-                 "--limit", "16", "--seconds", "0.01", "--cache", str(tmp_path)]  # fmt: skip
+    arguments = ["evaluate", "digits", "--keep-rates", "0.5", "--limit", "8", "--seconds", "0.01",
+                 "--cache", str(tmp_path)]  # fmt: skip
     files = ["--html", str(page), "--plot", str(plot), "--csv", str(csv)]
     assert main([*arguments, *files]) == 0
     told = capsys.readouterr()
-    assert "digits on 16 of " in told.out and "refused: svit: " in told.out
+    assert "digits on 8 of " in told.out and f"wrote {page}" in told.err
     assert page.read_text().count("data:image/png") >= 1  # what became of tokens
-    assert plot.stat().st_size > 1000 and len(csv.read_text().splitlines()) == 3
-    assert main([*arguments, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["rows"][1]["method"] == "tome"
+    assert plot.stat().st_size > 1000
+    assert len(csv.read_text().splitlines()) == 2 + len(evaluating.METHODS)
+    assert main([*arguments, "--methods", "tome", "svit", "--json"]) == 0
+    told_as_json = json.loads(capsys.readouterr().out)
+    assert told_as_json["rows"][1]["method"] == "tome" and "svit" in told_as_json["refused"]
     assert main(["evaluate", "vit_tiny_patch16_224"]) == 1
     assert "give --data" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_was_killed_goes_on(tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "tokred", "evaluate", "digits", "--methods", "tome", "atc",
+        "--limit", "64", "--seconds", "0.5", "--json", "--cache", str(tmp_path),
+    ]  # fmt: skip
+
+    def finished() -> dict[str, int]:
+        return {f.name: f.stat().st_mtime_ns for f in (tmp_path / "evaluate").glob("*.json")}
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as killed:
+        while len(finished()) < 3 and killed.poll() is None:
+            time.sleep(0.02)
+        killed.kill()
+    before = finished()
+    assert 3 <= len(before) < 9 and killed.returncode == -signal.SIGKILL
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    after = finished()
+    assert len(after) == 9 and before.items() <= after.items()  # not measured again
+    assert len(json.loads(told)["rows"]) == 9
 
 
 @pytest.mark.slow

@@ -216,7 +216,9 @@ def _add_evaluation_options(made: argparse.ArgumentParser, reducers_tried: str) 
     )  # fmt: skip
     add("--unlabelled", action="store_true", help="compare with the dense model alone")
     add("--task", choices=tuple(metrics.TASKS), help="if the labels do not say it")
-    add("--batch", type=int, help="images per batch (default: 6400 tokens' worth, on CUDA 64)")
+    add(
+        "--batch", type=int, help="images per batch (default: 32, fewer for large models; CUDA: 64)"
+    )
     add("--seconds", type=float, default=2.0, help="how long each speed is measured (default: 2)")
     add("--random-weights", action="store_true", help="do not fetch timm's weights")
     add("--device", default="cpu")
@@ -422,7 +424,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         if options.plot:
             result.plot().savefig(options.plot, dpi=110)
         if options.html:
-            tried = methods or dict.fromkeys(row.method for row in result.settings)
+            tried = methods or list(dict.fromkeys(row.method for row in result.settings))
             settings = evaluating.settings_of(tried, options.keep_rates, schedule)
             of_note = [*result.front(), *result.within(0.5)][-1:]
             named = next((s for r in of_note for s in settings if s.code == r.code), None)

@@ -249,7 +249,7 @@ class _Search:
             arms[str(rate)] = self.work.free_limit(reduction)
         taken = self.work.pace(arms, self.work.inputs, self.work.seconds)
         dense = taken.pop("dense")
-        return {float(rate): dense / seconds for rate, seconds in taken.items()}
+        return {float(rate): dense.seconds / pace.seconds for rate, pace in taken.items()}
 
     @cached_property
     def costs(self) -> dict[str, Costs]:
@@ -440,10 +440,11 @@ class _Search:
                 remove(self.work.model)
             self.shown.expect(1)
             self.shown.now(f"{len(now)} settings, in turns")
-            taken = self.work.pace(arms, self.work.inputs, self.work.seconds * len(arms) / 2)
+            seconds = self.work.seconds * len(arms) / 2
+            taken = self.work.pace(arms, self.work.inputs, seconds, patience=1)
             self.shown.step()
             for number, setting in now.items():
-                ratio = taken["dense"] / taken[str(number)]
+                ratio = taken["dense"].seconds / taken[str(number)].seconds
                 families[number].wrong.append(self.predicted(setting) / ratio)
                 tried[number].setdefault(setting.name, (setting, []))[1].append(ratio)
         found = {}

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 import tokred
 from tokred import samples as sampling
 from tokred.cost import (
-    Arm,
     count,
     counts_of,
     device_name,
@@ -59,8 +58,12 @@ pruning."""
 DENSE_METHODS = ("slic", "tome", "atc")
 """The same, of models that answer for every pixel."""
 KEEP_RATES = (0.9, 0.7, 0.5, 0.3)
-TOKENS = 6400
-"""Patch tokens in a batch on the CPU, if its size is not given; at most 32 images."""
+WORK, MOST = 40e9, 32
+"""Multiply-adds that a batch may take on the CPU, and images in it, if its size is not given: so
+that small models are busy with tokens, and many rounds of large ones can be measured."""
+SURE, PATIENCE = 0.03, 3
+"""The standard error of a speed-up that is good enough, and how many times as long as asked it is
+measured to get there."""
 HELD = 2**30
 """Bytes of images, and of what the dense model made of them, that are kept in memory."""
 
@@ -234,11 +237,12 @@ def evaluate(
         transform: how pictures are prepared: a function from a picture to a tensor [C, H, W], or an
             image processor; the model's own, if not given.
         batch: images per batch, for accuracy and for speed; if not given, 64 on CUDA, elsewhere
-            as many as have 6,400 patch tokens together, at most 32.
+            a power of two, at most 32, that takes the dense model at most 40 G multiply-adds.
         limit: look at only so many images, spread evenly.
         compared: how many images are compared with the dense model, spread evenly (fewer where
             what it made of them takes more than 1 GiB).
-        seconds: how long the speed of each setting is measured.
+        seconds: how long the speed of each setting is measured; on a busy machine, up to three
+            times as long.
         host: as for `tokred.apply`.
         name: what the model is called in the table; its class if not given.
         cache: the folder where finished settings are kept; True: the user's cache folder
@@ -341,9 +345,7 @@ class Work:
         self.model, self.host, self.samples = model, host, samples
         self.found = patch
         if batch is None:
-            inputs, _ = samples.batch([0])[0]
-            cells = math.prod(self._layout(inputs).grid)
-            batch = 64 if self.device.type == "cuda" else max(1, min(32, TOKENS // cells))
+            batch = 64 if self.device.type == "cuda" else self._fitting()
         if batch < 1 or compared < 1 or seconds <= 0:
             raise ValueError(
                 "batch and compared must be at least 1 image and seconds above 0, not "
@@ -380,6 +382,11 @@ class Work:
         self.compared = [i * batches // few for i in range(few)]
         self.layout = self._layout(self.inputs)
         self.tokens = math.prod(self.layout.grid)
+
+    def _fitting(self) -> int:
+        """Images in a batch on the CPU."""
+        cost = count(self.model, self._sent(self.samples.batch([0])[0][0]))
+        return 1 << max(0, int(math.log2(min(MOST, WORK / max(1.0, cost)))))
 
     def _layout(self, inputs: Inputs) -> Layout:
         _, tower = find_host(self.model, self.host)
@@ -559,27 +566,33 @@ class Work:
                 if reduction is not None:
                     hang(self.model, self.found, reduction)
                 found[arm] = Speed(
-                    images_per_second=len(pixels(whole)) / many[arm],
-                    latency=single[arm],
+                    images_per_second=len(pixels(whole)) / many[arm].seconds,
+                    latency=single[arm].seconds,
                     mult_adds=count(self.model, one),
                     peak_memory=peak_memory(self.model, whole),
+                    error=many[arm].error,
                 )
         finally:
             remove(self.model)
         return found
 
-    def pace(self, arms: Mapping[str, Any], inputs: Inputs, seconds: float) -> dict[str, float]:
-        """Seconds that several reductions (None: the dense model, which is "dense") take for a
-        batch, in turns. What the dense model took in a round is set against what the others took
-        in the same round, so that a machine which is busy now and then slows down both; of these
-        ratios the median counts."""
+    def pace(
+        self, arms: Mapping[str, Any], inputs: Inputs, seconds: float, patience: int = PATIENCE
+    ) -> dict[str, Pace]:
+        """How long several reductions (None: the dense model, which is "dense") take for a batch,
+        in turns; as often again, up to so many times in all, as that leaves a speed-up unsure."""
         racing = sides(self.model, self.found, arms, compile=False)
+        rounds: dict[str, tuple[float, ...]] = dict.fromkeys(arms, ())
         try:
-            taken = measure(racing, inputs, 1000, 1, limit=seconds)
+            for again in range(patience):
+                taken = measure(racing, inputs, 1000, 0 if again else 1, limit=seconds)
+                rounds = {arm: rounds[arm] + taken[arm].seconds for arm in arms}
+                found = {arm: _beside(rounds["dense"], rounds[arm]) for arm in arms}
+                if max(pace.error for pace in found.values()) <= SURE:
+                    break
         finally:
             remove(self.model)
-        dense = taken["dense"]
-        return {arm: _beside(dense, taken[arm]) for arm in arms}
+        return found
 
     def table(self, name: str, rows: Sequence[Row], refused: Mapping[str, str]) -> Evaluation:
         """What is known so far."""
@@ -610,10 +623,30 @@ class Work:
         )
 
 
-def _beside(dense: Arm, arm: Arm) -> float:
-    """Seconds of an arm, by its ratio to the dense model round by round."""
-    ratios = [a / b for a, b in zip(arm.seconds, dense.seconds, strict=True)]
-    return dense.median * statistics.median(ratios)
+@dataclass(frozen=True)
+class Pace:
+    """How fast a side is.
+
+    Attributes:
+        seconds: for a batch.
+        error: standard error of its ratio to the dense model, as a share of it.
+    """
+
+    seconds: float
+    error: float = 0.0
+
+
+def _beside(dense: Sequence[float], arm: Sequence[float]) -> Pace:
+    """What the dense model took in a round is set against what the other side took in the same
+    round, so that a machine which is busy now and then slows down both; of these ratios the median
+    counts."""
+    ratios = [a / b for a, b in zip(arm, dense, strict=True)]
+    middle = statistics.median(ratios)
+    low, _, high = statistics.quantiles(ratios, n=4)
+    # Of a normal distribution, the quartiles are 1.349 standard deviations apart, and the median
+    # of n values has a standard error of 1.253 of them, by the square root of n.
+    error = 1.253 / 1.349 * (high - low) / math.sqrt(len(ratios)) / middle
+    return Pace(statistics.median(dense) * middle, error)
 
 
 def _bytes(inputs: Inputs) -> int:

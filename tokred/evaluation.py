@@ -10,12 +10,18 @@ This file holds the values: one `Row` for each setting, and the `Evaluation` tha
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
 from tokred import drawing
 from tokred.optional import require
+
+BUSY = 1.3
+"""How much slower the dense model may be in one row than in another, before that is told."""
+UNSURE = 0.05
+"""The standard error of a speed-up, as a share of it, above which that is told."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +33,15 @@ class Speed:
         latency: seconds for one image alone.
         mult_adds: multiply-adds per image, counted; None where they could not be.
         peak_memory: bytes that tensors of one pass took at most, beyond what was there before.
+        error: standard error of the images per second beside the dense model's, as a share of
+            them; 0 of the dense model itself.
     """
 
     images_per_second: float
     latency: float
     mult_adds: float | None
     peak_memory: int | None
+    error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -102,7 +111,7 @@ class Row:
         return self.method if self.keep_rate is None else f"{self.method} {self.keep_rate:g}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
     """The table that `tokred.evaluate` has made.
 
@@ -157,6 +166,37 @@ class Evaluation:
         """By how much a row is worse than the dense model in the leading metric."""
         change = self.score(self.dense) - self.score(row)
         return change if self.higher_is_better else -change
+
+    def images_per_second(self, row: Row) -> float:
+        """With the batch: the dense model's median over all rows, times the speed-up. So rows can
+        be compared with each other, even if the machine was slower during some of them; what was
+        measured is in `Row.speed`."""
+        return statistics.median(r.dense.images_per_second for r in self.rows) * row.speed_up
+
+    def latency(self, row: Row) -> float:
+        """Seconds for one image alone; as `images_per_second`."""
+        return statistics.median(r.dense.latency for r in self.rows) / row.latency_speed_up
+
+    def warnings(self) -> list[str]:
+        """What whoever reads the speeds should be told, in sentences."""
+        told = []
+        paces = [self.batch / row.dense.images_per_second for row in self.rows]
+        error = max(row.speed.error for row in self.rows)
+        if max(paces) > BUSY * min(paces) or error > UNSURE:
+            told.append(
+                "The machine was busy with other work: the dense model took from "
+                f"{1e3 * min(paces):.3g} to {1e3 * max(paces):.3g} ms per batch, and speed-ups are "
+                f"unsure by up to {100 * error:.0f} %. Measure again when it is quiet "
+                "(fresh=True), or for longer (seconds=)."
+            )
+        # A high keep rate gains little anywhere.
+        few = [r for r in self.settings if sum(r.counts) < 0.75 * r.tokens * len(r.counts)]
+        if few and max(row.free_limit for row in few) < 1.1:
+            told.append(
+                "Even tokens cut off at no cost gain next to nothing here: the time goes into "
+                "starting operators. Try a larger batch or image, or torch.compile."
+            )
+        return told
 
     def front(self) -> tuple[Row, ...]:
         """The settings that no other is both faster and better than, the slowest first; the dense
@@ -220,7 +260,7 @@ class Evaluation:
             f"{'method':22s}{'keep':>5s}"
             + "".join(f"{name:>9s}" for name in names)
             + f"{'agree':>8s}{'KL':>9s}{'cosine':>8s}{'images/s':>10s}{'speed-up':>9s}"
-            + f"{'limit':>6s}{'latency':>10s}{'G mult':>8s}{'MiB':>7s}  tokens"
+            + f"{'±':>5s}{'limit':>6s}{'latency':>10s}{'G mult':>8s}{'MiB':>7s}  tokens"
         )
         return [head, *map(self._line, self.rows)]
 
@@ -236,8 +276,10 @@ class Evaluation:
             + cell(row.agreement, 8, 2)
             + cell(row.kl, 9, 4)
             + cell(row.cosine, 8, 4)
-            + cell(speed.images_per_second, 10, 1)
-            + f"{row.speed_up:8.2f}x{row.free_limit:6.2f}{speed.latency * 1e3:7.1f} ms"
+            + cell(self.images_per_second(row), 10, 1)
+            + f"{row.speed_up:8.2f}x"
+            + (" " * 5 if row.limit is None else f"{100 * speed.error:4.0f}%")
+            + f"{row.free_limit:6.2f}{self.latency(row) * 1e3:7.1f} ms"
             + cell(speed.mult_adds, 8, 3, 1e-9)
             + cell(speed.peak_memory, 7, 1, 2**-20)
             + f"  {counts}"
@@ -251,9 +293,12 @@ class Evaluation:
             *self.lines(),
             *(f"refused: {name}: {reason}" for name, reason in self.refused.items()),
             "the front, slowest first: " + ", ".join(row.name for row in self.front()),
+            *self.warnings(),
             f"batch {self.batch}, {self.dtype}, {self.device}, {self.threads} threads, {versions}",
         ]
         return "\n".join(lines)
+
+    __repr__ = __str__
 
     def to_pandas(self) -> Any:
         """A pandas data frame with a row for every setting.
@@ -279,6 +324,8 @@ class Evaluation:
             "free_limit": row.free_limit,
             "latency_speed_up": row.latency_speed_up,
             **dataclasses.asdict(row.speed),
+            "images_per_second": self.images_per_second(row),
+            "latency": self.latency(row),
             **(limits or {}),
             "front": row in front,
             "tokens": row.counts,

@@ -166,8 +166,8 @@ def columns(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
     """The titles of the table, and the cells of every row; columns with nothing in them are left
     out."""
     others = [name for name in evaluation.dense.metrics if name != evaluation.leading]
-    titles = ["setting", "keep rate", evaluation.leading, "change", "speed-up", "of free limit"]
-    titles += [
+    titles = [
+        "setting", "keep rate", evaluation.leading, "change", "speed-up", "±", "of free limit",
         *others, "agreement, %", "KL", "cosine", "depth error, %", "images/s", "latency, ms",
         "its speed-up", "G multiply-adds", "memory, MiB", "tokens", "code",
     ]  # fmt: skip
@@ -184,14 +184,15 @@ def columns(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
                 _number(evaluation.score(row)),
                 "" if dense else _number(change, "+"),
                 f"{row.speed_up:.2f}x",
+                "" if dense else f"{100 * speed.error:.0f}%",
                 share,
                 *(_number(row.metrics[name]) if name in row.metrics else "" for name in others),
                 _or_nothing(row.agreement, ".2f"),
                 _or_nothing(row.kl, ".4f"),
                 _or_nothing(row.cosine, ".4f"),
                 _or_nothing(row.depth_error, ".2f"),
-                f"{speed.images_per_second:.1f}",
-                f"{1e3 * speed.latency:.2f}",
+                f"{evaluation.images_per_second(row):.1f}",
+                f"{1e3 * evaluation.latency(row):.2f}",
                 f"{row.latency_speed_up:.2f}x",
                 "" if speed.mult_adds is None else f"{speed.mult_adds / 1e9:.3f}",
                 "" if speed.peak_memory is None else f"{speed.peak_memory / 2**20:.1f}",
@@ -239,7 +240,7 @@ def _headline(evaluation: Evaluation | None, advice: Advising | None) -> str:
         parts.append(
             paragraph(
                 f"On {evaluation.data}, the dense model has "
-                f"{score}{evaluation.unit} at {evaluation.dense.speed.images_per_second:.1f} "
+                f"{score}{evaluation.unit} at {evaluation.images_per_second(evaluation.dense):.1f} "
                 f"images/s{measured}."
                 if evaluation.dense.metrics
                 else f"{evaluation.data}: there are no labels, so that what counts is how close a "
@@ -290,6 +291,7 @@ def _conditions(evaluation: Evaluation, dated: bool = True) -> list[str]:
         f"batch {evaluation.batch} (latency: one image)",
         f"{evaluation.dense.compared} images compared with the dense model",
         versions,
+        *evaluation.warnings(),
     ]
     return [*told, f"written {datetime.date.today().isoformat()}"] if dated else told
 
