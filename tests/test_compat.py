@@ -9,7 +9,9 @@ import os
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
+import timm
 import torch
 from conftest import images_for, make_visible, small
 from PIL import Image
@@ -71,7 +73,63 @@ def test_every_way_of_patching_is_the_same() -> None:
             tokred.apply(
                 twin, "tome", tokred.Constant(2), full_grid=False, proportional_attention=prop_attn
             )
-            assert torch.equal(answer(model, images), answer(twin, images))
+            found = answer(model, images)
+            assert torch.equal(found, answer(twin, images))
+            tokred.apply(
+                twin,
+                "tome",
+                tokred.Constant(2),
+                full_grid=False,
+                proportional_attention=not prop_attn,
+            )
+            assert not torch.equal(found, answer(twin, images))
+
+
+class MaskedAutoencoder(timm.models.VisionTransformer):  # type: ignore[misc]
+    """What MAE's repository makes of timm's class, for classification."""
+
+    def __init__(self, global_pool: bool) -> None:
+        super().__init__(64, embed_dim=48, depth=2, num_heads=3, num_classes=5)
+        self.averages = global_pool
+        if global_pool:
+            self.fc_norm = nn.LayerNorm(48, eps=1e-6)
+            del self.norm
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self.blocks(self._pos_embed(self.patch_embed(x)))
+        return self.fc_norm(x[:, 1:].mean(1)) if self.averages else self.norm(x)[:, 0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.forward_features(x))
+        return out
+
+
+def test_models_of_maes_repository() -> None:
+    images = torch.randn(2, 3, 64, 64)
+    averaging = MaskedAutoencoder(global_pool=True).eval()
+    was = traces(averaging)
+    with pytest.raises(tokred.UnsupportedModelError, match=r"load its weights into timm's"):
+        tome.patch.mae(averaging)
+    assert traces(averaging) == was
+    model = timm.models.VisionTransformer(
+        64, embed_dim=48, depth=2, num_heads=3, num_classes=5, global_pool="avg"
+    ).eval()
+    model.load_state_dict(averaging.state_dict())
+    dense = answer(averaging, images)
+    torch.testing.assert_close(answer(model, images), dense)
+    tome.patch.mae(model)
+    model.r = 4
+    assert not torch.allclose(answer(model, images), dense, rtol=1e-3, atol=1e-3)
+
+    other = MaskedAutoencoder(global_pool=False).eval()
+    plain = timm.models.VisionTransformer(
+        64, embed_dim=48, depth=2, num_heads=3, num_classes=5
+    ).eval()
+    plain.load_state_dict(other.state_dict())
+    for one in (other, plain):
+        tome.patch.mae(one)
+        one.r = 4
+    torch.testing.assert_close(answer(other, images), answer(plain, images))
 
 
 def test_swag_models_are_those_of_torchvision() -> None:
@@ -123,6 +181,24 @@ def test_whatever_takes_a_reduction_away_for_a_while_puts_r_back(
     assert not hasattr(plain, "r"), "set, it would do nothing"
 
 
+def test_what_a_model_had_by_these_names_comes_back(plain: nn.Module, images: Tensor) -> None:
+    plain.r, plain._tome_info = 7, "its own"
+    was, dense = traces(plain), answer(plain, images)
+    for _ in range(2):
+        tome.patch.timm(plain)
+        assert plain.r == 0
+    plain.r = 4
+    few = answer(plain, images)
+    with tokred.applied(plain, "atc", 0.5):
+        assert plain.r == 7
+    assert plain.r == 4 and torch.equal(answer(plain, images), few)
+    twin = copy.deepcopy(plain)
+    for one in (plain, twin):
+        tokred.remove(one)
+        assert one.r == 7 and one._tome_info == "its own" and traces(one) == was
+        assert torch.equal(answer(one, images), dense) and not torch.equal(few, dense)
+
+
 def test_copies_have_an_r_of_their_own(plain: nn.Module, images: Tensor) -> None:
     dense = answer(plain, images)
     tome.patch.timm(plain, trace_source=True)
@@ -143,8 +219,9 @@ def test_copies_have_an_r_of_their_own(plain: nn.Module, images: Tensor) -> None
         assert not hasattr(twin, "r") and hasattr(plain, "r")
 
 
-def test_compiled_code_follows_r(plain: nn.Module, images: Tensor) -> None:
+def test_compiled_code_follows_r(images: Tensor) -> None:
     torch._dynamo.reset()
+    plain = timm.models.VisionTransformer(64, embed_dim=48, depth=2, num_heads=3).eval()
     tome.patch.timm(plain)
     # torch 2.6 leaves the graph to read what was written as a decimal.
     whole = os.environ.get("TOKRED_VERSIONS") != "oldest"
@@ -350,6 +427,85 @@ def test_matching_by_hand_is_that_of_the_model(prefix: int) -> None:
     assert twice(few).shape[1] == 4 + prefix, "half of them at most"
 
 
+def most_similar(metric: np.ndarray, stay: list[int]) -> list[int]:
+    """The one of those that stay which each token goes into, one token at a time."""
+    unit = metric / np.linalg.norm(metric, axis=1, keepdims=True)
+    into = []
+    for token in range(len(unit)):
+        by = [float(unit[token] @ unit[other]) for other in stay]
+        into.append(stay.index(token) if token in stay else by.index(max(by)))
+    return into
+
+
+def members(merge: Any, num: int) -> list[list[int]]:
+    """The token that each one goes into, for two images, told by merging."""
+    source = tome.merge.merge_source(merge, torch.zeros(2, num, 1))
+    assert (source.sum(1) == 1).all()
+    return source.argmax(1).tolist()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 11])
+def test_every_kth_token_takes_the_others(k: int) -> None:
+    x = torch.randn(2, 11, 6)
+    x[:, 9] = x[:, 5]  # equals, of which both stay at k = 2
+    merge, unmerge = tome.merge.kth_bipartite_soft_matching(x, k)
+    stay = list(range(k - 1, 11, k))
+    assert members(merge, 11) == [most_similar(one, stay) for one in x.numpy()]
+    few, size = tome.merge.merge_wavg(merge, x)
+    assert few.shape == (2, 11 // k, 6) and size.sum() == 2 * 11
+    for b in range(2):
+        assert torch.equal(unmerge(few)[b], few[b, members(merge, 11)[b]])
+
+
+def test_tokens_drawn_by_lot_go_into_the_others() -> None:
+    x = torch.randn(2, 11, 6)
+    torch.manual_seed(1)
+    merge, _ = tome.merge.random_bipartite_soft_matching(x, 4)
+    assert merge(x).shape == (2, 7, 6)
+    torch.manual_seed(1)
+    gone = torch.rand(2, 11).argsort(1)[:, :4].tolist()
+    assert set(gone[0]) != set(gone[1])
+    stay = [[token for token in range(11) if token not in some] for some in gone]
+    expected = [most_similar(one, left) for one, left in zip(x.numpy(), stay, strict=True)]
+    assert members(merge, 11) == expected
+    merge, _ = tome.merge.random_bipartite_soft_matching(x, 0)
+    assert torch.equal(merge(x), x)
+
+
+def test_matching_on_a_grid_by_hand_is_that_of_the_denoiser() -> None:
+    x, w, h = torch.randn(2, 24, 6), 6, 4
+    assert tomesd.merge is tome.merge
+    matching = tomesd.merge.bipartite_soft_matching_random2d
+    tokens = tokred.reducers.Tokens(x=x, size=torch.ones(2, 24), grid=(h, w))
+    for most in (7, 20, 100):
+        keep = 24 - min(most, 20)
+        merge, unmerge = matching(x, w, h, 3, 2, most, no_rand=True)
+        clusters = tokred.ToMe2d(cell=(2, 3))(tokens, keep)
+        assert members(merge, 24) == clusters.labels().tolist()
+        torch.testing.assert_close(merge(x), clusters.down(x, tokens.size))
+        assert torch.equal(unmerge(merge(x)), clusters.up(merge(x), x))
+        generator = torch.Generator().manual_seed(1)
+        drawn = tokred.ToMe2d((2, 3), torch.Generator().manual_seed(1))(tokens, keep).labels()
+        merge, _ = matching(x, w, h, 3, 2, most, generator=generator)
+        assert members(merge, 24) == drawn.tolist() != clusters.labels().tolist()
+        torch.manual_seed(1)
+        merge, _ = matching(x, w, h, 3, 2, most)
+        assert members(merge, 24) == drawn.tolist()
+    merge, _ = matching(x, w, h, 3, 2, 0)
+    assert torch.equal(merge(x), x)
+    with pytest.raises(ValueError, match="grid must have as many cells as there are tokens, 24"):
+        matching(x, 5, 4, 2, 2, 4)
+
+
+def test_matchings_that_leave_nothing_are_errors() -> None:
+    x = torch.randn(1, 5, 2)
+    for k in (0, 6):
+        with pytest.raises(ValueError, match=rf"k must be in \[1, 5\] for 5 tokens, not {k}"):
+            tome.merge.kth_bipartite_soft_matching(x, k)
+    with pytest.raises(ValueError, match="r must leave one of 5 tokens at least, not be 5"):
+        tome.merge.random_bipartite_soft_matching(x, 5)
+
+
 def test_merging_by_hand_takes_modes_and_refuses_others() -> None:
     x = torch.tensor([[[1.0, 0], [1, 0.1], [0, 1], [5, 5]]])
     merge, _ = tome.merge.bipartite_soft_matching(x, 1)
@@ -420,19 +576,23 @@ def test_a_picture_shows_which_patches_went_together(plain: nn.Module) -> None:
         ({"max_downsample": 8, "merge_attn": False, "merge_crossattn": True},
          tokred.Around(0.5, ("cross_attention",), levels=(0, 1, 2))),
         ({"ratio": 0.8, "sx": 4}, tokred.Around(0.2, levels=(0,))),
+        ({"ratio": 0.9, "sx": 4, "sy": 3}, tokred.Around(0.1, levels=(0,))),
     ],
 )  # fmt: skip
 def test_a_denoiser_gives_what_ours_gives(options: dict[str, Any], around: tokred.Around) -> None:
     model = unet(**SD)
-    inputs = {rand: sd_inputs(2) for rand in (False, True)}
+    inputs = {rand: sd_inputs(2, (8, 16)) for rand in (False, True)}
     for rand in (False, True):
+        tomesd.remove_patch(model)
+        dense = model(**inputs[rand]).sample
         torch.manual_seed(3)
         assert tomesd.apply_patch(model, **options, use_rand=rand) is model
         state = torch.random.get_rng_state()
         found = model(**inputs[rand]).sample
         assert torch.equal(torch.random.get_rng_state(), state), "only a fork is drawn from"
+        assert not torch.equal(found, dense)
         generator = torch.Generator().manual_seed(3) if rand else None
-        method = tokred.ToMe2d((2, options.get("sx", 2)), generator)
+        method = tokred.ToMe2d((options.get("sy", 2), options.get("sx", 2)), generator)
         tokred.apply(model, method, around)
         assert torch.equal(model(**inputs[rand]).sample, found)
 
@@ -490,7 +650,8 @@ def test_what_would_do_nothing_is_an_error() -> None:
     refused: list[tuple[nn.Module, dict[str, Any], str]] = [
         (model, {"ratio": 0.8}, r"ratio must be in \[0, 0.75\] for cells of 2 x 2"),
         (model, {"ratio": -0.1}, "ratio must be in"),
-        (model, {"sx": 0}, "ratio must be in"),
+        (model, {"sx": 0}, "sx and sy must make cells of at least two tokens, not 0 x 2"),
+        (model, {"sx": 1, "sy": 1, "ratio": 0}, "cells of at least two tokens, not 1 x 1"),
         (model, {"max_downsample": 3}, r"max_downsample must be one of \[1, 2, 4, 8\], not 3"),
         (model, {"merge_attn": False}, "one of merge_attn, merge_crossattn and merge_mlp"),
         (xl, {}, "max_downsample must be at least 2 for this model"),
@@ -498,6 +659,15 @@ def test_what_would_do_nothing_is_an_error() -> None:
     for which, options, words in refused:
         with pytest.raises(ValueError, match=words):
             tomesd.apply_patch(which, **options)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"ratio": "0.5"}, "ratio must be a number, not '0.5'"),
+        ({"ratio": True}, "ratio must be a number, not True"),
+        ({"sx": 2.0}, "sx must be a whole number of tokens, not 2.0"),
+        ({"sy": "2"}, "sy must be a whole number of tokens, not '2'"),
+    ]
+    for options, words in wrong:
+        with pytest.raises(TypeError, match=words):
+            tomesd.apply_patch(model, **options)
     with pytest.raises(tokred.UnsupportedModelError, match=r"Linear is not a denoiser"):
         tomesd.apply_patch(nn.Linear(2, 2))
     assert traces(model) == was
