@@ -349,3 +349,48 @@ def test_the_table_and_the_plot_show_every_layer(plain: nn.Module) -> None:
     heights = {bar.get_label(): [patch.get_height() for patch in bar] for bar in axes.containers}
     assert heights["dense"] == [1e3 * times.dense for times in result.layers]
     assert heights["matching"] == [1e3 * times.matching for times in result.layers]
+
+
+def test_what_cannot_be_profiled_is_refused_in_words(plain: nn.Module) -> None:
+    images = torch.randn(2, 3, 64, 64)
+    with pytest.raises(ValueError, match=r"method must be given with keep_rate=0\.3 and schedule"):
+        tokred.profile(plain, images, keep_rate=0.3)
+    with pytest.raises(ValueError, match="images must hold one image at least, not 0"):
+        tokred.profile(plain, images[:0], "tome", 0.5)
+    with pytest.raises(TypeError, match=r"images must be one batch, .* not a list"):
+        tokred.profile(plain, [images[0]], "tome", 0.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"evaluation mode: call model\.eval\(\)"):
+        tokred.profile(plain.train(), images, "svit", 0.5)
+
+
+@pytest.mark.parametrize("applied", [False, True])
+def test_a_profile_that_is_interrupted_leaves_no_trace(plain: nn.Module, applied: bool) -> None:
+    former = tokred.apply(plain, "atc", keep_rate=0.5) if applied else None
+
+    def seen() -> list[tuple[set[str], int, int]]:
+        return [
+            (set(vars(module)), len(module._forward_hooks), len(module._forward_pre_hooks))
+            for module in plain.modules()
+        ]
+
+    before = seen()
+
+    def stop(done: int, of: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        of(plain, "tome", 0.5, on_round=stop)
+    assert reduction_of(plain) is former and seen() == before
+
+
+def test_only_what_was_reduced_has_a_way_back() -> None:
+    config = transformers.DPTConfig(
+        image_size=64, num_hidden_layers=4, hidden_size=48, num_attention_heads=3,
+        intermediate_size=96, backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[8, 8, 8, 8],
+        fusion_hidden_size=8,
+    )  # fmt: skip
+    dpt = transformers.DPTForDepthEstimation(config).eval()
+    result = of(dpt, "slic", tokred.Hourglass(0.5, down=2), rounds=1)
+    assert [times.layer for times in result.layers if times.after < times.before] == [2]
+    assert [times.layer for times in result.layers if times.back > 0] == [2, 3]
+    assert "the whole model " in str(result)

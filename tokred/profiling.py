@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -273,8 +273,8 @@ class Profile:
     def __str__(self) -> str:
         lines = [
             f"{self.speed_up:.2f}x as fast as dense; free limit {self.free_limit:.2f}x; "
-            f"blocks take {_ms(self.total('block'))} of {_ms(self.reduced.median)} per batch "
-            f"(dense {_ms(self.total('dense'))} of {_ms(self.dense.median)})",
+            f"blocks take {_ms(self.total('block'))} per batch (dense {_ms(self.total('dense'))}), "
+            f"the whole model {_ms(self.reduced.median)} (dense {_ms(self.dense.median)})",
             *self.warnings(),
             *self.losses(),
             f"{self.model}, {self.method}",
@@ -417,24 +417,39 @@ def profile(
     left as it was.
 
     Args:
-        model: a supported model, with or without a reduction; not a denoiser.
+        model: a supported model in evaluation mode, with or without a reduction; not a denoiser.
+            Of a model that `torch.compile` has wrapped, what is inside is profiled, not compiled.
         images: one batch, on the model's device and in its dtype.
         method: what to profile; the reduction that is applied, if not given.
-        keep_rate: as for `tokred.apply`; used with `method` only.
-        schedule: as for `tokred.apply`; used with `method` only.
+        keep_rate: as for `tokred.apply`; with `method` only.
+        schedule: as for `tokred.apply`; with `method` only.
         host: as for `tokred.apply`.
         rounds: measured runs of each.
         warmup: runs of each before, which are not measured.
         on_round: called after every round with (rounds done, rounds in all), for progress bars.
 
     Raises:
-        ValueError: there is nothing to profile: no method given and none applied.
+        ValueError: there is nothing to profile: no method given and none applied, or no images;
+            a keep rate or a schedule is given without a method; or the model is in training mode.
+        TypeError: the images are neither a tensor nor a mapping.
         UnsupportedModelError: the model is a denoiser, or not known at all.
         RuntimeError: parts of the model were compiled in place, or some block is not called as a
             module.
     """
     if rounds < 1 or warmup < 0:
         raise ValueError(f"rounds must be at least 1 and warmup 0, not {rounds} and {warmup}")
+    if method is None and (keep_rate is not None or schedule is not None):
+        raise ValueError(
+            f"method must be given with keep_rate={keep_rate} and schedule={schedule}: the "
+            "reduction that is applied has its own"
+        )
+    if not isinstance(images, Tensor | Mapping):
+        raise TypeError(
+            "images must be one batch, a tensor or a mapping with one, not a "
+            f"{type(images).__name__}"
+        )
+    if len(pixels(images)) == 0:
+        raise ValueError("images must hold one image at least, not 0")
     model = uncompiled(module_of(model))
     patch = host_of(model, host)
     if isinstance(patch, Denoiser):
@@ -442,6 +457,8 @@ def profile(
             f"{type(model).__name__} is a denoiser, around whose modules tokens are merged one by "
             "one: there are no layers to profile; tokred.bench measures it as a whole"
         )
+    if model.training:
+        raise ValueError("model must be in evaluation mode: call model.eval()")
     for name, module in model.named_modules():
         if module._compiled_call_impl is not None:
             raise RuntimeError(
@@ -731,6 +748,8 @@ class Timed(Reduction):
             return super().expand(x, state)
 
     def descend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        if not state.expanded or state.trail is None:
+            return super().descend(x, state)
         with self.clock.part("back"):
             return super().descend(x, state)
 
