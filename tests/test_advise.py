@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokred
-from tokred import zoo
+from tokred import advising, samples, zoo
 from tokred.__main__ import main
 from tokred.advising import Costs, _parabola, cheapest, neighbours, scaled, unrolled
 from tokred.evaluating import Pace, Work
+from tokred.evaluation import Row
 
 pytest.importorskip("torchmetrics")
 
@@ -217,14 +218,49 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--speedup --max-drop" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def uniform() -> tokred.Evaluation:
+    """What uniform keep rates of all methods do to the bundled classifier, on all of its images."""
+    rates = [0.45 + 0.05 * i for i in range(10)]
+    methods = [method for method in advising.METHODS if method != "slic"]
+    return tokred.evaluate(
+        zoo.load(), zoo.held_out(), methods, rates, seconds=0.5, cache=False, progress=False
+    )
+
+
+def raced(advice: tokred.Advice, rivals: Sequence[Row]) -> tuple[float, dict[str, float]]:
+    """The speed-ups of the advice and of its rivals, all in turns with each other."""
+    model, data = zoo.load(), samples.of(zoo.held_out(), zoo.load())
+    work = Work(model, data, None, None, None, 8, 2.0)
+    arms: dict[str, Any] = {"dense": None}
+    for name, code in [("", advice.code), *((row.name, row.code) for row in rivals)]:
+        arms[name] = eval(code, {"tokred": tokred, "model": model})
+        tokred.remove(model)
+    paces = work.pace(arms, work.inputs, 1.0 * len(arms))
+    gains = {name: paces["dense"].seconds / pace.seconds for name, pace in paces.items()}
+    return gains.pop(""), gains
+
+
 @pytest.mark.slow
-def test_the_advice_is_no_worse_than_the_best_uniform_keep_rate() -> None:
-    """On all of the bundled images, at the speed that was asked for."""
-    model, data = zoo.load(), zoo.held_out()
-    advice = tokred.advise(model, data, speedup=1.5, images=397, progress=False)
+def test_no_uniform_keep_rate_is_better_and_as_fast_as_was_asked(
+    uniform: tokred.Evaluation,
+) -> None:
+    advice = tokred.advise(zoo.load(), zoo.held_out(), speedup=1.5, images=397, progress=False)
     assert advice.choice is not None and advice.choice.speed_up >= 1.5
-    rates = [0.45 + 0.05 * i for i in range(9)]
-    methods = ("tome", "atc", "atc:complete", "dpc_knn", "kmedoids", "pitome", "mutual", "evit")
-    table = tokred.evaluate(model, data, methods, rates, cache=False, progress=False)
-    best = table.best(min_speed_up=1.5)
-    assert table.score(advice.choice) >= table.score(best), f"{best.name} is better"
+    lost = advice.evaluation.drop(advice.choice)
+    better = [row for row in uniform.settings if uniform.drop(row) < lost - 1e-6]
+    ours, gains = raced(advice, [row for row in better if row.speed_up > 1.3])
+    assert ours >= 1.5 * 0.95  # on a machine on which other things are going on
+    assert not [name for name, gain in gains.items() if gain >= min(ours, 1.5)]
+
+
+@pytest.mark.slow
+def test_no_uniform_keep_rate_is_faster_and_loses_as_little_as_was_asked(
+    uniform: tokred.Evaluation,
+) -> None:
+    advice = tokred.advise(zoo.load(), zoo.held_out(), max_drop=0.5, images=397, progress=False)
+    assert advice.choice is not None
+    assert advice.evaluation.drop(advice.choice) <= 0.5
+    good = [row for row in uniform.settings if uniform.drop(row) <= 0.5]
+    ours, gains = raced(advice, sorted(good, key=lambda row: -row.speed_up)[:8])
+    assert not [name for name, gain in gains.items() if gain > 1.03 * ours]

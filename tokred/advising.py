@@ -65,6 +65,9 @@ SOUNDED = 6
 """Layers at which that is done."""
 LEVELS = 40
 """Numbers of tokens that the search may choose from."""
+MARGINS = (1.0, 1.03, 1.08)
+"""How many times as fast as asked settings are to be, at first and if none of them was, measured
+for longer, as fast as asked."""
 WORTH = 1.03
 """A speed-up below which nothing is gained: within the noise of the measurement."""
 
@@ -73,7 +76,7 @@ Stations: TypeAlias = tuple[tuple[int, int], ...]
 """Where a schedule falls: layers, and the tokens that are left behind them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Advice:
     """What `tokred.advise` has found.
 
@@ -108,6 +111,8 @@ class Advice:
 
     def __str__(self) -> str:
         return "\n".join([*self.sentences, *([f"\n    {self.code}"] if self.code else [])])
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return self.evaluation._repr_html_()
@@ -549,7 +554,7 @@ class _Search:
         few = max(1, len(self.work.compared) // 2)
         order = self._ordered(speedup * 1.02, few)
         families = self.families(order, speedup * 1.02, few)
-        for margin in (1.0, 1.03):
+        for margin in MARGINS:
             for number, setting in self.meeting(speedup * margin, families).items():
                 self.judge(setting, families[number].searched)
             # All of them in turns with each other, and for longer; so one race decides.
@@ -681,9 +686,9 @@ class _Search:
             f"{wanted[0].upper()}{wanted[1:]}: {best.setting.method}, "
             f"{'a schedule found for this model' if best.searched else 'one keep rate'}.",
             f"Measured on {row.images} images: {table.leading} {score:.2f}{unit} (dense "
-            f"{dense:.2f}{unit}, {score - dense:+.2f}); {row.speed_up:.2f}x as fast at batch "
-            f"{table.batch} ({row.latency_speed_up:.2f}x for one image alone), free limit "
-            f"{row.free_limit:.2f}x.",
+            f"{dense:.2f}{unit}, {score - dense:+.2f}); {row.speed_up:.2f}x as fast "
+            f"(±{100 * row.speed.error:.0f} %) at batch {table.batch} ({row.latency_speed_up:.2f}x "
+            f"for one image alone), free limit {row.free_limit:.2f}x.",
         ]
         if row.agreement is not None and table.unit == "%":
             # Two standard errors of the share of answers that change; if none did, the rule of 3.
