@@ -26,6 +26,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "benchmarks",
+    "docstrings",
     "links",
     "notebooks",
 ]
