@@ -6,11 +6,14 @@ stands in tables is what was measured.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
+import random
 import re
 import statistics
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from xml.etree import ElementTree
 
@@ -28,20 +31,20 @@ PLAIN = ("tome.match", "tome2d.match", "atc.cluster", "dpc_knn.cluster", "kmedoi
 
 def listed(index: Path) -> set[str]:
     """The pages in the tables of contents of a page."""
-    found: list[str] = []
+    pages: list[str] = []
     for block in re.findall(r"^```\{toctree\}\n(.*?)^```", index.read_text(), re.M | re.S):
-        found += [line for line in block.split("\n") if line and not line.startswith(":")]
-    assert len(set(found)) == len(found), f"listed twice: {found}"
-    return set(found)
+        pages += [line for line in block.split("\n") if line and not line.startswith(":")]
+    assert len(set(pages)) == len(pages), f"listed twice: {pages}"
+    return set(pages)
 
 
 def directives() -> dict[str, str]:
     """Every name of the API reference, and the kind of its entry."""
     text = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
-    found = re.findall(r"^\.\. ([\w:]+):: ([\w.]+)", text, re.M)
-    names = [name for _, name in found]
+    entries = re.findall(r"^\.\. ([\w:]+):: ([\w.]+)", text, re.M)
+    names = [name for _, name in entries]
     assert len(set(names)) == len(names), f"twice: {sorted(n for n in names if names.count(n) > 1)}"
-    return {name: kind for kind, name in found}
+    return {name: kind for kind, name in entries}
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:
@@ -63,10 +66,74 @@ def test_the_reference_has_every_public_name() -> None:
     assert {f"tokred.zoo.{name}" for name in ("load", "held_out", "gates")} <= there.keys()
 
 
+def found(name: str) -> Any:
+    """What a full name names: a module, or what is in one."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        module, attribute = name.rsplit(".", 1)
+        return getattr(importlib.import_module(module), attribute)
+
+
+def used(code: str) -> set[str]:
+    """The full names of what a piece of code takes from tokred."""
+    tree, modules, names = ast.parse(code), {"tokred": "tokred"}, set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tokred":
+            for each in node.names:
+                full = f"{node.module}.{each.name}"
+                modules[each.asname or each.name] = full
+                names.add(full)
+        elif isinstance(node, ast.Import):
+            modules |= {each.asname: each.name for each in node.names if each.asname}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module = modules.get(node.value.id, "")
+            if module.startswith("tokred") and isinstance(found(module), ModuleType):
+                names.add(f"{module}.{node.attr}")
+    return names
+
+
+def test_the_reference_has_every_name_that_examples_use() -> None:
+    pages = [ROOT / "README.md", *DOCS.glob("*.md")]
+    code = {page.name: re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
+            for page in pages}  # fmt: skip
+    for file in (ROOT / "examples").glob("*.ipynb"):
+        cells = json.loads(file.read_text())["cells"]
+        code[file.name] = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    there = {id(found(name)) for name in directives()}
+    for where, blocks in code.items():
+        # In one piece: a block goes on from where the one before it has stopped.
+        for name in used("\n".join(blocks)):
+            thing = found(name)
+            known = isinstance(thing, ModuleType) or id(thing) in there
+            assert known, f"{where} uses {name}, which must be put into docs/api"
+
+
 def test_what_the_reference_names_exists_and_says_what_it_is() -> None:
     for name in directives():
-        module, attribute = name.rsplit(".", 1)
-        assert getattr(importlib.import_module(module), attribute).__doc__, name
+        assert found(name).__doc__, name
+
+
+def test_docstrings_keep_their_sentences_and_get_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(DOCS / "extensions"))
+    docstrings = importlib.import_module("docstrings")
+    lines = [
+        "Reduces.",
+        "",
+        ":returns: a `Reduction`,",
+        "          or none.",
+        ":rtype: What it did",
+    ]
+    made = ["Reduces.", "", ":returns: What it did: a `Reduction`,", "   or none."]
+    assert docstrings.sentences([*lines, ""]) == [*made, ""]
+    lines = ["the share of each gate.", "", ":type: Of a learned method"]
+    assert docstrings.sentences(lines) == ["Of a learned method: the share of each gate.", ""]
+    # `cluster` is another function in each module; `tokens` is a parameter, and nothing to link to.
+    (line,) = docstrings.linked(["see `cluster` and `tokens`"], tokred.ATC)
+    assert line == "see :py:obj:`cluster <tokred.reducers.atc.cluster>` and `tokens`"
+    (line,) = docstrings.linked(["see `cluster`"], tokred.KMedoids)
+    assert line == "see :py:obj:`cluster <tokred.reducers.kmedoids.cluster>`"
 
 
 @pytest.mark.parametrize("file", MEASURED, ids=lambda f: str(f.relative_to(DOCS).with_suffix("")))
@@ -87,7 +154,7 @@ def rows(page: str, head: str) -> list[list[str]]:
 def cells(*names: str) -> dict[tuple[str, int, int, str, str], tuple[dict[str, Any], int]]:
     """What the suite `vit` has measured at keep rate .5: by model, pixels, batch, dtype and method,
     the cell and the number of rounds."""
-    found = {}
+    measured = {}
     for name in names:
         results = json.loads((DOCS / "benchmarks" / f"{name}.json").read_text())
         for group in results["groups"]:
@@ -95,8 +162,8 @@ def cells(*names: str) -> dict[tuple[str, int, int, str, str], tuple[dict[str, A
             where = (model, group["image_size"], group["batch"], results["dtype"])
             for cell in group["cells"]:
                 if cell["keep_rate"] == 0.5:
-                    found[(*where, cell["method"])] = (cell, group["rounds"])
-    return found
+                    measured[(*where, cell["method"])] = (cell, group["rounds"])
+    return measured
 
 
 def short(value: float) -> str:
@@ -192,3 +259,32 @@ def test_plots_have_a_mark_for_everything_that_was_measured(
             assert len(plot.findall(".//title")) == len(measured)
         rates = {cell["keep_rate"] for cell in measured}
         assert bool(speed_ups) == (len(rates) > 1)
+
+
+def jittered(value: Any, draw: random.Random, key: str = "") -> Any:
+    """The same results with other figures."""
+    if isinstance(value, dict):
+        return {name: jittered(each, draw, name) for name, each in value.items()}
+    if isinstance(value, list):
+        return [jittered(each, draw, key) for each in value]
+    return value * draw.uniform(1, 2) if isinstance(value, float) and key != "keep_rate" else value
+
+
+def test_the_page_of_tables_follows_the_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(DOCS / "extensions"))
+    benchmarks = importlib.import_module("benchmarks")
+    for name in benchmarks.names():
+        before, results = benchmarks.section(name), benchmarks.results(name)
+        results = jittered(results, random.Random(0))
+        if benchmarks.suite_of(name) == "vit":
+            results["groups"][0]["cells"][0]["speed_up"] = 9.87
+        file = tmp_path / f"{name}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(results))
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(benchmarks, "FOLDER", tmp_path)
+            after = benchmarks.section(name)
+        assert after != before, name
+        assert ("9.87 (" in after) == (benchmarks.suite_of(name) == "vit")
