@@ -108,7 +108,7 @@ class Tags(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] in ("td", "th"):
+        if {"td", "th"} & set(self.open):
             self.cells[-1][-1] += data
         self.text += data
 
@@ -148,7 +148,7 @@ def test_every_setting_is_in_it_with_its_figures(page: str) -> None:
     assert (tome["agreement, %"], tome["KL"], tome["cosine"]) == ("97.50", "0.0123", "0.9876")
     assert tome["G multiply-adds"] == "2.000"
     assert "memory, MiB" not in titles and "depth error, %" not in titles, "nothing is in them"
-    front = {name for name, line in re.findall(r'<tr class="marked"><th[^>]*>([^<]*)(<)', page)}
+    front = {name for name, line in re.findall(r'"marked"><th[^>]*><strong[^>]*>([^<]*)(<)', page)}
     assert front == {r.name for r in table.front()}
 
 
@@ -263,6 +263,34 @@ def test_the_plot_has_every_point_where_it_belongs() -> None:
     assert len(set(shapes.values())) == 4, "every method has a shape of its own"
 
 
+def test_what_is_no_number_is_left_out_of_the_plot_and_told() -> None:
+    table = evaluation()
+    nan = row("atc", 0.5, float("nan"), 130.0)
+    endless = row("tome", 0.3, float("inf"), 230.0)
+    html = report.html(dataclasses.replace(table, rows=(*table.rows, nan, endless)))
+    titles = re.findall(r"<title>([^<:]*):", html)
+    assert "tome 0.5" in titles and "atc 0.5" not in titles and "tome 0.3" not in titles
+    assert "NaN" not in html and "Not drawn, because they are no numbers: 2" in html
+    assert ">nan<" in html, "the table has them"
+    nothing = Point(float("nan"), float("nan"), "", "")
+    assert "<svg" not in markup.scatter({"one": [nothing]}, [], nothing, "x", "y")
+
+
+def test_changes_of_small_metrics_have_their_digits() -> None:
+    table = evaluation(leading="rel", higher_is_better=False, unit="")
+    rows = [dataclasses.replace(r, metrics={"rel": r.metrics["top1"] / 1e4}) for r in table.rows]
+    head, cells = report.columns(dataclasses.replace(table, rows=tuple(rows)))
+    assert [row[head.index("change")] for row in cells[1:3]] == ["-0.0000", "-0.0006"]
+
+
+def test_the_same_setting_is_named_once() -> None:
+    table = evaluation()
+    told = parsed(report.html(dataclasses.replace(table, rows=table.rows[:2]))).text
+    assert (
+        "At most 0.5 points lost: tome 0.7" in told and "At most 2 points lost: the same." in told
+    )
+
+
 def test_less_is_better_is_drawn_the_right_way_up() -> None:
     table = evaluation(leading="rel", higher_is_better=False, unit="")
     rows = [dataclasses.replace(r, metrics={"rel": r.metrics["top1"] / 100}) for r in table.rows]
@@ -282,19 +310,29 @@ def test_labels_do_not_touch() -> None:
     for text in svg.iter("text"):
         if "transform" in text.attrib or not (text.text or "").startswith("a long"):
             continue
-        wide = 0.5 * 16 * len(text.text or "")
+        wide = 0.5 * 19 * len(text.text or "")
         left = (
             float(text.attrib["x"])
             - {"start": 0, "middle": wide / 2, "end": wide}[text.attrib["text-anchor"]]
         )
-        top = float(text.attrib["y"]) - 12
+        top = float(text.attrib["y"]) - 14
         assert left >= 0 and left + wide <= 560
-        boxes.append((left, top, left + wide, top + 14))
+        boxes.append((left, top, left + wide, top + 16))
     assert len(boxes) > 2
     for number, one in enumerate(boxes):
         for other in boxes[:number]:
             apart = one[0] >= other[2] or other[0] >= one[2]
             assert apart or one[1] >= other[3] or other[1] >= one[3]
+
+
+def test_numbers_of_an_axis_have_equally_many_digits_and_room() -> None:
+    assert markup._told([94.0, 94.25, 94.5]) == ["94.00", "94.25", "94.50"]
+    assert markup._told([1.0, 2.0]) == ["1", "2"] and markup._told([0.0, 1e6]) == ["0", "1e+06"]
+    points = [Point(1 + n / 50, n / 1e4, "") for n in range(12)]
+    svg = drawn(markup.scatter({"one": points}, points, points[0], "x", "y"))
+    for text in svg.iter("text"):
+        if text.attrib["text-anchor"] == "end":
+            assert float(text.attrib["x"]) - 0.5 * 19 * len(text.text or "") > 20, "beside its name"
 
 
 @pytest.mark.parametrize(
@@ -326,6 +364,22 @@ def test_bars_add_up_to_the_block() -> None:
     assert stacked / heights["layer 1 dense"] == pytest.approx(7 / 3, abs=0.01)
     (loss,) = profiled().losses()
     assert loss in parsed(html).text
+
+
+def test_many_losses_are_folded() -> None:
+    one = profiled().layers[1]
+    layers = [dataclasses.replace(one, layer=n, before=196 - n, after=195 - n) for n in range(12)]
+    result = dataclasses.replace(profiled(), layers=tuple(layers))
+    shown, folded = result._repr_html_().split("<details><summary>7 more</summary>")
+    assert len(result.losses()) == 12
+    assert escape(result.losses()[4]) in shown and escape(result.losses()[5]) in folded
+    assert "7 more layers cost more than they save" in str(result)
+
+
+def test_what_scrolls_can_be_reached_and_has_a_name(page: str) -> None:
+    boxes = re.findall(r'<div class="scroll"([^>]*)>', page)
+    assert len(boxes) == 3
+    assert all('tabindex="0" role="region" aria-label="' in each for each in boxes)
 
 
 def test_pieces_for_notebooks_are_balanced_and_bring_their_style() -> None:
@@ -376,3 +430,52 @@ def test_a_browser_shows_it_in_both_themes_without_scrolling_sideways(
         low, high = image.getextrema()
         assert high - low > 150, "something is written on it"  # type: ignore[operator]
     assert grounds[0] < 50 and grounds[1] > 200
+
+
+CLICKS = """<script>
+document.querySelectorAll(".sortable th[scope=col]").forEach((title, number) => {
+  const told = [];
+  for (let n = 0; n < 2; n++) {
+    title.querySelector("button").click();
+    told.push([...document.querySelectorAll(".sortable tbody tr")].map(
+      row => row.cells[number].textContent).join("|") + "#" + title.ariaSort);
+  }
+  const found = document.createElement("pre");
+  found.id = "sorted-" + number;
+  found.textContent = told.join("~");
+  document.body.append(found);
+});
+</script></body>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no browser")
+def test_titles_are_buttons_that_sort(tmp_path: Path) -> None:
+    nan = row("atc", 0.5, float("nan"), 130.0)
+    few = dataclasses.replace(row("atc", 0.3, 80.0, 150.0), counts=(196, 58, 58, 17))
+    table = dataclasses.replace(evaluation(), rows=(*evaluation().rows, nan, few))
+    file = tmp_path / "page.html"
+    file.write_text(report.html(table).replace("</body>", CLICKS))
+    dom = subprocess.run(
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", file.as_uri()],
+        capture_output=True,
+        text=True,
+    ).stdout
+    head, cells = report.columns(table)
+    for number, title in enumerate(head):
+        (told,) = re.findall(f'<pre id="sorted-{number}">(.*?)</pre>', dom, re.S)
+        orders = [each.split("#") for each in unescape(told).split("~")]
+        words = title in ("setting", "tokens", "code")
+        ways = ["ascending", "descending"] if words else ["descending", "ascending"]
+        assert [way for _, way in orders] == ways
+        for order, way in orders:
+            shown = order.split("|")
+            assert sorted(shown) == sorted(row[number] for row in cells)
+            there = [cell for cell in shown if cell not in ("", "nan")]
+            assert shown[: len(there)] == there, "what is missing comes last"
+            if not words:
+                values = [float(cell.rstrip("x%")) for cell in there]
+                assert values == sorted(values, reverse=way == "descending")
+            elif title == "tokens":
+                last = "196 → 98 → 49" if way == "ascending" else "196 → 58 → 17"
+                assert there[-1] == last

@@ -30,28 +30,33 @@ lightness or in a hue that all eyes can tell. Shapes tell series apart besides."
 STYLE = """<style>
 .tokred{--hair:rgba(127,127,127,.35);--tint:rgba(127,127,127,.14);font-size:14px;line-height:1.45}
 .tokred p{margin:.5em 0}
-.tokred .small,.tokred caption,.tokred .legend{font-size:.87em;opacity:.85}
+.tokred .small,.tokred caption{font-size:.87em;opacity:.85}
 .tokred .scroll{overflow-x:auto;max-width:100%}
 .tokred table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:.4em 0}
 .tokred caption{text-align:left;padding:.2em 0}
+.tokred caption span{display:inline-block;position:sticky;left:0;max-width:calc(100vw - 40px)}
 .tokred th,.tokred td{padding:.28em .5em;text-align:right;white-space:nowrap;
 border-bottom:1px solid var(--hair)}
 .tokred thead th{font-weight:600;vertical-align:bottom;white-space:normal;min-width:3.6em}
 .tokred th:first-child{text-align:left;min-width:0}
 .tokred tbody th{font-weight:400}
+.tokred .name{display:inline-block;width:max-content;max-width:min(22em,40vw);white-space:normal;
+font-weight:inherit;overflow-wrap:anywhere}
 .tokred tr.marked th,.tokred tr.marked td{font-weight:600;background:var(--tint)}
 .tokred svg{display:block;width:100%;max-width:680px;height:auto;overflow:visible}
 .tokred svg text{fill:currentColor;font-size:12px}
 .tokred svg .axis{stroke:currentColor;stroke-opacity:.2}
-.tokred .legend{display:flex;flex-wrap:wrap;gap:.2em 1.1em;padding:0;margin:.4em 0;list-style:none}
-.tokred .legend li{margin:0;white-space:nowrap}
-.tokred .legend svg{display:inline-block;width:14px;height:14px;vertical-align:-2px;
-margin-right:.35em}
-@media (max-width:600px){.tokred svg text{font-size:16px}}
+.tokred .legend{display:flex;flex-wrap:wrap;gap:.2em 1.1em;padding:0;margin:.4em 0;list-style:none;
+font-size:.87em}
+.tokred .legend li{display:flex;gap:.35em;margin:0;overflow-wrap:anywhere}
+.tokred .legend svg{flex:none;width:14px;height:14px;margin-top:.2em}
+.tokred summary{cursor:pointer}
+@media (max-width:600px){.tokred svg text{font-size:19px}}
 </style>"""
 
-_WIDE = 560  # units of a drawing; on a phone, 0.6 pixels each
-_LARGE = 16  # size of its letters there, in units
+_WIDE = 560  # units of a drawing; on a phone, 0.64 pixels each
+_LARGE = 19  # size of its letters there, in units
+_LETTER = 0.56 * _LARGE  # how wide one of them is
 
 
 def escape(text: str) -> str:
@@ -64,8 +69,12 @@ def paragraph(text: str, kind: str = "") -> str:
     return f'<p class="{escape(kind)}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
 
 
-def listed(items: Sequence[str]) -> str:
-    """A list with a point for each; nothing if there are none."""
+def listed(items: Sequence[str], shown: int | None = None) -> str:
+    """A list with a point for each, those behind the first `shown` folded away; nothing if there
+    are none."""
+    if shown is not None and len(items) > shown + 1:
+        folded = f"<summary>{len(items) - shown} more</summary>{listed(items[shown:])}"
+        return f"{listed(items[:shown])}<details>{folded}</details>"
     points = "".join(f"<li>{escape(item)}</li>" for item in items)
     return f"<ul>{points}</ul>" if points else ""
 
@@ -76,7 +85,7 @@ def table(
     caption: str = "",
     marked: Collection[int] = (),
 ) -> str:
-    """A table that scrolls sideways in its own box where it is too wide.
+    """A table that scrolls sideways in its own box where it is too wide, with keys too.
 
     Args:
         head: titles of the columns.
@@ -95,22 +104,27 @@ def table(
             )
         kind = ' class="marked"' if number in marked else ""
         told = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        lines.append(f'<tr{kind}><th scope="row">{escape(first)}</th>{told}</tr>')
+        # Said as well as shown, for those who have it read out.
+        tag = "strong" if number in marked else "span"
+        name = f'<{tag} class="name">{escape(first)}</{tag}>'
+        lines.append(f'<tr{kind}><th scope="row">{name}</th>{told}</tr>')
     titles = "".join(f'<th scope="col">{escape(title)}</th>' for title in head)
-    above = f"<caption>{escape(caption)}</caption>" if caption else ""
-    return (
-        f'<div class="scroll" tabindex="0"><table>{above}<thead><tr>{titles}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    above = f"<caption><span>{escape(caption)}</span></caption>" if caption else ""
+    return _scrolling(
+        f"<table>{above}<thead><tr>{titles}</tr></thead><tbody>{''.join(lines)}</tbody></table>",
+        "table",
     )
 
 
 def picture(png: bytes, alt: str) -> str:
     """A picture that is part of the page."""
     data = base64.b64encode(png).decode()
-    return (
-        f'<div class="scroll" tabindex="0"><img src="data:image/png;base64,{data}" '
-        f'alt="{escape(alt)}"></div>'
-    )
+    return _scrolling(f'<img src="data:image/png;base64,{data}" alt="{escape(alt)}">', "picture")
+
+
+def _scrolling(content: str, name: str) -> str:
+    """A box that scrolls by itself; it can be reached with keys, and so needs a role and a name."""
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{name}">{content}</div>'
 
 
 @dataclass(frozen=True)
@@ -137,7 +151,8 @@ def scatter(
     vertical: str,
     upside_down: bool = False,
 ) -> str:
-    """Series of points, each with a colour and a shape of its own, and a legend.
+    """Series of points, each with a colour and a shape of its own, and a legend. Points that are
+    nowhere (NaN, infinite) are not drawn, and it is said how many those are.
 
     Args:
         series: the points of each series; in this order they are joined by a thin line.
@@ -146,11 +161,17 @@ def scatter(
         horizontal, vertical: what the axes are.
         upside_down: whether the vertical axis falls.
     """
-    points = [cross, *(point for all_of in series.values() for point in all_of)]
-    left, right, top, bottom = 58, 14, 26, 50
-    height = 380
+    every = [cross, *(point for all_of in series.values() for point in all_of)]
+    points = [point for point in every if _somewhere(point)]
+    gone = len(every) - len(points)
+    lost = paragraph(f"Not drawn, because they are no numbers: {gone}", "small") if gone else ""
+    if not points:
+        return lost
+    series = {name: list(filter(_somewhere, members)) for name, members in series.items()}
+    line = list(filter(_somewhere, line))
     across = _ticks([point.x for point in points])
     up = _ticks([point.y for point in points])
+    left, right, top, bottom, height = _margin(up), 20, 28, 54, 384
 
     def at(point: Point) -> tuple[float, float]:
         x = (point.x - across[0]) / (across[-1] - across[0])
@@ -159,26 +180,22 @@ def scatter(
         return left + x * (_WIDE - left - right), top + y * (height - top - bottom)
 
     parts = []
-    for tick in across:
+    for tick, told in zip(across, _told(across), strict=True):
         x, _ = at(Point(tick, up[0], ""))
         parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" '
                      f'y2="{height - bottom}"/>')  # fmt: skip
-        parts.append(_text(x, height - bottom + 19, f"{tick:g}", "middle"))
-    for tick in up:
+        parts.append(_text(x, height - bottom + 22, told, "middle"))
+    for tick, told in zip(up, _told(up), strict=True):
         _, y = at(Point(across[0], tick, ""))
         parts.append(f'<line class="axis" x1="{left}" x2="{_WIDE - right}" y1="{y:.1f}" '
                      f'y2="{y:.1f}"/>')  # fmt: skip
-        parts.append(_text(left - 7, y + 4.5, f"{tick:g}", "end"))
-    parts.append(_text((left + _WIDE - right) / 2, height - 9, horizontal, "middle"))
-    middle = (top + height - bottom) / 2
-    parts.append(
-        f'<text transform="translate(13 {middle:.1f}) rotate(-90)" text-anchor="middle">'
-        f"{escape(vertical)}</text>"
-    )
+        parts.append(_beside(left, y, told))
+    parts.append(_text((left + _WIDE - right) / 2, height - 7, horizontal, "middle"))
+    parts.append(_upwards((top + height - bottom) / 2, vertical))
     for (_, members), (colour, _) in zip(series.items(), _looks(), strict=False):
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(at, members))
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" '
-                     'stroke-opacity=".4"/>')  # fmt: skip
+                     'stroke-opacity=".6"/>')  # fmt: skip
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(at, line))
     parts.append(
         f'<polyline class="front" points="{path}" fill="none" stroke="currentColor" '
@@ -191,11 +208,12 @@ def scatter(
                 f'<g><title>{escape(member.title)}</title><path transform="translate({x:.1f} '
                 f'{y:.1f})" d="{shape}" fill="{colour}"/></g>'
             )
-    x, y = at(cross)
-    parts.append(
-        f'<g><title>{escape(cross.title)}</title><path transform="translate({x:.1f} {y:.1f})" '
-        f'd="{_CROSS}" fill="none" stroke="currentColor" stroke-width="2.6"/></g>'
-    )
+    if _somewhere(cross):
+        x, y = at(cross)
+        parts.append(
+            f'<g><title>{escape(cross.title)}</title><path transform="translate({x:.1f} {y:.1f})" '
+            f'd="{_CROSS}" fill="none" stroke="currentColor" stroke-width="2.6"/></g>'
+        )
     box = (left, top, _WIDE - right, height - bottom)
     parts.extend(_labels([(*at(point), point.label) for point in points], box, [*map(at, line)]))
     legend = [("dense model", f'<path transform="translate(7 7)" d="{_CROSS}" fill="none" '
@@ -211,7 +229,7 @@ def scatter(
         for name, (colour, shape) in zip(series, _looks(), strict=False)
     ]
     name = f"{vertical} over {horizontal}"
-    return _drawing(name, height, parts) + _legend(legend)
+    return _drawing(name, height, parts) + _legend(legend) + lost
 
 
 def bars(layers: Sequence[tuple[str, float, Sequence[float], float]]) -> str:
@@ -221,18 +239,18 @@ def bars(layers: Sequence[tuple[str, float, Sequence[float], float]]) -> str:
     Args:
         layers: name, seconds of the dense model, seconds of every part, seconds of the free limit.
     """
-    left, right, top, bottom, height = 48, 6, 10, 46, 260
     longest = max(max(dense, sum(stack), limit) for _, dense, stack, limit in layers)
     ticks = _ticks([0.0, 1e3 * longest])
+    left, right, top, bottom, height = _margin(ticks), 6, 10, 50, 264
     unit = (height - top - bottom) / ticks[-1] * 1e3
     floor = height - bottom
     step = (_WIDE - left - right) / len(layers)
     parts = []
-    for tick in ticks:
+    for tick, told in zip(ticks, _told(ticks), strict=True):
         y = floor - tick / 1e3 * unit
         parts.append(f'<line class="axis" x1="{left}" x2="{_WIDE - right}" y1="{y:.1f}" '
                      f'y2="{y:.1f}"/>')  # fmt: skip
-        parts.append(_text(left - 7, y + 4.5, f"{tick:g}", "end"))
+        parts.append(_beside(left, y, told))
     every = -(-len(layers) // 14)  # names must not overlap on a phone
     for number, (name, dense, stack, limit) in enumerate(layers):
         x, width = left + (number + 0.1) * step, 0.36 * step
@@ -251,11 +269,8 @@ def bars(layers: Sequence[tuple[str, float, Sequence[float], float]]) -> str:
                      f'y2="{y:.1f}" stroke="currentColor" stroke-width="2"/>')  # fmt: skip
         if number % every == 0:
             parts.append(_text(left + (number + 0.48) * step, floor + 19, name, "middle"))
-    parts.append(_text((left + _WIDE - right) / 2, height - 6, "layer", "middle"))
-    parts.append(
-        f'<text transform="translate(13 {(top + floor) / 2:.1f}) rotate(-90)" '
-        'text-anchor="middle">ms per batch</text>'
-    )
+    parts.append(_text((left + _WIDE - right) / 2, height - 7, "layer", "middle"))
+    parts.append(_upwards((top + floor) / 2, "ms per batch"))
     used = [any(stack[part] > 0 for _, _, stack, _ in layers) for part in range(len(PARTS))]
     square = '<rect x="1" y="1" width="12" height="12" fill="{}"/>'
     legend = [("dense model", square.format("#8f8f8f"))]
@@ -306,6 +321,37 @@ def _ticks(values: Sequence[float], about: int = 6) -> list[float]:
     return [round(number * step, 10) for number in range(first, last + 1)]
 
 
+def _somewhere(point: Point) -> bool:
+    return math.isfinite(point.x) and math.isfinite(point.y)
+
+
+def _told(ticks: Sequence[float]) -> list[str]:
+    """Numbers in words, all with as many digits behind the point as the longest needs."""
+    told = [f"{tick:g}" for tick in ticks]
+    if any("e" in each for each in told):
+        return told
+    digits = max(len(each.partition(".")[2]) for each in told)
+    return [f"{tick:.{digits}f}" for tick in ticks]
+
+
+def _margin(ticks: Sequence[float]) -> int:
+    """Room to the left of an axis, for the numbers beside it and what it is called."""
+    return math.ceil(36 + _LETTER * max(map(len, _told(ticks))))
+
+
+def _beside(left: float, y: float, told: str) -> str:
+    """A number beside the vertical axis, as far from it as a point on the axis is wide."""
+    return f'<text x="{left - 10}" y="{y:.1f}" dy=".35em" text-anchor="end">{told}</text>'
+
+
+def _upwards(y: float, text: str) -> str:
+    """What the vertical axis is."""
+    return (
+        f'<text transform="translate(15 {y:.1f}) rotate(-90)" text-anchor="middle">'
+        f"{escape(text)}</text>"
+    )
+
+
 def _labels(
     points: Sequence[tuple[float, float, str]],
     box: tuple[float, float, float, float],
@@ -321,7 +367,7 @@ def _labels(
             taken.append((on_x - 2, on_y - 2, on_x + 2, on_y + 2))
     parts = []
     for x, y, label in points:
-        wide, high = 0.56 * _LARGE * len(label), float(_LARGE)
+        wide, high = _LETTER * len(label), float(_LARGE)
         places = (
             (x + 9, y - high / 2, "start"), (x - 9 - wide, y - high / 2, "end"),
             (x - wide / 2, y - 10 - high, "middle"), (x - wide / 2, y + 9, "middle"),

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 PARTS = ("matching", "merging", "back", "bias")
 """What a reduction adds to a block."""
 _TITLES = ("block", "matching", "merging", "way back", "bias", "dense", "limit")
+_SHOWN = 5  # losses that are told at once; deep models may have many
 _LETTERS = {"rest": "#", "matching": "m", "merging": "+", "back": "<", "bias": "b"}
 
 
@@ -271,12 +272,16 @@ class Profile:
         return {**ratios, **dataclasses.asdict(self), "layers": layers, **told}
 
     def __str__(self) -> str:
+        losses = self.losses()
+        if len(losses) > _SHOWN + 1:
+            more = f"{len(losses) - _SHOWN} more layers cost more than they save, see losses()"
+            losses = [*losses[:_SHOWN], more]
         lines = [
             f"{self.speed_up:.2f}x as fast as dense; free limit {self.free_limit:.2f}x; "
             f"blocks take {_ms(self.total('block'))} per batch (dense {_ms(self.total('dense'))}), "
             f"the whole model {_ms(self.reduced.median)} (dense {_ms(self.dense.median)})",
             *self.warnings(),
-            *self.losses(),
+            *losses,
             f"{self.model}, {self.method}",
             f"layer  {'tokens':>10s}{''.join(f'{title:>10s}' for title in _TITLES)}  ms",
         ]
@@ -371,7 +376,7 @@ def fragment(profile: Profile, style: bool = True) -> str:
         tokens = f"{times.before} → {times.after}" if changed else f"{times.before}"
         rows.append([str(times.layer), tokens, *cells(getattr(times, name) for name in names)])
     rows.append(["all", "", *cells(map(profile.total, names))])
-    sentences = [*profile.warnings(), *profile.losses()]
+    warnings, losses = profile.warnings(), profile.losses()
     summary = (
         f"{profile.model}, {profile.method}: {profile.speed_up:.2f}x as fast as dense (free limit "
         f"{profile.free_limit:.2f}x)"
@@ -387,7 +392,7 @@ def fragment(profile: Profile, style: bool = True) -> str:
             markup.paragraph(summary),
             markup.bars(bars),
             markup.table(head, rows, caption="Milliseconds per batch"),
-            markup.listed(sentences),
+            markup.listed([*warnings, *losses], len(warnings) + _SHOWN),
             markup.paragraph(profile.conditions, "small"),
             "</div>",
         ]

@@ -4,13 +4,14 @@
     tokred.report.write("report.html", table, profile=tokred.profile(model, images, "atc", 0.5))
 
 The page is one file, which fetches nothing. It can be read on a phone, in dark mode, on paper and
-without scripts; with them, a click on a title sorts the table.
+without scripts; with them, the titles of the table are buttons that sort it.
 """
 
 from __future__ import annotations
 
 import datetime
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -174,7 +175,6 @@ def columns(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
     rows = []
     for row, name in zip(evaluation.rows, _names(evaluation), strict=True):
         speed = row.speed
-        change = evaluation.score(row) - evaluation.score(evaluation.dense)
         dense = row is evaluation.dense
         share = "" if dense else f"{100 * row.speed_up / row.free_limit:.0f}%"
         rows.append(
@@ -182,7 +182,7 @@ def columns(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
                 name,
                 _or_nothing(row.keep_rate, "g"),
                 _number(evaluation.score(row)),
-                "" if dense else _number(change, "+"),
+                "" if dense else _change(evaluation, row),
                 f"{row.speed_up:.2f}x",
                 "" if dense else f"{100 * speed.error:.0f}%",
                 share,
@@ -255,7 +255,7 @@ def _headline(evaluation: Evaluation | None, advice: Advising | None) -> str:
         parts.append(listed(told))
     if code:
         parts.append("<p>To use it:</p>")
-        parts.append(f'<pre class="scroll" tabindex="0"><code>{escape(code)}</code></pre>')
+        parts.append(f"<pre><code>{escape(code)}</code></pre>")
     return f'<section class="headline">{"".join(parts)}</section>'
 
 
@@ -274,10 +274,12 @@ def _found(evaluation: Evaluation) -> tuple[list[str], str]:
         except LookupError:
             told.append(f"{words}: none of the settings that were tried is as fast as that.")
             continue
-        change = evaluation.score(best) - evaluation.score(evaluation.dense)
+        if best.code == code:
+            told.append(f"{words}: the same.")
+            continue
         told.append(
             f"{words}: {best.name}, {best.speed_up:.2f}x as fast ({evaluation.leading} "
-            f"{_number(change, '+')}; cutting tokens off at no cost would be "
+            f"{_change(evaluation, best)}; cutting tokens off at no cost would be "
             f"{best.free_limit:.2f}x)."
         )
         code = code or best.code
@@ -339,9 +341,15 @@ def _section(title: str, content: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{content}</section>"
 
 
-def _number(value: float, sign: str = "") -> str:
+def _number(value: float) -> str:
     """With 2 digits behind the point, small ones with 4."""
-    return f"{value:{sign}.{2 if abs(value) >= 1 or value == 0 or sign else 4}f}"
+    return f"{value:.{2 if abs(value) >= 1 or value == 0 else 4}f}"
+
+
+def _change(evaluation: Evaluation, row: Row) -> str:
+    """Of the leading metric, with its sign: percentages with 2 digits, others with 4."""
+    change = evaluation.score(row) - evaluation.score(evaluation.dense)
+    return f"{change:+.{2 if evaluation.unit == '%' else 4}f}" if math.isfinite(change) else "nan"
 
 
 def _or_nothing(value: float | None, form: str) -> str:
@@ -367,15 +375,17 @@ ul{padding-left:1.2em}
 .headline{background:var(--soft);border-left:4px solid var(--accent);padding:.5em 1em .8em;
 border-radius:4px}
 pre{margin:.4em 0;padding:.6em .8em;background:var(--paper);border:1px solid var(--hair);
-border-radius:4px;font-size:.87em;white-space:pre-wrap}
+border-radius:4px;font-size:.87em;white-space:pre-wrap;overflow-wrap:anywhere}
 .tokred table{font-size:14px}
 .tokred thead th,.tokred tbody th{background:var(--paper)}
 .tokred th:first-child{position:sticky;left:0;z-index:1}
 .tokred tr.marked th,.tokred tr.marked td{background:var(--soft)}
-.scroll:focus-visible{outline:2px solid var(--accent)}
-.sortable thead th{cursor:pointer}
-.sortable th[aria-sort=ascending]::after{content:" \\2191"}
-.sortable th[aria-sort=descending]::after{content:" \\2193"}
+.scroll:focus-visible,button:focus-visible{outline:2px solid var(--accent)}
+.sortable button{font:inherit;color:inherit;background:none;border:0;padding:0;margin:0;width:100%;
+min-height:24px;text-align:inherit;cursor:pointer}
+.sortable button:hover{text-decoration:underline}
+.sortable th[aria-sort=ascending] button::after{content:" \\2191"}
+.sortable th[aria-sort=descending] button::after{content:" \\2193"}
 figure{margin:0 0 1em}
 figcaption{font-size:.87em;opacity:.85}
 img{display:block;max-width:100%;min-width:560px;height:auto;border-radius:4px;background:#fff}
@@ -389,27 +399,35 @@ img{min-width:0}section{break-inside:avoid}}
 </style>"""
 
 _SCRIPT = """<script>
+for (const caption of document.querySelectorAll(".sortable caption span"))
+  caption.append(" A title sorts.");
 document.querySelectorAll(".sortable th[scope=col]").forEach((title, column) => {
-  const sort = () => {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.append(...title.childNodes);
+  title.append(button);
+  button.addEventListener("click", () => {
     const body = title.closest("table").tBodies[0];
-    const falls = title.getAttribute("aria-sort") !== "descending";
-    const value = row => {
-      const text = row.cells[column].textContent;
-      return column === 0 ? text : text === "" ? NaN : parseFloat(text);
-    };
+    const told = row => row.cells[column].textContent;
+    const number = /^[-+]?[0-9.]+(e[-+]?[0-9]+)?[x%]?$/;
+    const missing = text => text === "" || /^[-+]?(nan|inf)/.test(text);
+    const texts = [...body.rows].map(told).filter(text => !missing(text));
+    const numbers = texts.every(text => number.test(text));
+    // Numbers begin with the largest, words with the first.
+    const before = title.getAttribute("aria-sort");
+    const falls = before ? before === "ascending" : numbers;
     const compare = (a, b) => {
-      const [x, y] = [value(a), value(b)];
-      if (column === 0) return x.localeCompare(y, undefined, {numeric: true});
-      return isNaN(x) ? (isNaN(y) ? 0 : -1) : isNaN(y) ? 1 : x - y;
+      const [x, y] = [told(a), told(b)];
+      if (missing(x) || missing(y)) return missing(x) - missing(y);
+      const order = numbers
+        ? parseFloat(x) - parseFloat(y) : x.localeCompare(y, "en", {numeric: true});
+      return falls ? -order : order;
     };
-    const rows = [...body.rows].sort((a, b) => falls ? compare(b, a) : compare(a, b));
+    const rows = [...body.rows].sort(compare);
     title.parentElement.querySelectorAll("th").forEach(th => th.removeAttribute("aria-sort"));
     title.setAttribute("aria-sort", falls ? "descending" : "ascending");
     body.append(...rows);
-  };
-  title.tabIndex = 0;
-  title.addEventListener("click", sort);
-  title.addEventListener("keydown", event => { if (event.key === "Enter") sort(); });
+  });
 });
 </script>
 """
