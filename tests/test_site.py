@@ -118,15 +118,9 @@ def test_what_the_reference_names_exists_and_says_what_it_is() -> None:
 def test_docstrings_keep_their_sentences_and_get_links(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(DOCS / "extensions"))
     docstrings = importlib.import_module("docstrings")
-    lines = [
-        "Reduces.",
-        "",
-        ":returns: a `Reduction`,",
-        "          or none.",
-        ":rtype: What it did",
-    ]
-    made = ["Reduces.", "", ":returns: What it did: a `Reduction`,", "   or none."]
-    assert docstrings.sentences([*lines, ""]) == [*made, ""]
+    lines = ["Reduces.", ":returns: a `Reduction`", "   or none.", ":rtype: What it did", ""]
+    made = ["Reduces.", ":returns: What it did: a `Reduction`", "   or none.", ""]
+    assert docstrings.sentences(lines) == made
     lines = ["the share of each gate.", "", ":type: Of a learned method"]
     assert docstrings.sentences(lines) == ["Of a learned method: the share of each gate.", ""]
     # `cluster` is another function in each module; `tokens` is a parameter, and nothing to link to.
