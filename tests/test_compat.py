@@ -145,6 +145,8 @@ def test_swag_models_are_those_of_torchvision() -> None:
     few = answer(model, images)
     tokred.apply(model, "tome", tokred.Constant(4))
     assert torch.equal(answer(model, images), few) and not torch.equal(few, dense)
+    with pytest.raises(tokred.UnsupportedModelError, match=r"Linear.*torchvision has the same"):
+        tome.patch.swag(nn.Linear(2, 2))
 
 
 def test_r_counts_from_the_next_pass_on(plain: nn.Module, images: Tensor) -> None:
@@ -265,6 +267,7 @@ def test_what_tokens_are_made_of_describes_those_that_come_out(name: str) -> Non
         torch.testing.assert_close(copied, full.forward_features(images))
     assert told["class_token"] == (others > 0) and told["distill_token"] == (others == 2)
     assert told["trace_source"] and told["prop_attn"] and set(dict(told)) == set(told)
+    assert repr(told) == f"TomeInfo(trace_source=True, distill_token={others == 2})"
     model.r = 0
     answer(model, images)
     assert told["source"] is None

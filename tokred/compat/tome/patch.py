@@ -8,7 +8,7 @@ where `r` has changed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
@@ -44,7 +44,13 @@ def timm(model: nn.Module, trace_source: bool = False, prop_attn: bool = True) -
 def swag(model: nn.Module, trace_source: bool = False, prop_attn: bool = True) -> None:
     """The same, for the SWAG checkpoints as torchvision has them:
     `torchvision.models.vit_b_16(weights="IMAGENET1K_SWAG_E2E_V1")`. See `timm`."""
-    _patch(model, trace_source, prop_attn)
+    try:
+        _patch(model, trace_source, prop_attn)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(
+            f"{error}. SWAG's own classes are not known; torchvision has the same weights: "
+            'torchvision.models.vit_b_16(weights="IMAGENET1K_SWAG_E2E_V1")'
+        ) from error
 
 
 def mae(model: nn.Module, trace_source: bool = False, prop_attn: bool = True) -> None:
@@ -120,7 +126,7 @@ class TomeInfo(Mapping[str, Any]):
         distill_token: whether the model has a distillation token.
     """
 
-    reduction: Reduction
+    reduction: Reduction = field(repr=False)  # with the whole model in it
     trace_source: bool
     distill_token: bool
 
