@@ -69,6 +69,7 @@ def fidelity(
     Raises:
         ValueError: no reduction is applied, features come out reduced (`full_grid=False`), or
             there are no images.
+        TypeError: a batch is neither a tensor nor a mapping.
     """
     model = uncompiled(model)
     reduction = reduction_of(model)
@@ -82,6 +83,11 @@ def fidelity(
     differences = []
     with seeing(model, host) as see:
         for batch in _batches(batches):
+            if not isinstance(batch, Tensor | Mapping):
+                raise TypeError(
+                    "batches must be tensors or mappings of what the model takes, without labels, "
+                    f"not {type(batch).__name__}"
+                )
             reduced = see(batch)
             remove(model)
             try:
@@ -238,17 +244,22 @@ def compare(ours: Seen, theirs: Seen, multilabel: bool = False) -> Difference:
     cosine = F.cosine_similarity(ours.features.double(), theirs.features.double(), dim=-1)
     found |= {"tokens": cosine.numel(), "cosine": float(cosine.sum())}
     if a.chosen is not None and b.chosen is not None:
-        same = (a.chosen == b.chosen).sum()
+        same = a.chosen == b.chosen
         if multilabel and a.scores is not None and b.scores is not None:
-            same = ((a.scores > 0) == (b.scores > 0)).all(-1).sum()
-        found |= {"chosen": a.chosen.numel(), "same": int(same)}
+            same = ((a.scores > 0) == (b.scores > 0)).all(-1)
+        for scores in (a.scores, b.scores):
+            if scores is not None:  # the largest of scores that are no numbers decides nothing
+                same = same & ~scores.isnan().any(1 if scores.ndim == 4 else -1)
+        found |= {"chosen": a.chosen.numel(), "same": int(same.sum())}
     if a.scores is not None and b.scores is not None:
         divergence = (_bernoulli if multilabel else _categorical)(a, b)
         found |= {"scored": divergence.numel(), "divergence": float(divergence.double().sum())}
     if a.depth is not None and b.depth is not None:
-        there = b.depth > 0
-        error = (a.depth - b.depth).abs()[there] / b.depth[there]
-        found |= {"depths": int(there.sum()), "error": float(error.double().sum())}
+        # In double, as in half precision an error beside a small depth is infinite.
+        ours_depth, depth = a.depth.double(), b.depth.double()
+        there = depth > 0
+        error = (ours_depth - depth).abs()[there] / depth[there]
+        found |= {"depths": int(there.sum()), "error": float(error.sum())}
     return Difference(**found)
 
 
@@ -256,7 +267,7 @@ def _categorical(ours: Decisions, theirs: Decisions) -> Tensor:
     """KL(theirs || ours) of every decision."""
     a, b = ours.logs(), theirs.logs()
     assert a is not None and b is not None
-    return F.kl_div(a, b, reduction="none", log_target=True).sum(-1)
+    return _weighted(b.exp(), b - a).sum(-1)
 
 
 def _bernoulli(ours: Decisions, theirs: Decisions) -> Tensor:
@@ -264,8 +275,14 @@ def _bernoulli(ours: Decisions, theirs: Decisions) -> Tensor:
     assert ours.scores is not None and theirs.scores is not None
     a, b = ours.scores.float(), theirs.scores.float()
     yes, no = F.logsigmoid(b), F.logsigmoid(-b)
-    each = yes.exp() * (yes - F.logsigmoid(a)) + no.exp() * (no - F.logsigmoid(-a))
-    return each.sum(-1)
+    each = _weighted(yes.exp(), yes - F.logsigmoid(a))
+    return (each + _weighted(no.exp(), no - F.logsigmoid(-a))).sum(-1)
+
+
+def _weighted(probability: Tensor, logs: Tensor) -> Tensor:
+    """Their product; 0 where nothing happens, though the logarithm is infinite there (classes that
+    a model has ruled out)."""
+    return torch.where(probability == 0, 0, probability * logs)
 
 
 def total(differences: Sequence[Difference]) -> Fidelity:

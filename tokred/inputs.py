@@ -26,8 +26,8 @@ def pixels(inputs: Inputs) -> Tensor:
     if isinstance(inputs, Tensor):
         return inputs
     for name in ("pixel_values", "images", "pixel_values_videos"):
-        if name in inputs:
-            found: Tensor = inputs[name]
+        found = inputs.get(name)
+        if isinstance(found, Tensor):
             return found
     images = [x for x in inputs.values() if isinstance(x, Tensor) and x.ndim >= 4]
     if not images:
@@ -36,6 +36,14 @@ def pixels(inputs: Inputs) -> Tensor:
 
 
 def device_of(inputs: Inputs) -> torch.device:
-    """Where they are: where their first tensor is."""
-    tensors = [inputs] if isinstance(inputs, Tensor) else inputs.values()
-    return next(x.device for x in tensors if isinstance(x, Tensor))
+    """Where they are: where their first tensor is.
+
+    Raises:
+        ValueError: there is no tensor.
+    """
+    if isinstance(inputs, Tensor):
+        return inputs.device
+    for x in inputs.values():
+        if isinstance(x, Tensor):
+            return x.device
+    raise ValueError(f"there is no tensor among the inputs {sorted(inputs)}")
