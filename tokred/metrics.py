@@ -7,6 +7,7 @@ fractions, its depth.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -21,7 +22,7 @@ from tokred.fidelity import Decisions
 from tokred.optional import require
 
 IGNORED = 255
-"""The class of pixels that count for nothing."""
+"""The class of pixels that count for nothing, if the model has no such class."""
 
 
 @dataclass(frozen=True)
@@ -55,42 +56,88 @@ TASKS: Mapping[str, Task] = {
         Task("relative depth", _DEPTH, ""),
     )
 }
-"""Top-1 and top-5 accuracy; mean average precision over classes; mean intersection over union and
-share of the pixels; mean |d - t| / t, root mean square error, and the share of pixels with
-max(d / t, t / d) < 1.25. Shares are in percent. "Relative depth" is that of models which give
-inverse depths up to scale and shift: those of each image are fitted to the labels first."""
+"""Top-1 and top-5 accuracy; mean average precision over classes that some image has; mean
+intersection over union, over classes that are there or are said to be, and share of the pixels;
+mean |d - t| / t, root mean square error, and the share of pixels with max(d / t, t / d) < 1.25,
+over pixels whose depth is known (above 0, finite). Shares are in percent. "Relative depth" is that
+of models which give inverse depths up to scale and shift: those of each image are fitted to the
+labels first, and end at twice the largest depth of the image."""
 
 
-def task_of(targets: Sequence[Tensor], decided: Decisions) -> Task:
+def task_of(targets: Sequence[Tensor], decided: Decisions, model: Any = None) -> Task:
     """The task that these labels belong to.
 
     Args:
         targets: of a batch.
         decided: what the model said to it.
+        model: the model, if it may say that its depths are inverse.
 
     Raises:
         ValueError: the model's answers do not go with such labels.
     """
     target = targets[0]
-    if target.ndim == 0 and not target.is_floating_point():
-        name, fits = "classification", decided.scores is not None and decided.scores.ndim == 2
-    elif target.ndim == 1:
-        name, fits = "multilabel", decided.scores is not None and decided.scores.ndim == 2
-    elif target.ndim == 2 and not target.is_floating_point():
-        name, fits = "segmentation", decided.scores is not None and decided.scores.ndim == 4
-    elif target.ndim == 2:
-        name, fits = "depth", decided.depth is not None
-    else:
+    name = _meant(target)
+    if name is None:
         raise ValueError(
             "labels must be a class, a vector of zeros and ones, or a map [height, width], not "
             f"{target.dtype} of {tuple(target.shape)}"
         )
-    if not fits:
+    if name == "segmentation" and decided.depth is not None:
+        raise ValueError(
+            f"labels of whole numbers ({target.dtype}) mean segmentation, and the model answers "
+            f"{_in_words(decided)}: give depths as fractions, in the model's unit"
+        )
+    if not _fits(name, decided):
         raise ValueError(
             f"labels of {tuple(target.shape)} ({target.dtype}) mean {name}, and the model answers "
             f"{_in_words(decided)}: give labelled=False to compare with the dense model alone"
         )
+    if name == "depth":
+        if getattr(getattr(model, "config", None), "depth_estimation_type", None) == "relative":
+            return TASKS["relative depth"]
+        _check_unit(targets, decided)
     return TASKS[name]
+
+
+def _meant(target: Tensor) -> str | None:
+    """The task that such a label belongs to; None if there is none."""
+    if target.ndim == 0 and not target.is_floating_point():
+        return "classification"
+    if target.ndim == 1:
+        return "multilabel"
+    if target.ndim == 2:
+        return "depth" if target.is_floating_point() else "segmentation"
+    return None
+
+
+def _fits(name: str, decided: Decisions) -> bool:
+    """Whether a model with such answers has this task."""
+    if name in ("depth", "relative depth"):
+        return decided.depth is not None
+    dimensions = 4 if name == "segmentation" else 2
+    return decided.scores is not None and decided.scores.ndim == dimensions
+
+
+def _check_unit(targets: Sequence[Tensor], decided: Decisions) -> None:
+    """Refuses millimetres where the model says metres: the scores would mean nothing."""
+    assert decided.depth is not None
+    true = torch.cat([target[_known(target)].flatten() for target in targets])
+    said = decided.depth.float()
+    said = said[said > 0]
+    if not len(true) or not len(said):
+        return
+    usual, ours = float(true.median()), float(said.median())
+    if not 1 / 50 < usual / ours < 50:
+        raise ValueError(
+            f"the median depth of labels is {usual:.3g}, and the model says {ours:.3g}: give "
+            "depths in the model's unit; if it gives inverse depths up to scale and shift, "
+            'task="relative depth"; task="depth" takes them as they are'
+        )
+
+
+def _known(target: Tensor) -> Tensor:
+    """The pixels whose depth is known."""
+    return (target > 0) & target.isfinite()
 
 
 def _in_words(decided: Decisions) -> str:
@@ -108,12 +155,21 @@ class Scores:
         task: the task.
         decided: what the model said to some batch: how many classes it knows.
         device: where batches come from.
+
+    Raises:
+        ValueError: the model's answers do not go with the task.
     """
 
     def __init__(self, task: Task, decided: Decisions, device: torch.device) -> None:
         metrics = require("torchmetrics", "evaluate")
+        if not _fits(task.name, decided):
+            raise ValueError(
+                f"task must go with what the model answers, {_in_words(decided)}, and is "
+                f"{task.name!r}"
+            )
         self.task = task
         self.classes = 0
+        self.ignored: int | None = None
         made: dict[str, Any]
         if task.name in ("depth", "relative depth"):
             made = {
@@ -124,6 +180,11 @@ class Scores:
         else:
             assert decided.scores is not None
             classes = self.classes = decided.scores.shape[1]
+            if classes < 2:
+                raise ValueError(
+                    f"{task.name} needs scores of at least 2 classes, and the model gives "
+                    "one: give labelled=False to compare with the dense model alone"
+                )
             if task.name == "classification":
                 accuracy = metrics.classification.MulticlassAccuracy
                 made = {"top1": accuracy(classes, average="micro")}
@@ -131,23 +192,38 @@ class Scores:
                     made["top5"] = accuracy(classes, top_k=5, average="micro")
             elif task.name == "multilabel":
                 precision = metrics.classification.MultilabelAveragePrecision
-                made = {"mAP": precision(classes, average="macro")}
+                made = {"mAP": precision(classes, average="none")}
             else:
                 overlap = metrics.classification.MulticlassJaccardIndex
                 accuracy = metrics.classification.MulticlassAccuracy
+                ignored = self.ignored = IGNORED if classes <= IGNORED else None
                 made = {
-                    "mIoU": overlap(classes, average="macro", ignore_index=IGNORED),
-                    "pixels": accuracy(classes, average="micro", ignore_index=IGNORED),
+                    "mIoU": overlap(classes, average="macro", ignore_index=ignored),
+                    "pixels": accuracy(classes, average="micro", ignore_index=ignored),
                 }
-        self.metrics = {name: metric.to(device) for name, metric in made.items()}
+        # In double, so that the sums of many pixels are exact enough in any order.
+        self.metrics = {
+            name: metric.to(device).set_dtype(torch.float64) for name, metric in made.items()
+        }
+        if task.name == "multilabel":
+            # It gathers lists; a process without images must have an empty one of the right shape.
+            nothing = torch.zeros(0, self.classes, dtype=torch.float64, device=device)
+            self._update(nothing, nothing.long())
 
     def add(self, decided: Decisions, targets: Sequence[Tensor]) -> None:
         """Counts the answers to one batch.
 
         Raises:
-            ValueError: a label is of a class that the model does not know.
+            ValueError: a label is of a class that the model does not know, or of another task.
         """
-        if decided.depth is not None:
+        name = self.task.name.removeprefix("relative ")
+        wrong = next((target for target in targets if _meant(target) != name), None)
+        if wrong is not None:
+            raise ValueError(
+                f"labels of {self.task.name} must not be {wrong.dtype} of {tuple(wrong.shape)}"
+            )
+        if name == "depth":
+            assert decided.depth is not None
             for depth, target in zip(decided.depth, targets, strict=True):
                 self._add_depth(depth, target.to(depth.device))
             return
@@ -155,7 +231,7 @@ class Scores:
         assert scores is not None
         if self.task.name == "segmentation":
             for one, target in zip(scores.float(), targets, strict=True):
-                self._check(target[target != IGNORED])
+                self._check(target if self.ignored is None else target[target != self.ignored])
                 if one.shape[1:] != target.shape:
                     size = (int(target.shape[0]), int(target.shape[1]))
                     one = F.interpolate(one[None], size, mode="bilinear")[0]
@@ -171,13 +247,31 @@ class Scores:
                     f"labels must be vectors of {scores.shape[1]} zeros and ones, as the model has "
                     f"classes, not of {stacked.shape[1]}"
                 )
-            self._update(scores.float().sigmoid(), stacked.long())
+            if not ((stacked == 0) | (stacked == 1)).all():
+                raise ValueError(
+                    f"labels of several classes must be 0 or 1, not from {float(stacked.min()):g} "
+                    f"to {float(stacked.max()):g}"
+                )
+            # Precision asks for their order alone. A sigmoid makes large ones equal.
+            x = scores.double().clamp(-1e12, 1e12)
+            self._update((x / (1 + x.abs()) + 1) / 2, stacked.long())
 
     def result(self) -> dict[str, float]:
         """The scores, by name. All processes have to ask for them."""
-        percent = {name for name in self.metrics if name not in ("abs_rel", "rmse")}
-        found = {name: float(metric.compute()) for name, metric in self.metrics.items()}
-        return {name: x * 100 if name in percent else x for name, x in found.items()}
+        found = {}
+        for name, metric in self.metrics.items():
+            with warnings.catch_warnings():
+                # Classes that no image has are left out below.
+                warnings.filterwarnings("ignore", message="No positive samples")
+                computed: Tensor = metric.compute()
+            if (
+                name == "mAP"
+            ):  # the precision of a class that no image has is nothing, and given as 0
+                computed = computed[computed > 0].mean()
+            x = float(computed) * (1 if name in ("abs_rel", "rmse") else 100)
+            # The last digits depend on the order of sums, and that on the number of processes.
+            found[name] = float(f"{x:.10g}")
+        return found
 
     def _update(self, scores: Tensor, targets: Tensor) -> None:
         for metric in self.metrics.values():
@@ -196,7 +290,9 @@ class Scores:
         if depth.shape != target.shape:
             size = (int(target.shape[0]), int(target.shape[1]))
             depth = F.interpolate(depth[None, None].float(), size, mode="bilinear")[0, 0]
-        there = target > 0
+        there = _known(target)
+        if not there.any():
+            return
         found, true = depth[there].double(), target[there].double()
         if self.task.name == "relative depth":
             found = _fitted(found, true)
@@ -208,7 +304,10 @@ class Scores:
 
 def _fitted(inverse: Float[Tensor, " pixels"], true: Float[Tensor, " pixels"]) -> Tensor:
     """Depths of inverse ones up to scale and shift, by least squares between inverse depths."""
-    columns = torch.stack([inverse, torch.ones_like(inverse)], 1)
-    scale, shift = torch.linalg.lstsq(columns, 1 / true[:, None]).solution.flatten()
-    depth: Tensor = 1 / (scale * inverse + shift).clamp(min=1 / (2 * true.max()))
+    # In closed form, about the means: whatever scale and shift, and where all are the same.
+    wanted = 1 / true
+    x, y = inverse - inverse.mean(), wanted - wanted.mean()
+    spread = (x * x).sum()
+    scale = torch.where(spread > 0, (x * y).sum() / spread, 0)
+    depth: Tensor = 1 / (scale * x + wanted.mean()).clamp(min=1 / (2 * true.max()))
     return depth
