@@ -25,13 +25,19 @@ from torch import Tensor, nn
 from tokred import pictures
 from tokred.host import module_of
 from tokred.inputs import Inputs
+from tokred.metrics import IGNORED
 from tokred.optional import require
 from tokred.zoo import HeldOut, normalise
 
 MASKS = ("labels", "masks", "annotations", "segmentations")
 """What a folder beside `images` is called that holds the class of every pixel."""
 DEPTHS = ("depth", "depths")
-"""The same, for depths: `.npy`, or pictures in 16 bits."""
+"""The same, for depths: `.npy`, or pictures in 16 or 32 bits, in the model's unit."""
+_IMAGES = ("image", "img", "images", "pixel_values")
+"""What columns and keys are called that hold images."""
+_LABELS = ("labels", "label")
+_MAPS = ("annotation", "mask", "segmentation", "depth_map", *MASKS[1:], *DEPTHS)
+"""What those are called that hold what is true of them: of the whole, and of every pixel."""
 
 Sample = tuple[Any, Tensor | None]
 """What the model takes for one image, without a batch, and what is true of it."""
@@ -71,8 +77,9 @@ class Samples:
         return [_stacked(group) for group in groups.values()]
 
     def fingerprint(self, looked_at: int = 16) -> str:
-        """Tells these samples from others: by their number, and by a few of them, bit by bit."""
-        digest = hashlib.sha256(str(len(self)).encode())
+        """Tells these samples from others: by their number, by all labels and sizes of files that
+        can be had without looking at images, and by a few of them, bit by bit."""
+        digest = hashlib.sha256(f"{len(self)} {_stamp(self.items)}".encode())
         many = min(looked_at, len(self))
         for i in range(many):
             inputs, target = self[i * (len(self) - 1) // max(1, many - 1)]
@@ -80,7 +87,8 @@ class Samples:
             for part in [*parts, target]:
                 if isinstance(part, Tensor):
                     digest.update(f"{tuple(part.shape)} {part.dtype}".encode())
-                    digest.update(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                    flat = part.detach().cpu().contiguous().reshape(-1)
+                    digest.update(flat.view(torch.uint8).numpy().data)
                 else:
                     digest.update(repr(part).encode())
         return digest.hexdigest()[:16]
@@ -106,7 +114,7 @@ def of(
 
     Raises:
         ValueError: there are no images, or it cannot be told how to prepare them, or what classes
-            are meant.
+            are meant. What is wrong with a single image is told when it is taken.
         TypeError: it is none of these.
         FileNotFoundError: there is no such folder.
         ModuleNotFoundError: a library is missing.
@@ -159,6 +167,33 @@ class _Chosen:
         sample: Sample = self.items[self.numbers[index]]
         return sample
 
+    def stamp(self) -> str:
+        return f"{self.numbers} {_stamp(self.items)}"
+
+
+def _stamp(items: Any) -> str:
+    """What tells items from others, and costs little; empty if there is nothing."""
+    told = getattr(items, "stamp", None)
+    if told is not None:
+        return str(told())
+    if isinstance(items, list | tuple):
+        return str([_plain(_parted(sample)[1]) for sample in items])
+    targets = getattr(items, "targets", None)  # as torchvision's datasets have them
+    return "" if targets is None else str(_plain(targets))
+
+
+def _plain(target: Any) -> Any:
+    """Numbers and names that are the same in the next process, too; None for all else."""
+    if isinstance(target, Tensor | np.ndarray):
+        return target.tolist()
+    if isinstance(target, list | tuple):
+        return [_plain(one) for one in target]
+    return target if isinstance(target, int | float | str) else None
+
+
+def _stamp_of(files: Sequence[Path]) -> str:
+    return str([(file.name, file.stat().st_size) for file in files])
+
 
 # --- reading --------------------------------------------------------------------------------------
 
@@ -181,26 +216,43 @@ def _read(
             )
         return _Unlabelled(data), f"{len(data)} images", data.__getitem__
     if isinstance(data, torch.utils.data.DataLoader):
+        usual = data.collate_fn in (
+            torch.utils.data.default_collate,
+            torch.utils.data.default_convert,
+        )
+        if not usual and hasattr(data.dataset, "__len__"):
+            # It may be what makes tensors of pictures.
+            loaded = _Collated(data.dataset, data.collate_fn)
+            return loaded, f"{len(loaded)} samples", lambda i: _parted(loaded[i])[0]
         return _read(data.dataset, model, labelled)
     if type(data).__module__.split(".")[0] == "datasets":
         return _hugging_face(data, model, labelled, "the dataset")
+    if isinstance(data, Mapping) and any(isinstance(x, Tensor) for x in data.values()):
+        columns = _Columns(data)
+        return columns, f"{len(columns)} samples", lambda i: _parted(columns[i])[0]
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
         raise TypeError(
             "data must be a folder, a dataset with a length and numbers, or a list of images, not "
-            f"{type(data).__name__}"
+            f"{type(data).__name__}; of what can only be gone through, give a list of some"
         )
     if not len(data):
         raise ValueError("data must hold at least one image, and is empty")
-    first = data[0]
+    try:
+        first = data[0]
+    except (KeyError, TypeError, NotImplementedError) as error:
+        raise TypeError(
+            "data must be a folder, a dataset with a length and numbers, or a list of images, not "
+            f"{type(data).__name__}, which has no number 0"
+        ) from error
     if isinstance(first, str | Path):
         files = _Files(tuple(Path(path) for path in data))
         return files, f"{len(data)} pictures", lambda i: files[i][0]
-    if isinstance(first, Tensor) or _is_picture(first):
+    if isinstance(first, Tensor | np.ndarray) or _is_picture(first):
         return _Unlabelled(data), f"{len(data)} images", lambda i: data[i]
     if isinstance(first, Mapping | tuple | list):
-        return data, f"{len(data)} samples", lambda i: _first(data[i])
+        return data, f"{len(data)} samples", lambda i: _parted(data[i])[0]
     raise TypeError(
-        "samples must be pictures, paths, tensors, (image, label) or mappings, not "
+        "samples must be pictures, paths, tensors, arrays, (image, label) or mappings, not "
         f"{type(first).__name__}"
     )
 
@@ -208,6 +260,8 @@ def _read(
 def _folder(
     path: Path, model: nn.Module | None, labelled: bool
 ) -> tuple[Any, str, Callable[[int], Any]]:
+    if path.is_file():
+        raise FileNotFoundError(f"{path} is a file: give its folder, or a list of files")
     if not path.is_dir():
         raise FileNotFoundError(
             f"there is no folder {path} (a Hugging Face dataset is hf:NAME, a bundled model's "
@@ -216,61 +270,145 @@ def _folder(
     images = path / "images"
     found: Any
     if images.is_dir():
-        beside = next((path / n for n in (*MASKS, *DEPTHS) if (path / n).is_dir()), None)
-        files = _pictures_under(images)
+        names = (*DEPTHS, *MASKS) if _wants(model) == "depth" else (*MASKS, *DEPTHS)
+        beside = next((path / n for n in names if (path / n).is_dir()), None)
+        files = _pictures_under(_held_out_of(images) or images)
         if beside is None or not labelled:
             found = _Files(files)
         else:
-            by_stem = {file.relative_to(beside).with_suffix(""): file for file in _all(beside)}
+            by_stem = {
+                file.relative_to(beside).with_suffix(""): file
+                for file in _all(beside)
+                if file.suffix.lower() in pictures.SUFFIXES | {".npy"}
+            }
             missing = [f for f in files if f.relative_to(images).with_suffix("") not in by_stem]
             if missing:
-                raise ValueError(f"{missing[0]} has nothing of its name in {beside}")
+                raise ValueError(
+                    f"{missing[0]} has nothing of its name in {beside} (labelled=False, "
+                    "--unlabelled, does without)"
+                )
             targets = tuple(by_stem[f.relative_to(images).with_suffix("")] for f in files)
             found = _Maps(files, targets, beside.name in DEPTHS)
         return found, str(path), lambda i: found[i][0]
-    # As `tokred train` has it: validation beside training, or classes alone.
-    held_out = next((path / n for n in pictures.HELD_OUT if (path / n).is_dir()), None)
-    if held_out is not None and (path / "train").is_dir():
-        return _folder(held_out, model, labelled)
-    if labelled and any(entry.is_dir() for entry in path.iterdir()):
-        classes = pictures.folder(path)
-        numbers = class_numbers(classes.classes, model, f"the folders of {path}")
-        found = _Renumbered(classes, numbers)
+    held_out = _held_out_of(path)
+    if held_out is not None:
+        path = held_out
+        if (path / "images").is_dir():
+            return _folder(path, model, labelled)
+    folders = _folders(path)
+    if labelled and folders:
+        beside_them = [file for file in path.iterdir() if _is_shown_picture(file)]
+        if beside_them:
+            raise ValueError(
+                f"{beside_them[0]} is beside folders, and so in no class: move it, or give "
+                "labelled=False (--unlabelled) to compare with the dense model alone"
+            )
+        # A class of which no picture was held out is a class all the same.
+        train = path.parent / "train"
+        there = _folders(train) if held_out is not None and train.is_dir() else []
+        classes = there if set(folders) <= set(there) else folders
+        numbers = class_numbers(classes, model, f"the folders of {path}")
+        known = dict(zip(classes, numbers, strict=True))
+        labels = [(f, known[name]) for name in folders for f in _shown_pictures(path / name)]
+        if not labels:
+            raise ValueError(
+                f"{path} must hold a folder of pictures for each class, and those that it has are "
+                "empty"
+            )
+        found = _Labelled(tuple(f for f, _ in labels), tuple(number for _, number in labels))
     else:
         found = _Files(_pictures_under(path))
     return found, str(path), lambda i: found[i][0]
 
 
+def _held_out_of(path: Path) -> Path | None:
+    """What is to be looked at of a folder with a folder for each split; None if it is no such."""
+    there = set(_folders(path))
+    held_out = next((name for name in pictures.HELD_OUT if name in there), None)
+    if held_out is not None and there & {"train", "training"}:
+        return path / held_out
+    if there and there <= {"train", *pictures.HELD_OUT}:  # no classes are called so
+        return path / (held_out or "train")
+    if there == {"training", "validation"}:
+        return path / "validation"
+    return None
+
+
+def _folders(path: Path) -> list[str]:
+    """The names of the folders in it, but for hidden ones (`.ipynb_checkpoints`)."""
+    return sorted(
+        entry.name
+        for entry in path.iterdir()
+        if entry.is_dir() and not entry.name.startswith((".", "__"))
+    )
+
+
 def _all(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.is_file())
+    """The files under it, without hidden ones: `._a.jpg`, which macOS writes, is no picture."""
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if file.is_file()
+        and not any(part.startswith((".", "__")) for part in file.relative_to(folder).parts)
+    )
+
+
+def _is_shown_picture(file: Path) -> bool:
+    return (
+        file.is_file()
+        and file.suffix.lower() in pictures.SUFFIXES
+        and not file.name.startswith(".")
+    )
+
+
+def _shown_pictures(folder: Path) -> list[Path]:
+    return [file for file in _all(folder) if file.suffix.lower() in pictures.SUFFIXES]
 
 
 def _pictures_under(folder: Path) -> tuple[Path, ...]:
-    files = tuple(file for file in _all(folder) if file.suffix.lower() in pictures.SUFFIXES)
+    files = tuple(_shown_pictures(folder))
     if not files:
-        raise ValueError(f"{folder} must hold pictures, and has none")
+        raise ValueError(
+            f"{folder} must hold pictures ({', '.join(sorted(pictures.SUFFIXES))}), and has none"
+        )
     return files
+
+
+def _wants(model: nn.Module | None) -> str | None:
+    """Whether a model's class says that it answers with "depth" or "segmentation"."""
+    name = type(model).__name__
+    if "Depth" in name:
+        return "depth"
+    return "segmentation" if "Segment" in name else None
 
 
 def class_numbers(names: Sequence[str], model: nn.Module | None, where: str) -> list[int]:
     """Which of the model's classes each of these names is.
 
-    Names may be numbers, the model's own names (transformers' `label2id`), or, if there are as
-    many as the model has classes, anything: then they are counted in order.
+    Names may be numbers, the model's own names (transformers' `id2label`; of "tench, Tinca tinca"
+    each, if no other class has it), or, if there are as many as the model has classes, anything:
+    then they are counted in order.
 
     Raises:
         ValueError: it cannot be told.
     """
-    config = getattr(model, "config", None)
-    known = {str(k).lower(): int(v) for k, v in (getattr(config, "label2id", None) or {}).items()}
-    if known and all(name.lower() in known for name in names):
-        return [known[name.lower()] for name in names]
+    known = _labels(model)
+    found = [known.get(_spelled(name)) for name in names]
+    if found and None not in found:
+        return [number for number in found if number is not None]
     if all(name.isdecimal() for name in names):
         return [int(name) for name in names]
     wordnet = _wordnet(names, model)
     if wordnet is not None:
         return wordnet
     count = _num_classes(model)
+    some = [name for name, number in zip(names, found, strict=True) if number is not None]
+    if some:
+        stranger = next(name for name in names if _spelled(name) not in known)
+        raise ValueError(
+            f"{where} are called partly as the model's classes ({some[0]!r}) and partly not "
+            f"({stranger!r}): name all of them by the model's labels or numbers"
+        )
     if count is None or count == len(names):
         return list(range(len(names)))
     raise ValueError(
@@ -278,6 +416,30 @@ def class_numbers(names: Sequence[str], model: nn.Module | None, where: str) -> 
         f"{count}, of other names: name them by the model's numbers or labels, or give "
         "labelled=False (--unlabelled) to compare with the dense model alone"
     )
+
+
+def _labels(model: nn.Module | None) -> dict[str, int]:
+    """The model's names of its classes, in small letters, with their numbers."""
+    config = getattr(model, "config", None)
+    # transformers leaves label2id empty where only id2label was given.
+    labels = {int(k): str(v) for k, v in (getattr(config, "id2label", None) or {}).items()}
+    labels = labels or {
+        int(v): str(k) for k, v in (getattr(config, "label2id", None) or {}).items()
+    }
+    known = {_spelled(name): number for number, name in labels.items()}
+    parts = [
+        (_spelled(part), number) for number, name in labels.items() for part in name.split(",")
+    ]
+    owners: dict[str, set[int]] = {}
+    for part, number in parts:
+        owners.setdefault(part, set()).add(number)
+    single = {part: number for part, number in parts if len(owners[part]) == 1}
+    return single | known
+
+
+def _spelled(name: str) -> str:
+    """A name as it is compared with others: folders have `_` for spaces."""
+    return name.strip().lower().replace("_", " ")
 
 
 def _wordnet(names: Sequence[str], model: nn.Module | None) -> list[int] | None:
@@ -300,7 +462,7 @@ def _num_classes(model: nn.Module | None) -> int | None:
 
 def _load_dataset(name: str) -> Any:
     datasets = require("datasets", "evaluate")
-    if Path(name).is_dir():
+    if Path(name).is_dir() and any(Path(name).glob("dataset*.json")):
         found = datasets.load_from_disk(name)
     else:
         name, _, configuration = name.partition(":")
@@ -315,20 +477,58 @@ def _hugging_face(
     if hasattr(found, "keys"):  # several splits
         split = next((split for split in pictures.HELD_OUT if split in found), next(iter(found)))
         found, name = found[split], f"{name}, {split}"
+    if not hasattr(found, "__len__"):
+        raise TypeError(
+            f"{name} is streamed, and so has no length: give some of its rows, as in "
+            "list(dataset.take(256))"
+        )
+    if not len(found):
+        raise ValueError(f"there are no images in {name}")
     columns = found.features
     images = [n for n, kind in columns.items() if isinstance(kind, datasets.Image)]
+    if found.format["type"] == "custom" or (not images and "pixel_values" in columns):
+        # It is prepared already.
+        rows = found if found.format["type"] == "custom" else found.with_format("torch")
+        return rows, name, lambda i: _parted(rows[i])[0]
     if not images:
         raise ValueError(f"{name} has no column of images; it has {', '.join(columns)}")
+    likely = [n for n in _IMAGES if n in images] or [n for n in images if n not in _MAPS]
+    image = (likely or images)[0]
+    maps = [n for n in images if n != image]
+    depths = [n for n in maps if "depth" in n.lower()]
+    maps.sort(key=lambda n: (n in depths) != (_wants(model) == "depth"))
     label, numbers = None, None
-    for column, kind in columns.items() if labelled else ():
-        one = getattr(kind, "feature", kind)  # a list of classes, where there may be several
-        if isinstance(one, datasets.ClassLabel):
-            label, numbers = column, class_numbers(one.names, model, f"the labels of {name}")
-            break
-        if column != images[0] and isinstance(kind, datasets.Image):
-            label = column
-    split = _Rows(found, images[0], label, numbers, _num_classes(model))
+    if labelled and not (maps and _wants(model)):
+        label, numbers = _class_column(found, model, name)
+    if labelled and label is None and maps:
+        label = maps[0]
+    # Pictures as Pillow has them, whatever form rows would have.
+    rows = found.with_format(None)
+    split = _Rows(rows, image, label, numbers, _num_classes(model), label in depths)
     return split, name, lambda i: split[i][0]
+
+
+def _class_column(
+    found: Any, model: nn.Module | None, name: str
+) -> tuple[str | None, list[int] | None]:
+    """The column of classes, and which of the model's each of them is, if they have names."""
+    datasets = require("datasets", "evaluate")
+    kinds = {n: getattr(kind, "feature", kind) for n, kind in found.features.items()}
+    classes = [n for n, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
+    classes.sort(key=lambda n: n not in _LABELS)
+    refusals = []
+    for column in classes:
+        try:
+            where = f"the labels of {name}"
+            return column, class_numbers(kinds[column].names, model, where)
+        except ValueError as error:  # another column may have the classes of this model
+            refusals.append(error)
+    if refusals:
+        raise refusals[0]
+    for column in _LABELS:
+        if isinstance(kinds.get(column), datasets.Value):
+            return column, None
+    return None, None
 
 
 @dataclass(frozen=True)
@@ -340,6 +540,7 @@ class _Rows:
     label: str | None
     numbers: list[int] | None
     classes: int | None
+    depth: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -347,15 +548,85 @@ class _Rows:
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         row = self.rows[index]
         label = None if self.label is None else row[self.label]
-        if isinstance(label, list) and self.numbers:
-            several = torch.zeros(self.classes or len(self.numbers))
-            several[[self.numbers[number] for number in label]] = 1
-            label = several
+        if self.label is not None and label is None:
+            raise ValueError(f"row {index} has no {self.label}: {_WITHOUT}")
+        if isinstance(label, list):
+            label = self._several(label, index)
+        elif isinstance(label, str):
+            raise ValueError(
+                f"row {index} has the {self.label} {label!r}, which must be a number: make it one "
+                f'with dataset.class_encode_column("{self.label}")'
+            )
         elif isinstance(label, int) and self.numbers:
-            label = self.numbers[label]
+            label = self._number(label, index)
         elif _is_picture(label):
-            label = _class_map(label)
-        return row[self.image].convert("RGB"), label
+            label = _depth_map(label) if self.depth else _class_map(label)
+        return _coloured(row[self.image]), label
+
+    def _number(self, label: int, index: int) -> int:
+        assert self.numbers is not None
+        if not 0 <= label < len(self.numbers):  # -1, in test splits whose labels are secret
+            raise ValueError(f"row {index} has the {self.label} {label}, which is none: {_WITHOUT}")
+        return self.numbers[label]
+
+    def _several(self, label: list[Any], index: int) -> Any:
+        """Zeros and ones, of a list of classes."""
+        if any(isinstance(one, list) for one in label):
+            return label
+        if self.numbers:
+            label = [self._number(number, index) for number in label]
+        elif len(label) == (self.classes or len(label)) and {*label} <= {0, 1}:
+            return label
+        count = self.classes or len(self.numbers or ())
+        wrong = [number for number in label if not 0 <= number < count or number != int(number)]
+        if wrong:
+            raise ValueError(
+                f"row {index} has {wrong[0]} among its {self.label}: they must be zeros and ones, "
+                f"one for each of {count} classes, or numbers of classes"
+            )
+        several = torch.zeros(count, dtype=torch.long)
+        several[[int(number) for number in label]] = 1
+        return several
+
+    def stamp(self) -> str:
+        if self.label is None or type(self.rows.features[self.label]).__name__ == "Image":
+            return ""
+        return str(list(self.rows[self.label]))
+
+
+_WITHOUT = "give labelled=False (--unlabelled) to compare with the dense model alone"
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """A batch by name, as processors of transformers give it."""
+
+    columns: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        return len(next(x for x in self.columns.values() if isinstance(x, Tensor)))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {name: column[index] for name, column in self.columns.items()}
+
+
+@dataclass(frozen=True)
+class _Collated:
+    """What a loader makes of each sample alone."""
+
+    samples: Any
+    collate: Callable[[list[Any]], Any]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        batch = self.collate([self.samples[index]])
+        if isinstance(batch, Mapping):
+            return {name: column[0] for name, column in batch.items()}
+        if isinstance(batch, tuple | list):
+            return tuple(column[0] for column in batch)
+        return (batch[0],)
 
 
 @dataclass(frozen=True)
@@ -367,6 +638,9 @@ class _HeldOut:
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return normalise(self.held_out.images[index]), self.held_out.labels[index]
+
+    def stamp(self) -> str:
+        return hashlib.sha256(self.held_out.labels.numpy().tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -388,7 +662,27 @@ class _Files:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Any, None]:
-        return _open(self.files[index]).convert("RGB"), None
+        return _picture(self.files[index]), None
+
+    def stamp(self) -> str:
+        return _stamp_of(self.files)
+
+
+@dataclass(frozen=True)
+class _Labelled:
+    """Pictures, with the class of each."""
+
+    files: tuple[Path, ...]
+    labels: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return _picture(self.files[index]), self.labels[index]
+
+    def stamp(self) -> str:
+        return f"{_stamp_of(self.files)} {self.labels}"
 
 
 @dataclass(frozen=True)
@@ -404,52 +698,110 @@ class _Maps:
 
     def __getitem__(self, index: int) -> tuple[Any, Tensor]:
         target = self.targets[index]
-        if target.suffix == ".npy":
-            pixels = torch.from_numpy(np.load(target, allow_pickle=False))
-            pixels = pixels.float() if self.depth else pixels.long()
-        else:
-            pixels = _class_map(_open(target))
-            pixels = pixels.float() if self.depth else pixels
-        return _open(self.files[index]).convert("RGB"), pixels
+        try:
+            if target.suffix.lower() == ".npy":
+                pixels = torch.from_numpy(np.load(target, allow_pickle=False)).squeeze()
+                pixels = pixels.float() if self.depth else pixels.long()
+            else:
+                pixels = (_depth_map if self.depth else _class_map)(_opened(target))
+        except (ValueError, TypeError, EOFError) as error:
+            raise ValueError(f"{target}: {error}") from error
+        picture = _picture(self.files[index])
+        if pixels.ndim != 2 or not _alike(picture.size, (pixels.shape[1], pixels.shape[0])):
+            raise ValueError(
+                f"{target} must be as wide for its height as {self.files[index]}, which is "
+                f"{picture.size[0]} x {picture.size[1]} pixels, and is of {tuple(pixels.shape)}"
+            )
+        return picture, pixels
+
+    def stamp(self) -> str:
+        return f"{_stamp_of(self.files)} {_stamp_of(self.targets)}"
 
 
-@dataclass(frozen=True)
-class _Renumbered:
-    """Pictures by class, with the numbers that the model has for the classes."""
-
-    pictures: pictures.Folder
-    numbers: list[int]
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        picture, label = self.pictures[index]
-        return picture, self.numbers[label]
+def _alike(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two rectangles have the same shape, but for the rounding of whole pixels."""
+    (width, height), (w, h) = size, other
+    return abs(width * h - height * w) <= max(width, height, w, h)
 
 
-def _open(path: Path) -> Any:
-    return require("PIL.Image", "evaluate").open(path)
+def _opened(path: Path) -> Any:
+    """A picture as it is stored, all of it."""
+    image = require("PIL.Image", "evaluate")
+    try:
+        with image.open(path) as opened:
+            opened.load()
+            return opened
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, ValueError, image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+
+
+def _picture(path: Path) -> Any:
+    """A picture in colour, the right way up: cameras store how they were held."""
+    upright = require("PIL.ImageOps", "evaluate").exif_transpose(_opened(path))
+    try:
+        return _coloured(upright)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _coloured(picture: Any) -> Any:
+    """A picture of any mode in red, green and blue.
+
+    Raises:
+        ValueError: it cannot be told which number is white.
+    """
+    if picture.mode.startswith("I;16"):  # Pillow would make everything above 255 white
+        grey = np.rint(np.asarray(picture) / 257).astype(np.uint8)
+        picture = require("PIL.Image", "evaluate").fromarray(grey)
+    elif picture.mode == "F" or (picture.mode == "I" and picture.getextrema()[1] > 255):
+        raise ValueError(
+            f"pictures must have 8 or 16 bits per channel, and mode {picture.mode} does not say "
+            "which number is white"
+        )
+    return picture.convert("RGB")
 
 
 def _class_map(picture: Any) -> Tensor:
     """The class of every pixel, of a picture with one channel or a palette."""
+    return torch.from_numpy(_channel(picture).astype(np.int64))
+
+
+def _depth_map(picture: Any) -> Tensor:
+    return torch.from_numpy(_channel(picture).astype(np.float32))
+
+
+def _channel(picture: Any) -> Any:
     pixels = np.asarray(picture)
     if pixels.ndim != 2:
         raise ValueError(
-            f"a map of classes must have one channel, not {pixels.shape[-1]} (mode {picture.mode})"
+            f"a map of classes or depths must have one channel, not {pixels.shape[-1]} (mode "
+            f"{picture.mode})"
         )
-    return torch.from_numpy(pixels.astype(np.int64))
+    return pixels
 
 
 def _is_picture(x: Any) -> bool:
     return type(x).__module__.split(".")[0] == "PIL"
 
 
-def _first(sample: Any) -> Any:
-    if isinstance(sample, Mapping):
-        return next(iter(sample.values()))
-    return sample[0]
+def _parted(sample: Any) -> tuple[Any, Any]:
+    """An image, or a mapping of all that a model takes with it, and what is true of it."""
+    if not isinstance(sample, Mapping):
+        if not isinstance(sample, tuple | list):
+            return sample, None
+        return sample[0], sample[1] if len(sample) > 1 else None
+    inputs = dict(sample)
+    labels = [inputs.pop(name) for name in _LABELS if name in inputs]
+    raw = [name for name, x in inputs.items() if _is_picture(x)]
+    if raw:  # a row, of which the rest is nothing that a model takes
+        named = [name for name in _IMAGES if name in raw]
+        image = (named or [name for name in raw if name not in _MAPS] or raw)[0]
+        labels += [inputs[name] for name in _MAPS if name in inputs and name != image]
+        return inputs[image], labels[0] if labels else None
+    target = labels[0] if labels else None
+    return (next(iter(inputs.values())) if len(inputs) == 1 else inputs), target
 
 
 # --- preparing ------------------------------------------------------------------------------------
@@ -469,28 +821,43 @@ class _Prepare:
         return len(self.items)
 
     def __getitem__(self, index: int) -> Sample:
-        sample = self.items[index]
-        target: Any = None
-        if isinstance(sample, Mapping):
-            inputs = dict(sample)
-            target = next((inputs.pop(n) for n in ("labels", "label") if n in inputs), None)
-            image: Any = inputs if len(inputs) > 1 else next(iter(inputs.values()))
-            if len(inputs) > 1:
-                return inputs, _target(target if self.labelled else None)
+        image, given = _parted(self.items[index])
+        target = _target(given if self.labelled else None)
+        classless = getattr(self.model, "num_classes", None) == 0
+        if classless and target is not None and target.ndim == 0:
+            raise ValueError(f"the model has no classes (num_classes=0) for labels: {_WITHOUT}")
+        if isinstance(image, Mapping):
+            return image, target
+        if isinstance(image, np.ndarray) and image.dtype != np.uint8:
+            image = torch.from_numpy(image.copy())
+        if isinstance(image, Tensor):
+            if not image.is_floating_point():
+                raise ValueError(
+                    "images that are tensors must be of fractions, as the model takes them, not "
+                    f"{image.dtype} of {tuple(image.shape)}: give pictures instead"
+                )
         else:
-            image, target = (sample[0], sample[1]) if len(sample) > 1 else (sample[0], None)
-        if not isinstance(image, Tensor):
             image = self._prepared(image)
+            if target is not None and target.ndim == 2:
+                target = self._as_processed(target)
         name = _input_name(self.model)
-        prepared = image if name is None else {name: image}
-        return prepared, _target(target if self.labelled else None)
+        return (image if name is None else {name: image}), target
 
     def _prepared(self, picture: Any) -> Tensor:
+        if isinstance(picture, str | Path):
+            picture = _picture(Path(picture))
+        elif isinstance(picture, np.ndarray):
+            picture = require("PIL.Image", "evaluate").fromarray(picture)
         if self._own is None:
             given = self.transform
             self._own = own_transform(self.model) if given is None else given
+            self._own = getattr(self._own, "image_processor", self._own)  # of a whole processor
             if hasattr(self._own, "preprocess"):  # an image processor
                 self._own = pictures.Processed(self._own)
+        if _is_picture(picture) and (
+            self.transform is None or isinstance(self._own, pictures.Processed)
+        ):
+            picture = _coloured(picture)
         prepared: Tensor = self._own(picture)
         if not isinstance(prepared, Tensor) or prepared.ndim != 3:
             raise ValueError(
@@ -498,6 +865,22 @@ class _Prepare:
                 f"{tuple(prepared.shape) if isinstance(prepared, Tensor) else type(prepared)}"
             )
         return prepared
+
+    def _as_processed(self, target: Tensor) -> Tensor:
+        """A map as the processor of its picture has maps."""
+        processor = getattr(self._own, "processor", None)
+        if getattr(processor, "do_center_crop", False):
+            raise ValueError(
+                f"{type(processor).__name__} crops pictures, and maps of labels are of the whole: "
+                "give as transform a processor with do_center_crop=False"
+            )
+        if getattr(processor, "do_reduce_labels", False) and not target.is_floating_point():
+            # 0 counts for nothing, and the first class is 1, as in ADE20K.
+            target = torch.where((target == 0) | (target == IGNORED), IGNORED, target - 1)
+        return target
+
+    def stamp(self) -> str:
+        return _stamp(self.items)
 
 
 def own_transform(model: Any) -> Transform:
@@ -511,7 +894,13 @@ def own_transform(model: Any) -> Transform:
     config = getattr(model, "pretrained_cfg", None)
     if config:
         data = require("timm.data", "timm")
-        transform: Transform = data.create_transform(**data.resolve_data_config({}, model=model))
+        settings = data.resolve_data_config({}, model=model)
+        # timm tells the size of the checkpoint, not that which the model was made for.
+        embed = getattr(model, "patch_embed", None)
+        size = getattr(embed, "img_size", None)
+        if isinstance(size, tuple) and getattr(embed, "strict_img_size", False):
+            settings["input_size"] = (settings["input_size"][0], *size)
+        transform: Transform = data.create_transform(**settings)
         return transform
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     if name:
@@ -531,13 +920,28 @@ def own_transform(model: Any) -> Transform:
 
 def _input_name(model: Any) -> str | None:
     name = getattr(model, "main_input_name", None)
-    return name if isinstance(name, str) else None
+    # Of models that take text, too, it is the name of that.
+    return {"input_ids": "pixel_values"}.get(name, name) if isinstance(name, str) else None
 
 
 def _target(target: Any) -> Tensor | None:
-    if target is None or isinstance(target, Tensor):
-        return target
-    return torch.as_tensor(target)
+    if target is None:
+        return None
+    if _is_picture(target):
+        return _depth_map(target) if target.mode == "F" else _class_map(target)
+    if not isinstance(target, Tensor):
+        try:
+            # A copy of arrays, which may be read-only.
+            target = torch.as_tensor(np.array(target) if hasattr(target, "shape") else target)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                "labels must be numbers or maps of them, not "
+                f"{type(target).__name__} ({str(target)[:60]}): {_WITHOUT}"
+            ) from error
+    if target.ndim == 3 and len(target) == 1:  # a map, as transforms leave it
+        target = target[0]
+    kept: Tensor = target if target.is_floating_point() else target.long()
+    return kept
 
 
 def sent(inputs: Inputs, device: torch.device, dtype: torch.dtype) -> Inputs:
@@ -560,7 +964,10 @@ def _shape(inputs: Any) -> Any:
 
 
 def _stacked(group: list[Sample]) -> tuple[Inputs, list[Tensor] | None]:
-    first, target = group[0]
+    first = group[0][0]
+    targets = [target for _, target in group if target is not None]
+    if targets and len(targets) < len(group):
+        raise ValueError(f"some samples have labels and others have none: {_WITHOUT}")
     inputs: Any
     if isinstance(first, Mapping):
         inputs = {
@@ -569,4 +976,4 @@ def _stacked(group: list[Sample]) -> tuple[Inputs, list[Tensor] | None]:
         }
     else:
         inputs = torch.stack([sample[0] for sample in group])
-    return inputs, None if target is None else [t for _, t in group if t is not None]
+    return inputs, targets or None
