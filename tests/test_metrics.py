@@ -212,6 +212,13 @@ def test_classes_that_are_ruled_out_have_no_divergence() -> None:
     assert math.isfinite(compare(seen(dense), seen(dense), multilabel=True).divergence)
 
 
+def test_nothing_is_closer_than_the_same() -> None:
+    dense = torch.randn(500, 30)
+    ours = dense + 1e-7 * torch.randn(500, 30)
+    each = [compare(seen(a[None]), seen(b[None])) for a, b in zip(ours, dense, strict=True)]
+    assert min(found.divergence for found in each) >= 0
+
+
 def test_scores_that_are_no_numbers_agree_with_nothing() -> None:
     scores = torch.randn(4, 3)
     scores[1] = math.nan

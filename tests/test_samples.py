@@ -301,6 +301,16 @@ def test_arrays_are_pictures_or_what_the_model_takes() -> None:
         samples.of([torch.zeros(3, 8, 8, dtype=torch.uint8)])[0]
 
 
+def test_a_batch_of_one_is_one_image() -> None:
+    x, words = torch.rand(1, 3, 8, 8), torch.ones(1, 5)
+    assert samples.of([x, x])[0][0].shape == (3, 8, 8)
+    assert samples.of([{"pixel_values": x, "label": 1}])[0][0].shape == (3, 8, 8)
+    both = samples.of([{"pixel_values": x, "input_ids": words}])[0][0]
+    assert [tuple(part.shape) for part in both.values()] == [(3, 8, 8), (5,)]
+    frames = samples.of([{"pixel_values": torch.rand(4, 3, 8, 8), "mask": words}])[0][0]
+    assert frames["pixel_values"].shape == (4, 3, 8, 8)
+
+
 def test_what_has_no_numbers_is_refused() -> None:
     class Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
         def __iter__(self) -> Any:

@@ -267,7 +267,7 @@ def _categorical(ours: Decisions, theirs: Decisions) -> Tensor:
     """KL(theirs || ours) of every decision."""
     a, b = ours.logs(), theirs.logs()
     assert a is not None and b is not None
-    return _weighted(b.exp(), b - a).sum(-1)
+    return _weighted(b.exp(), b - a).sum(-1).clamp(min=0)  # what rounding leaves may be below
 
 
 def _bernoulli(ours: Decisions, theirs: Decisions) -> Tensor:

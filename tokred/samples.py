@@ -827,7 +827,7 @@ class _Prepare:
         if classless and target is not None and target.ndim == 0:
             raise ValueError(f"the model has no classes (num_classes=0) for labels: {_WITHOUT}")
         if isinstance(image, Mapping):
-            return image, target
+            return _one(image), target
         if isinstance(image, np.ndarray) and image.dtype != np.uint8:
             image = torch.from_numpy(image.copy())
         if isinstance(image, Tensor):
@@ -836,6 +836,8 @@ class _Prepare:
                     "images that are tensors must be of fractions, as the model takes them, not "
                     f"{image.dtype} of {tuple(image.shape)}: give pictures instead"
                 )
+            if image.ndim == 4 and len(image) == 1:  # a batch of one, as processors give it
+                image = image[0]
         else:
             image = self._prepared(image)
             if target is not None and target.ndim == 2:
@@ -916,6 +918,15 @@ def own_transform(model: Any) -> Transform:
         "function from a picture to a tensor [channels, height, width] or an image processor, or "
         "give tensors"
     )
+
+
+def _one(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Inputs without a batch, of those that processors give for one image, with one."""
+    tensors = [x for x in inputs.values() if isinstance(x, Tensor)]
+    alone = all(x.ndim and len(x) == 1 for x in tensors) and any(x.ndim >= 4 for x in tensors)
+    if not alone:
+        return inputs
+    return {name: x[0] if isinstance(x, Tensor) else x for name, x in inputs.items()}
 
 
 def _input_name(model: Any) -> str | None:
