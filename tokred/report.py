@@ -395,12 +395,19 @@ dd{margin:0}
 :root{color-scheme:light;--paper:#fff;--ink:#000;--soft:#eee;--accent:#555}
 .tokred .scroll{overflow:visible}.tokred table{font-size:6.5pt}
 .tokred th,.tokred td{padding:.15em .2em;white-space:normal}
-img{min-width:0}section{break-inside:avoid}}
+.tokred .hint{display:none}.tokred th:first-child{position:static}
+/* Buttons are not painted again where a table goes on. */
+.sortable button{display:contents}thead,tr{break-inside:avoid}
+img{min-width:0}figure,svg,.headline{break-inside:avoid}h2{break-after:avoid}}
 </style>"""
 
 _SCRIPT = """<script>
-for (const caption of document.querySelectorAll(".sortable caption span"))
-  caption.append(" A title sorts.");
+for (const caption of document.querySelectorAll(".sortable caption span")) {
+  const hint = document.createElement("span");
+  hint.className = "hint";
+  hint.textContent = " The titles are buttons that sort.";
+  caption.append(hint);
+}
 document.querySelectorAll(".sortable th[scope=col]").forEach((title, column) => {
   const button = document.createElement("button");
   button.type = "button";
