@@ -414,6 +414,10 @@ def test_another_label_of_any_image_is_other_data(tmp_path: Path) -> None:
 
     assert print_of(numbers) != print_of(others)
     assert print_of(numbers) == print_of(torch.tensor(numbers))
+    maps = torch.zeros(40, 4, 4).long()
+    before = print_of(maps)
+    maps[17, 0, 0] = 1
+    assert print_of(maps) != before
     datasets = pytest.importorskip("datasets")
     pictures = (datasets.Image(), [Image.fromarray(noise(i)) for i in range(40)])
     prints = {

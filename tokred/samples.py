@@ -6,8 +6,12 @@
 
 Taken are: a folder of pictures, or of folders of them, one for each class, or with `images` and
 `labels` (or `depth`) in it; a Hugging Face dataset; a dataset or loader of torch or timm; a list of
-pictures, paths or tensors; a tensor; what `tokred.zoo.held_out` gives. They are prepared as the
-model's library says that this model wants it.
+pictures, paths, arrays or tensors, alone, with labels or by name; a tensor; a batch by name; what
+`tokred.zoo.held_out` gives. They are prepared as the model's library says that this model wants it.
+
+Hidden files and folders are passed over, pictures are turned as their EXIF data say, those of 16
+bits are brought to 8, and all are in colour. Arrays of bytes are pictures; tensors, and arrays of
+fractions, are what the model takes.
 """
 
 from __future__ import annotations
@@ -184,8 +188,11 @@ def _stamp(items: Any) -> str:
 
 def _plain(target: Any) -> Any:
     """Numbers and names that are the same in the next process, too; None for all else."""
-    if isinstance(target, Tensor | np.ndarray):
-        return target.tolist()
+    if isinstance(target, Tensor):
+        target = target.detach().cpu().numpy()
+    if isinstance(target, np.ndarray):  # maps are large
+        small = target.ndim < 2
+        return target.tolist() if small else hashlib.sha256(target.tobytes()).hexdigest()
     if isinstance(target, list | tuple):
         return [_plain(one) for one in target]
     return target if isinstance(target, int | float | str) else None
