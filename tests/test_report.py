@@ -366,6 +366,13 @@ def test_bars_add_up_to_the_block() -> None:
     assert loss in parsed(html).text
 
 
+def test_a_line_of_one_point_is_not_in_the_legend() -> None:
+    slow = evaluation(rows=(evaluation().dense, row("tome", 0.5, 95.0, 150.0)))
+    assert len(slow.front()) == 1
+    told = "no setting is both faster and better</li>"
+    assert told not in report.plot(slow) and told in report.plot(evaluation())
+
+
 def test_many_losses_are_folded() -> None:
     one = profiled().layers[1]
     layers = [dataclasses.replace(one, layer=n, before=196 - n, after=195 - n) for n in range(12)]
@@ -379,7 +386,7 @@ def test_many_losses_are_folded() -> None:
 def test_what_scrolls_can_be_reached_and_has_a_name(page: str) -> None:
     boxes = re.findall(r'<div class="scroll"([^>]*)>', page)
     assert len(boxes) == 3
-    assert all('tabindex="0" role="region" aria-label="' in each for each in boxes)
+    assert all('tabindex="0" role="group" aria-label="' in each for each in boxes)
 
 
 def test_pieces_for_notebooks_are_balanced_and_bring_their_style() -> None:

@@ -124,7 +124,7 @@ def picture(png: bytes, alt: str) -> str:
 
 def _scrolling(content: str, name: str) -> str:
     """A box that scrolls by itself; it can be reached with keys, and so needs a role and a name."""
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="{name}">{content}</div>'
+    return f'<div class="scroll" tabindex="0" role="group" aria-label="{name}">{content}</div>'
 
 
 @dataclass(frozen=True)
@@ -218,12 +218,11 @@ def scatter(
     parts.extend(_labels([(*at(point), point.label) for point in points], box, [*map(at, line)]))
     legend = [("dense model", f'<path transform="translate(7 7)" d="{_CROSS}" fill="none" '
                'stroke="currentColor" stroke-width="2.2"/>')]  # fmt: skip
-    legend.append(
-        (
-            "no setting is both faster and better",
-            '<path d="M0 7H14" stroke="currentColor" stroke-width="1.8" stroke-dasharray="5 3"/>',
+    if len(line) > 1:
+        dashes = (
+            '<path d="M0 7H14" stroke="currentColor" stroke-width="1.8" stroke-dasharray="5 3"/>'
         )
-    )
+        legend.append(("no setting is both faster and better", dashes))
     legend += [
         (name, f'<path transform="translate(7 7)" d="{shape}" fill="{colour}"/>')
         for name, (colour, shape) in zip(series, _looks(), strict=False)
