@@ -422,9 +422,10 @@ def test_matching_by_hand_is_that_of_the_model(prefix: int) -> None:
     assert torch.equal(size[..., 0], source.sum(2)) and size.sum() == 2 * (12 + prefix)
     torch.testing.assert_close(source @ x / size, few)
     assert torch.equal(unmerge(few), (source.transpose(1, 2) @ few).to(few))
-    again, sizes = tome.merge.merge_wavg(merge, x, torch.full_like(x[..., :1], 2))
-    torch.testing.assert_close(again, few)
-    assert torch.equal(sizes, 2 * size)
+    before = 1.0 + torch.arange(12 + prefix).expand(2, -1)[..., None]
+    again, sizes = tome.merge.merge_wavg(merge, x, before)
+    assert torch.equal(sizes, source @ before)
+    torch.testing.assert_close(again, source @ (x * before) / sizes)
     twice, _ = tome.merge.bipartite_soft_matching(few, 100, prefix > 0, prefix > 1)
     assert tome.merge.merge_source(twice, few, source).sum(2).sum() == 2 * (12 + prefix)
     assert twice(few).shape[1] == 4 + prefix, "half of them at most"
