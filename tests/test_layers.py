@@ -15,11 +15,12 @@ from tokred.host import library_of
 ROOT = Path(__file__).parent.parent
 HOSTS = {"timm", "transformers", "diffusers", "torchvision", "open_clip"}
 RANK = {
-    "maps": 0, "schedule": 0, "optional": 0, "markup": 0, "kernels": 0.5, "gates": 0.7,
+    "maps": 0, "schedule": 0, "optional": 0, "markup": 0, "reading": 0.1,
+    "kernels": 0.5, "gates": 0.7,
     "reducers": 1, "inputs": 1, "presets": 1.5, "models": 2, "run": 2, "windows": 2.5, "host": 3,
     "denoising": 3.5, "patching": 4, "tracing": 5, "cost": 5, "fidelity": 5, "citing": 5, "zoo": 5,
     "calibration": 5, "losses": 5.5, "drawing": 6, "fid": 6, "suites": 6, "training": 6,
-    "pictures": 5.8, "samples": 5.9, "metrics": 5.9, "evaluation": 6.2, "evaluating": 6.5,
+    "pictures": 5.8, "samples": 5.9, "metrics": 5.85, "evaluation": 6.2, "evaluating": 6.5,
     "profiling": 6, "report": 6.6, "compat": 6.5, "advising": 6.8, "__init__": 7, "__main__": 8,
 }  # fmt: skip
 

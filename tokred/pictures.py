@@ -20,10 +20,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tokred import zoo
+from tokred import reading, zoo
 from tokred.optional import require
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 HELD_OUT = ("val", "validation", "valid", "test")
 """What folders and splits to validate on are called; the first that is there is taken."""
 _ON_HUB = ("hf-hub:", "hf_hub:", "local-dir:")
@@ -59,8 +58,7 @@ class Folder:
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         path, label = self.files[index]
-        with require("PIL.Image", "train").open(path) as opened:
-            return opened.convert("RGB"), label
+        return reading.picture(path), label
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ class Split:
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         row = self.rows[index]
-        return row[self.image].convert("RGB"), int(row[self.label])
+        return reading.coloured(row[self.image]), int(row[self.label])
 
 
 def read(where: str) -> tuple[Pictures, Pictures | None]:
@@ -115,7 +113,7 @@ def read(where: str) -> tuple[Pictures, Pictures | None]:
 
 
 def folder(path: Path, classes: Sequence[str] | None = None) -> Folder:
-    """The pictures in a folder, whose folders are their classes.
+    """The pictures in a folder, whose folders are their classes. Hidden ones are passed over.
 
     Args:
         path: the folder.
@@ -124,7 +122,7 @@ def folder(path: Path, classes: Sequence[str] | None = None) -> Folder:
     Raises:
         ValueError: there are none, or of other classes.
     """
-    names = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+    names = reading.folders(path)
     known = tuple(names if classes is None else classes)
     strangers = [name for name in names if name not in known]
     if strangers:
@@ -132,12 +130,7 @@ def folder(path: Path, classes: Sequence[str] | None = None) -> Folder:
             f"{path} has the class {strangers[0]!r}, which is not among those that are trained on"
         )
     numbers = {name: number for number, name in enumerate(known)}
-    files = [
-        (file, numbers[name])
-        for name in names
-        for file in sorted((path / name).rglob("*"))
-        if file.suffix.lower() in SUFFIXES
-    ]
+    files = [(file, numbers[name]) for name in names for file in reading.pictures_in(path / name)]
     if not files:
         raise ValueError(f"{path} must hold a folder of pictures for each class, and has none")
     return Folder(tuple(files), known)

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokred import pictures
+from tokred import pictures, reading
 from tokred.host import module_of
 from tokred.inputs import Inputs
 from tokred.metrics import IGNORED
@@ -279,14 +279,14 @@ def _folder(
     if images.is_dir():
         names = (*DEPTHS, *MASKS) if _wants(model) == "depth" else (*MASKS, *DEPTHS)
         beside = next((path / n for n in names if (path / n).is_dir()), None)
-        files = _pictures_under(_held_out_of(images) or images)
+        files = reading.some_pictures(_held_out_of(images) or images)
         if beside is None or not labelled:
             found = _Files(files)
         else:
             by_stem = {
                 file.relative_to(beside).with_suffix(""): file
-                for file in _all(beside)
-                if file.suffix.lower() in pictures.SUFFIXES | {".npy"}
+                for file in reading.shown(beside)
+                if file.suffix.lower() in reading.SUFFIXES | {".npy"}
             }
             missing = [f for f in files if f.relative_to(images).with_suffix("") not in by_stem]
             if missing:
@@ -302,9 +302,9 @@ def _folder(
         path = held_out
         if (path / "images").is_dir():
             return _folder(path, model, labelled)
-    folders = _folders(path)
+    folders = reading.folders(path)
     if labelled and folders:
-        beside_them = [file for file in path.iterdir() if _is_shown_picture(file)]
+        beside_them = [file for file in path.iterdir() if reading.is_picture(file)]
         if beside_them:
             raise ValueError(
                 f"{beside_them[0]} is beside folders, and so in no class: move it, or give "
@@ -312,11 +312,11 @@ def _folder(
             )
         # A class of which no picture was held out is a class all the same.
         train = path.parent / "train"
-        there = _folders(train) if held_out is not None and train.is_dir() else []
+        there = reading.folders(train) if held_out is not None and train.is_dir() else []
         classes = there if set(folders) <= set(there) else folders
         numbers = class_numbers(classes, model, f"the folders of {path}")
         known = dict(zip(classes, numbers, strict=True))
-        labels = [(f, known[name]) for name in folders for f in _shown_pictures(path / name)]
+        labels = [(f, known[name]) for name in folders for f in reading.pictures_in(path / name)]
         if not labels:
             raise ValueError(
                 f"{path} must hold a folder of pictures for each class, and those that it has are "
@@ -324,13 +324,13 @@ def _folder(
             )
         found = _Labelled(tuple(f for f, _ in labels), tuple(number for _, number in labels))
     else:
-        found = _Files(_pictures_under(path))
+        found = _Files(reading.some_pictures(path))
     return found, str(path), lambda i: found[i][0]
 
 
 def _held_out_of(path: Path) -> Path | None:
     """What is to be looked at of a folder with a folder for each split; None if it is no such."""
-    there = set(_folders(path))
+    there = set(reading.folders(path))
     held_out = next((name for name in pictures.HELD_OUT if name in there), None)
     if held_out is not None and there & {"train", "training"}:
         return path / held_out
@@ -339,46 +339,6 @@ def _held_out_of(path: Path) -> Path | None:
     if there == {"training", "validation"}:
         return path / "validation"
     return None
-
-
-def _folders(path: Path) -> list[str]:
-    """The names of the folders in it, but for hidden ones (`.ipynb_checkpoints`)."""
-    return sorted(
-        entry.name
-        for entry in path.iterdir()
-        if entry.is_dir() and not entry.name.startswith((".", "__"))
-    )
-
-
-def _all(folder: Path) -> list[Path]:
-    """The files under it, without hidden ones: `._a.jpg`, which macOS writes, is no picture."""
-    return sorted(
-        file
-        for file in folder.rglob("*")
-        if file.is_file()
-        and not any(part.startswith((".", "__")) for part in file.relative_to(folder).parts)
-    )
-
-
-def _is_shown_picture(file: Path) -> bool:
-    return (
-        file.is_file()
-        and file.suffix.lower() in pictures.SUFFIXES
-        and not file.name.startswith(".")
-    )
-
-
-def _shown_pictures(folder: Path) -> list[Path]:
-    return [file for file in _all(folder) if file.suffix.lower() in pictures.SUFFIXES]
-
-
-def _pictures_under(folder: Path) -> tuple[Path, ...]:
-    files = tuple(_shown_pictures(folder))
-    if not files:
-        raise ValueError(
-            f"{folder} must hold pictures ({', '.join(sorted(pictures.SUFFIXES))}), and has none"
-        )
-    return files
 
 
 def _wants(model: nn.Module | None) -> str | None:
@@ -567,8 +527,8 @@ class _Rows:
         elif isinstance(label, int) and self.numbers:
             label = self._number(label, index)
         elif _is_picture(label):
-            label = _depth_map(label) if self.depth else _class_map(label)
-        return _coloured(row[self.image]), label
+            label = reading.depth_map(label) if self.depth else reading.class_map(label)
+        return reading.coloured(row[self.image]), label
 
     def _number(self, label: int, index: int) -> int:
         assert self.numbers is not None
@@ -669,7 +629,7 @@ class _Files:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Any, None]:
-        return _picture(self.files[index]), None
+        return reading.picture(self.files[index]), None
 
     def stamp(self) -> str:
         return _stamp_of(self.files)
@@ -686,7 +646,7 @@ class _Labelled:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return _picture(self.files[index]), self.labels[index]
+        return reading.picture(self.files[index]), self.labels[index]
 
     def stamp(self) -> str:
         return f"{_stamp_of(self.files)} {self.labels}"
@@ -710,10 +670,12 @@ class _Maps:
                 pixels = torch.from_numpy(np.load(target, allow_pickle=False)).squeeze()
                 pixels = pixels.float() if self.depth else pixels.long()
             else:
-                pixels = (_depth_map if self.depth else _class_map)(_opened(target))
+                pixels = (reading.depth_map if self.depth else reading.class_map)(
+                    reading.opened(target)
+                )
         except (ValueError, TypeError, EOFError) as error:
             raise ValueError(f"{target}: {error}") from error
-        picture = _picture(self.files[index])
+        picture = reading.picture(self.files[index])
         if pixels.ndim != 2 or not _alike(picture.size, (pixels.shape[1], pixels.shape[0])):
             raise ValueError(
                 f"{target} must be as wide for its height as {self.files[index]}, which is "
@@ -729,64 +691,6 @@ def _alike(size: tuple[int, int], other: tuple[int, int]) -> bool:
     """Whether two rectangles have the same shape, but for the rounding of whole pixels."""
     (width, height), (w, h) = size, other
     return abs(width * h - height * w) <= max(width, height, w, h)
-
-
-def _opened(path: Path) -> Any:
-    """A picture as it is stored, all of it."""
-    image = require("PIL.Image", "evaluate")
-    try:
-        with image.open(path) as opened:
-            opened.load()
-            return opened
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, ValueError, image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
-
-
-def _picture(path: Path) -> Any:
-    """A picture in colour, the right way up: cameras store how they were held."""
-    upright = require("PIL.ImageOps", "evaluate").exif_transpose(_opened(path))
-    try:
-        return _coloured(upright)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _coloured(picture: Any) -> Any:
-    """A picture of any mode in red, green and blue.
-
-    Raises:
-        ValueError: it cannot be told which number is white.
-    """
-    if picture.mode.startswith("I;16"):  # Pillow would make everything above 255 white
-        grey = np.rint(np.asarray(picture) / 257).astype(np.uint8)
-        picture = require("PIL.Image", "evaluate").fromarray(grey)
-    elif picture.mode == "F" or (picture.mode == "I" and picture.getextrema()[1] > 255):
-        raise ValueError(
-            f"pictures must have 8 or 16 bits per channel, and mode {picture.mode} does not say "
-            "which number is white"
-        )
-    return picture.convert("RGB")
-
-
-def _class_map(picture: Any) -> Tensor:
-    """The class of every pixel, of a picture with one channel or a palette."""
-    return torch.from_numpy(_channel(picture).astype(np.int64))
-
-
-def _depth_map(picture: Any) -> Tensor:
-    return torch.from_numpy(_channel(picture).astype(np.float32))
-
-
-def _channel(picture: Any) -> Any:
-    pixels = np.asarray(picture)
-    if pixels.ndim != 2:
-        raise ValueError(
-            f"a map of classes or depths must have one channel, not {pixels.shape[-1]} (mode "
-            f"{picture.mode})"
-        )
-    return pixels
 
 
 def _is_picture(x: Any) -> bool:
@@ -854,7 +758,7 @@ class _Prepare:
 
     def _prepared(self, picture: Any) -> Tensor:
         if isinstance(picture, str | Path):
-            picture = _picture(Path(picture))
+            picture = reading.picture(Path(picture))
         elif isinstance(picture, np.ndarray):
             picture = require("PIL.Image", "evaluate").fromarray(picture)
         if self._own is None:
@@ -866,7 +770,7 @@ class _Prepare:
         if _is_picture(picture) and (
             self.transform is None or isinstance(self._own, pictures.Processed)
         ):
-            picture = _coloured(picture)
+            picture = reading.coloured(picture)
         prepared: Tensor = self._own(picture)
         if not isinstance(prepared, Tensor) or prepared.ndim != 3:
             raise ValueError(
@@ -946,7 +850,7 @@ def _target(target: Any) -> Tensor | None:
     if target is None:
         return None
     if _is_picture(target):
-        return _depth_map(target) if target.mode == "F" else _class_map(target)
+        return reading.depth_map(target) if target.mode == "F" else reading.class_map(target)
     if not isinstance(target, Tensor):
         try:
             # A copy of arrays, which may be read-only.
