@@ -8,11 +8,13 @@ import json
 import pytest
 import timm
 import torch
+from test_dense import DENSE
 from torch import nn
 
 import tokred
 from tokred import cost
-from tokred.patching import reduction_of
+from tokred.cost import free_limit_of
+from tokred.patching import hang, host_of, reduction_of
 from tokred.reducers.truncate import Truncate
 
 
@@ -107,3 +109,29 @@ def test_bench_compiles_when_asked(deit: nn.Module) -> None:
     images = torch.randn(1, 3, 224, 224)
     result = tokred.bench(deit, images, "tome", rounds=2, warmup=2, compile=True)
     assert result.compiled and "compiled" in str(result)
+
+
+def test_what_is_measured_is_said(deit: nn.Module) -> None:
+    images = torch.randn(1, 3, 224, 224)
+    tokred.apply(deit, "tome", 0.5)
+    with pytest.raises(ValueError, match=r"method must be given with keep_rate=0\.3"):
+        tokred.bench(deit, images, keep_rate=0.3)
+    with pytest.raises(ValueError, match=r"call model\.eval\(\)"):
+        tokred.bench(deit.train(), images)
+
+
+@pytest.mark.parametrize("method", ["slic", "tome"])
+@pytest.mark.parametrize("name", ["depth anything", "transformers_maskless-dpt-segmentation"])
+def test_the_free_limit_gives_necks_and_heads_their_grids(name: str, method: str) -> None:
+    torch.manual_seed(0)
+    model, inputs = DENSE[name].build().eval(), DENSE[name].inputs(2)
+    answer = DENSE[name].answer
+    with torch.no_grad():
+        dense = answer(model(**inputs)).shape
+        bench = tokred.bench(model, inputs, method, tokred.Hourglass(0.5, down=2), rounds=1)
+        reduction = tokred.apply(model, method, tokred.Hourglass(0.5, down=2))
+        host = host_of(model, None)
+        tokred.remove(model)
+        cut = free_limit_of(model, host, inputs, reduction, bench.counts)
+        hang(model, host, cut)
+        assert answer(model(**inputs)).shape == dense

@@ -7,8 +7,10 @@ Efficiency is a method's speed-up as a share of the free limit's.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import importlib.metadata
 import math
 import platform
 import random
@@ -219,8 +221,8 @@ def bench(
         images: one batch, on the model's device and in its dtype. (Of a denoiser: latents, time
             step and what else it takes, by name.)
         method: what to measure; the reduction that is applied, if not given.
-        keep_rate: as for `tokred.apply`; used with `method` only.
-        schedule: as for `tokred.apply`; used with `method` only.
+        keep_rate: as for `tokred.apply`; with `method` only.
+        schedule: as for `tokred.apply`; with `method` only.
         host: as for `tokred.apply`.
         rounds: measured runs of each.
         warmup: runs of each before, which are not measured.
@@ -228,11 +230,19 @@ def bench(
         on_round: called after every round with (rounds done, rounds in all), for progress bars.
 
     Raises:
-        ValueError: there is nothing to measure: no method given and none applied.
+        ValueError: there is nothing to measure: no method given and none applied; a keep rate or a
+            schedule is given without a method; or the model is in training mode.
     """
     if rounds < 1 or warmup < 0:
         raise ValueError(f"rounds must be at least 1 and warmup 0, not {rounds} and {warmup}")
+    if method is None and (keep_rate is not None or schedule is not None):
+        raise ValueError(
+            f"method must be given with keep_rate={keep_rate} and schedule={schedule}: the "
+            "reduction that is applied has its own"
+        )
     model = uncompiled(module_of(model))
+    if model.training:
+        raise ValueError("model must be in evaluation mode: call model.eval()")
     patch = host_of(model, host)
     with put_back(model, host):
         if method is not None:
@@ -309,7 +319,10 @@ def first_of(images: Inputs) -> Inputs:
 def cut_off(reduction: Reduction, counts: tuple[int, ...]) -> Reduction:
     """A reduction to these numbers of tokens that costs nothing, where this one stands."""
     cut = Truncate("between" if place(reduction.reducer) == "between" else "before")
-    return Reduction(cut, Exactly(counts), reduction.layout, full_grid=False)
+    # What reads features from layers in between gets its grids, whatever the last block gives.
+    return Reduction(
+        cut, Exactly(counts), reduction.layout, full_grid=False, tapped_by=reduction.tapped_by
+    )
 
 
 def _entering(
@@ -513,9 +526,11 @@ def versions_of(model: nn.Module) -> dict[str, str]:
     """The versions of what a measurement depends on."""
     library = type(model).__module__.split(".")[0]
     versions = {"torch": str(torch.__version__)}
-    for name in (library, "numba", "triton"):
-        if hasattr(sys.modules.get(name), "__version__"):
-            versions[name] = sys.modules[name].__version__
+    if hasattr(sys.modules.get(library), "__version__"):
+        versions[library] = sys.modules[library].__version__
+    for name in ("numba", "triton"):  # whether or not a method has already asked for them
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     return versions
 
 
