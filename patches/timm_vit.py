@@ -213,6 +213,8 @@ def value(block: Any, output: Tensor) -> Tensor:
 
 
 def refuse(model: VisionTransformer, signals: frozenset[str]) -> str | None:
+    if not hasattr(model, "norm"):
+        return "it has no norm behind its blocks, and pools tokens by itself"
     for layer, block in enumerate(model.blocks):
         if isinstance(block, ParallelScalingBlock):
             continue
