@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import images_for, small
 from PIL import Image
+from test_dense import DENSE
 from torch import Tensor, nn
 
 import tokred
@@ -201,6 +202,23 @@ def test_what_cannot_be_is_in_the_table_with_the_reason(evaluate: Evaluate) -> N
     assert "refused: svit: its gates are not trained" in str(table)
 
 
+def test_relative_depths_of_a_model_that_reads_layers_in_between(evaluate: Evaluate) -> None:
+    torch.manual_seed(0)
+    small = DENSE["depth anything"]
+    model, images = small.build().eval(), small.inputs(2)["pixel_values"]
+    with torch.no_grad():
+        depths = 1 / (0.5 + model(pixel_values=images).predicted_depth / 3)
+    data = list(zip(images, depths, strict=True))
+    table = evaluate(model, data, ["tome"], [0.5], schedule=tokred.Hourglass)
+    assert table.task == "relative depth" and not table.higher_is_better
+    assert table.dense.metrics["abs_rel"] == pytest.approx(0, abs=1e-4)  # but for scale and shift
+    (row,) = table.settings
+    assert table.drop(row) > 1e-3
+    assert row.limit is not None and row.limit.mult_adds is not None
+    assert row.speed.mult_adds is not None
+    assert row.limit.mult_adds < row.speed.mult_adds
+
+
 def test_the_model_is_left_as_it_was(evaluate: Evaluate) -> None:
     model = small("vit")
     images = images_for(model, 3)
@@ -313,6 +331,11 @@ def test_the_front_and_the_best() -> None:
                      ("b", 0.5, 86.0, 1.5), ("c", 0.9, 90.5, 0.9))  # fmt: skip
     assert [row.name for row in table.front()] == ["c 0.9", "dense", "a 0.7", "b 0.5", "a 0.5"]
     assert table.best(max_drop=1).name == "a 0.7"
+    broken = dataclasses.replace(table.rows[1], method="x", metrics={"top1": float("nan")})
+    broken = dataclasses.replace(
+        broken, speed=dataclasses.replace(broken.speed, images_per_second=1e9)
+    )
+    assert dataclasses.replace(table, rows=(*table.rows, broken)).front() == table.front()
     assert table.best(max_drop=4.5).name == "b 0.5"
     assert table.best(min_speed_up=1.3).name == "b 0.5"
     assert table.best(max_drop=5, min_speed_up=1.3).name == "a 0.5"

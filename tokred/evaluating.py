@@ -364,7 +364,7 @@ class Work:
         targets = first[0][1]
         self.task: Task | None = None
         if targets is not None:
-            self.task = TASKS[task] if task else task_of(targets, self.example.decisions)
+            self.task = TASKS[task] if task else task_of(targets, self.example.decisions, model)
         elif task is not None:
             raise ValueError(f"{samples.name} has no labels for {task}")
         self.multilabel = self.task is not None and self.task.name == "multilabel"

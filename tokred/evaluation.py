@@ -10,6 +10,7 @@ This file holds the values: one `Row` for each setting, and the `Evaluation` tha
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -202,7 +203,8 @@ class Evaluation:
         """The settings that no other is both faster and better than, the slowest first; the dense
         model among them."""
         best: list[Row] = []
-        for row in sorted(self.rows, key=lambda row: (-row.speed_up, self.drop(row))):
+        rows = [row for row in self.rows if math.isfinite(self.score(row))]
+        for row in sorted(rows, key=lambda row: (-row.speed_up, self.drop(row))):
             if not best or self.drop(row) < self.drop(best[-1]):
                 best.append(row)
         return tuple(reversed(best))

@@ -121,7 +121,7 @@ def table(evaluation: Evaluation) -> str:
             paragraph(summary),
             plot(evaluation) if evaluation.settings else "",
             _table(evaluation),
-            listed(refused),
+            listed([*evaluation.warnings(), *refused]),
             paragraph("; ".join(_conditions(evaluation, dated=False)), "small"),
             "</div>",
         ]
@@ -253,6 +253,8 @@ def _headline(evaluation: Evaluation | None, advice: Advising | None) -> str:
     elif evaluation is not None:
         told, code = _found(evaluation)
         parts.append(listed(told))
+    if evaluation is not None:
+        parts += [paragraph(sentence) for sentence in evaluation.warnings()]
     if code:
         parts.append("<p>To use it:</p>")
         parts.append(f"<pre><code>{escape(code)}</code></pre>")
@@ -293,7 +295,6 @@ def _conditions(evaluation: Evaluation, dated: bool = True) -> list[str]:
         f"batch {evaluation.batch} (latency: one image)",
         f"{evaluation.dense.compared} images compared with the dense model",
         versions,
-        *evaluation.warnings(),
     ]
     return [*told, f"written {datetime.date.today().isoformat()}"] if dated else told
 
