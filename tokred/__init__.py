@@ -38,7 +38,7 @@ from tokred.run import Reduction
 from tokred.schedule import Constant, Exactly, Hourglass, Linear, Shares, Stages
 from tokred.tracing import Trace, inspect
 
-__version__ = "0.7.0"
+__version__ = "0.7.1"
 
 __all__ = [
     "ATC",
