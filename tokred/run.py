@@ -247,7 +247,7 @@ class Attributes:
         values: by name. While they hang, those of the model count.
     """
 
-    model: nn.Module
+    model: nn.Module = field(repr=False)
     values: dict[str, Any]
 
     def get(self, name: str) -> Any:
