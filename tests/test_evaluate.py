@@ -219,6 +219,32 @@ def test_relative_depths_of_a_model_that_reads_layers_in_between(evaluate: Evalu
     assert row.limit.mult_adds < row.speed.mult_adds
 
 
+def test_more_images_than_memory_holds_and_processes_that_read_them(
+    folder: Path, evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small("vit")
+    options = {"transform": to_tensor, "labelled": False, "batch": 2}
+    whole = evaluate(model, folder, ["tome"], [0.5], **options)
+    monkeypatch.setattr(evaluating, "HELD", 2 * 3 * 64 * 64 * 4 + 1)  # one batch of three
+    read: list[list[int]] = []
+    batch = samples.Samples.batch
+
+    def reading(self: samples.Samples, numbers: Any) -> Any:
+        read.append(list(numbers))
+        return batch(self, numbers)
+
+    monkeypatch.setattr(samples.Samples, "batch", reading)
+    few = evaluate(model, folder, ["tome"], [0.5], fresh=True, **options)
+    assert [len(n) for n in read[:1]] == [2]  # what speeds are measured on
+    assert read[-5:] == [[0, 1], [2, 3], [4, 5], [2, 3], [4, 5]]  # the first stays in memory
+    with_others = evaluate(model, folder, ["tome"], [0.5], fresh=True, workers=2, **options)
+    for table in (few, with_others):
+        for ours, theirs in zip(table.rows, whole.rows, strict=True):
+            assert (ours.images, ours.cosine, ours.kl) == (6, theirs.cosine, theirs.kl)
+    with pytest.raises(ValueError, match="workers must be at least 0"):
+        evaluate(model, folder, ["tome"], [0.5], workers=-1, **options)
+
+
 def test_the_model_is_left_as_it_was(evaluate: Evaluate) -> None:
     model = small("vit")
     images = images_for(model, 3)

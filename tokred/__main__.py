@@ -220,6 +220,7 @@ def _add_evaluation_options(made: argparse.ArgumentParser, reducers_tried: str) 
         "--batch", type=int, help="images per batch (default: 32, fewer for large models; CUDA: 64)"
     )
     add("--seconds", type=float, default=2.0, help="how long each speed is measured (default: 2)")
+    add("--workers", type=int, default=0, help="processes that read images (default: this one)")
     add("--random-weights", action="store_true", help="do not fetch timm's weights")
     add("--device", default="cpu")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
@@ -410,6 +411,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         batch=options.batch,
         limit=options.limit,
         seconds=options.seconds,
+        workers=options.workers,
         name=options.model,
         cache=options.cache or True,
         fresh=options.fresh,
@@ -449,6 +451,7 @@ def _advise(options: argparse.Namespace) -> None:
         task=options.task,
         transform=transform,
         seconds=options.seconds,
+        workers=options.workers,
         name=options.model,
         progress=not options.json,
     )

@@ -164,6 +164,7 @@ def advise(
     task: str | None = None,
     transform: Transform | None = None,
     seconds: float = 2.0,
+    workers: int = 0,
     host: Host | None = None,
     name: str | None = None,
     progress: bool = True,
@@ -183,7 +184,7 @@ def advise(
             with the dense model); what is fastest is advised.
         methods: as for `tokred.evaluate`.
         images: how many are used, drawn evenly at random, always the same.
-        batch, labelled, task, transform, host, name, progress: as for `tokred.evaluate`.
+        batch, labelled, task, transform, workers, host, name, progress: as for `tokred.evaluate`.
         seconds: how long each candidate's speed is measured.
 
     Raises:
@@ -205,10 +206,11 @@ def advise(
         remove(model)
         samples = sampling.of(data, model, transform, None, labelled)
         samples = sampling.drawn(samples, min(images, len(samples)))
-        work = Work(model, samples, host, task, batch, images, seconds)
+        work = Work(model, samples, host, task, batch, images, seconds, workers)
         if work.several.number > 1:
             raise ValueError("advise runs in one process: start it without accelerate launch")
         with Shown(0, progress) as shown:
+            work.told = shown.far
             search = _Search(work, wanted, shown, name or type(model).__name__)
             return search.faster(speedup) if speedup is not None else search.closest(max_drop or 0)
 
@@ -570,8 +572,8 @@ class _Search:
                 told += (f"The fastest that was measured is {self._told(nearest)}.",)
             return self._nothing(wanted, told)
         # Of those that lose as little, the fastest.
-        best = min(good, key=lambda c: (round(self.drop(c), 6), -c.row.speed_up))
-        return self._advice(wanted, best, good)
+        good.sort(key=lambda c: (round(self.drop(c), 6), -c.row.speed_up))
+        return self._advice(wanted, good)
 
     def closest(self, max_drop: float) -> Advice:
         """What is fastest among what loses at most so much."""
@@ -596,8 +598,8 @@ class _Search:
                 least = min((c for c in self.candidates.values() if c.raced), key=self.drop)
                 told += (f"The least is lost by {self._told(least)}.",)
             return self._nothing(wanted, told)
-        best = max(good, key=lambda c: (c.row.speed_up, -self.drop(c)))
-        return self._advice(wanted, best, good)
+        good.sort(key=lambda c: (-c.row.speed_up, self.drop(c)))
+        return self._advice(wanted, good)
 
     def _fastest(self, max_drop: float, most: float, family: Family) -> None:
         """Tries settings of a family at ever nearer speeds, to find where the drop passes what is
@@ -677,7 +679,9 @@ class _Search:
         return Advice(wanted, None, (f"Nothing helps: {wanted} is not to be had.", *why),
                       self.table())  # fmt: skip
 
-    def _advice(self, wanted: str, best: Candidate, good: Sequence[Candidate]) -> Advice:
+    def _advice(self, wanted: str, good: Sequence[Candidate]) -> Advice:
+        """The first of what does it, the best first, and what is to be said about it."""
+        best, *others = good
         table, row = self.table(), best.row
         score, dense = table.score(row), table.score(table.dense)
         unit = table.unit
@@ -698,9 +702,8 @@ class _Search:
                 f"{row.agreement:.1f} % of the answers are the dense model's; on other images of "
                 f"this kind, the change should be within {error:.1f} points of that."
             )
-        others = [c for c in good if c is not best and not c.searched]
-        if best.searched and others:
-            rival = min(others, key=lambda c: (table.drop(c.row), c.row.kl or 0.0))
+        rival = next((c for c in others if not c.searched), None)
+        if best.searched and rival is not None:
             told.append(
                 f"The best uniform keep rate that does it: {rival.setting.name}, "
                 f"{table.score(rival.row):.2f}{unit} at {rival.row.speed_up:.2f}x."

@@ -16,6 +16,7 @@ import math
 import os
 import statistics
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -200,6 +201,7 @@ def evaluate(
     limit: int | None = None,
     compared: int = 256,
     seconds: float = 2.0,
+    workers: int = 0,
     host: Host | None = None,
     name: str | None = None,
     cache: str | Path | bool = True,
@@ -243,6 +245,8 @@ def evaluate(
             what it made of them takes more than 1 GiB).
         seconds: how long the speed of each setting is measured; on a busy machine, up to three
             times as long.
+        workers: processes that read and prepare images, as those of a torch loader; 0: this one.
+            Worth it where the model is faster than that, and images are too many for memory.
         host: as for `tokred.apply`.
         name: what the model is called in the table; its class if not given.
         cache: the folder where finished settings are kept; True: the user's cache folder
@@ -265,7 +269,7 @@ def evaluate(
     with put_back(model, host):
         remove(model)
         samples = sampling.of(data, model, transform, limit, labelled)
-        work = Work(model, samples, host, task, batch, compared, seconds)
+        work = Work(model, samples, host, task, batch, compared, seconds, workers)
         if methods is None and work.dense_outputs:
             wanted = settings_of(DENSE_METHODS, rates, schedule)
         several = work.several
@@ -288,6 +292,7 @@ def _run(
     known = several.told([store.get(setting) for setting in what] if store else None)
     table = None
     with Shown(len(what), progress and several.main) as shown:
+        work.told = shown.far
         for setting, row in zip(what, known, strict=True):
             if setting is not None:
                 reason = work.why_not(setting)
@@ -332,6 +337,7 @@ class Work:
         batch: int | None,
         compared: int,
         seconds: float,
+        workers: int = 0,
     ) -> None:
         patch = host_of(model, host)
         if isinstance(patch, Denoiser):
@@ -351,11 +357,15 @@ class Work:
                 "batch and compared must be at least 1 image and seconds above 0, not "
                 f"{batch}, {compared} and {seconds}"
             )
+        if workers < 0:
+            raise ValueError(f"workers must be at least 0 processes, not {workers}")
         if task is not None and task not in TASKS:
             raise ValueError(f"task must be one of {', '.join(TASKS)}, not {task!r}")
         self.batch, self.seconds, self.several = batch, seconds, Processes()
-        self._held: dict[int, Any] | None = {}
-        self._held_bytes = 0
+        self.workers = workers
+        self.told: Callable[[str], None] = lambda _: None  # how far a pass over the images is
+        self._held: dict[int, Any] = {}
+        self._room = HELD
         self._dense: dict[int, list[Seen]] = {}
         first = samples.batch(range(min(batch, len(samples))))
         self.inputs = self._sent(first[0][0])
@@ -522,21 +532,20 @@ class Work:
     def _batches(
         self, numbers: Sequence[int] | None = None
     ) -> Iterator[tuple[int, list[tuple[Inputs, list[Tensor] | None]]]]:
-        """This process's share of the batches, of these numbers or all, kept in memory if there is
-        room."""
+        """This process's share of the batches, of these numbers or all; the first of them are kept
+        in memory, as many as there is room for."""
         size, many = self.batch, len(self.samples)
-        for number in range(-(-many // size)) if numbers is None else numbers:
-            if number % self.several.number != self.several.index:
-                continue
-            groups = None if self._held is None else self._held.get(number)
-            if groups is None:
-                groups = self.samples.batch(range(number * size, min(many, (number + 1) * size)))
-                if self._held is not None:
-                    self._held_bytes += sum(_bytes(inputs) for inputs, _ in groups)
-                    if self._held_bytes > HELD:
-                        self._held = None
-                    else:
-                        self._held[number] = groups
+        every = range(-(-many // size)) if numbers is None else numbers
+        mine = [n for n in every if n % self.several.number == self.several.index]
+        wanted = [range(n * size, min(many, (n + 1) * size)) for n in mine if n not in self._held]
+        fresh = self.samples.batches(wanted, self.workers)
+        for done, number in enumerate(mine):
+            self.told(f"{done * size * self.several.number} of {many} images")
+            groups = self._held.get(number) or next(fresh)
+            if number not in self._held:
+                self._room -= sum(_bytes(inputs) for inputs, _ in groups)
+                if self._room >= 0:
+                    self._held[number] = groups
             yield number, [(self._sent(inputs), targets) for inputs, targets in groups]
 
     def _sent(self, inputs: Inputs) -> Inputs:
@@ -803,6 +812,7 @@ class Shown:
         self.bar: Any = None
         self._handle: Any = None
         self._lines = 0
+        self._what, self._told = "", time.monotonic()
         if wanted:
             self.bar = require("tqdm.auto", "evaluate").tqdm(
                 total=many, desc="measuring", leave=False, file=sys.stderr
@@ -823,8 +833,15 @@ class Shown:
             self.bar.refresh()
 
     def now(self, what: str) -> None:
+        self._what = what
         if self.bar is not None:
             self.bar.set_postfix_str(what)
+
+    def far(self, how: str) -> None:
+        """How far it is with that, told once a second."""
+        if self.bar is not None and time.monotonic() - self._told >= 1:
+            self._told = time.monotonic()
+            self.bar.set_postfix_str(f"{self._what}, {how}")
 
     def step(self) -> None:
         if self.bar is not None:

@@ -1,7 +1,7 @@
 """Images of whatever kind somebody has, as a model takes them, with what is true of them.
 
     samples = tokred.samples.of("flowers/val", model)
-    for inputs, targets in samples.batches(32):
+    for inputs, targets in samples.batch(range(32)):  # one, if all are of one size
         ...
 
 Taken are: a folder of pictures, or of folders of them, one for each class, or with `images` and
@@ -17,7 +17,7 @@ fractions, are what the model takes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from tokred import pictures, reading
 from tokred.host import module_of
@@ -45,6 +46,9 @@ _MAPS = ("annotation", "mask", "segmentation", "depth_map", *MASKS[1:], *DEPTHS)
 
 Sample = tuple[Any, Tensor | None]
 """What the model takes for one image, without a batch, and what is true of it."""
+Batch = list[tuple[Inputs, list[Tensor] | None]]
+"""What the model takes for several images, with what is true of each; several such where images
+differ in size."""
 Transform = Callable[[Any], Any]
 """From a picture to a tensor [C, H, W]: a function, or an image processor of transformers."""
 
@@ -72,13 +76,27 @@ class Samples:
         sample: Sample = self.items[index]
         return sample
 
-    def batch(self, numbers: Sequence[int]) -> list[tuple[Inputs, list[Tensor] | None]]:
+    def batch(self, numbers: Sequence[int]) -> Batch:
         """The samples of these numbers: one batch, or, where images differ in size, several."""
         groups: dict[Any, list[Sample]] = {}
         for number in numbers:
             sample = self[number]
             groups.setdefault(_shape(sample[0]), []).append(sample)
         return [_stacked(group) for group in groups.values()]
+
+    def batches(self, wanted: Sequence[Sequence[int]], workers: int = 0) -> Iterator[Batch]:
+        """The samples of these numbers, batch after batch, as `batch` gives them.
+
+        Args:
+            wanted: the numbers of each batch.
+            workers: processes that read and prepare them; 0: this one.
+        """
+        if workers == 0 or not wanted:
+            yield from map(self.batch, wanted)
+            return
+        yield from DataLoader(
+            _Batches(self, wanted), batch_size=None, num_workers=workers, collate_fn=_as_it_is
+        )
 
     def fingerprint(self, looked_at: int = 16) -> str:
         """Tells these samples from others: by their number, by all labels and sizes of files that
@@ -136,6 +154,24 @@ def of(
     if limit is not None and limit < len(found):
         found = _spread(found, limit)
     return found
+
+
+@dataclass(frozen=True)
+class _Batches(Dataset[Batch]):
+    """A dataset of torch whose samples are batches."""
+
+    samples: Samples
+    wanted: Sequence[Sequence[int]]
+
+    def __len__(self) -> int:
+        return len(self.wanted)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.samples.batch(self.wanted[index])
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
 
 
 def drawn(samples: Samples, many: int, seed: int = 0) -> Samples:
