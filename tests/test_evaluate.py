@@ -435,7 +435,7 @@ def test_speed_is_measured_until_it_is_sure(monkeypatch: pytest.MonkeyPatch) -> 
     work = evaluating.Work(model, samples_of, None, None, None, 8, 1.0)
     assert work.batch == 32  # of a small model
     monkeypatch.setattr(evaluating, "count", lambda *_: 4.6e9)  # that of a DeiT-S
-    assert evaluating.Work(model, samples_of, None, None, None, 8, 1.0).batch == 8
+    assert evaluating.Work(model, samples_of, None, None, None, 8, 1.0).batch == 4
     calls: list[tuple[int, float]] = []
     rounds = [[1.0, 2.0, 3.0, 2.0], [2.0] * 30]
 

@@ -59,7 +59,7 @@ pruning."""
 DENSE_METHODS = ("slic", "tome", "atc")
 """The same, of models that answer for every pixel."""
 KEEP_RATES = (0.9, 0.7, 0.5, 0.3)
-WORK, MOST = 40e9, 32
+WORK, MOST = 20e9, 32
 """Multiply-adds that a batch may take on the CPU, and images in it, if its size is not given: so
 that small models are busy with tokens, and many rounds of large ones can be measured."""
 SURE, PATIENCE = 0.03, 3
@@ -239,7 +239,7 @@ def evaluate(
         transform: how pictures are prepared: a function from a picture to a tensor [C, H, W], or an
             image processor; the model's own, if not given.
         batch: images per batch, for accuracy and for speed; if not given, 64 on CUDA, elsewhere
-            a power of two, at most 32, that takes the dense model at most 40 G multiply-adds.
+            a power of two, at most 32, that takes the dense model at most 20 G multiply-adds.
         limit: look at only so many images, spread evenly.
         compared: how many images are compared with the dense model, spread evenly (fewer where
             what it made of them takes more than 1 GiB).
