@@ -253,11 +253,11 @@ def _headline(evaluation: Evaluation | None, advice: Advising | None) -> str:
     elif evaluation is not None:
         told, code = _found(evaluation)
         parts.append(listed(told))
-    if evaluation is not None:
-        parts += [paragraph(sentence) for sentence in evaluation.warnings()]
     if code:
         parts.append("<p>To use it:</p>")
         parts.append(f"<pre><code>{escape(code)}</code></pre>")
+    if evaluation is not None:
+        parts += [paragraph(sentence) for sentence in evaluation.warnings()]
     return f'<section class="headline">{"".join(parts)}</section>'
 
 
@@ -406,8 +406,8 @@ _SCRIPT = """<script>
 for (const caption of document.querySelectorAll(".sortable caption span")) {
   const hint = document.createElement("span");
   hint.className = "hint";
-  hint.textContent = " The titles are buttons that sort.";
-  caption.append(hint);
+  hint.textContent = "The titles are buttons that sort.";
+  caption.append(" ", hint);
 }
 document.querySelectorAll(".sortable th[scope=col]").forEach((title, column) => {
   const button = document.createElement("button");
