@@ -48,7 +48,7 @@ def test_images_are_counted_one_by_one(dtype: torch.dtype) -> None:
     top1 = top5 = 0
     for row, target in zip(logits.tolist(), targets, strict=True):
         order = sorted(range(8), key=lambda c: -row[c])
-        top1 += order[0] == target
+        top1 += order[0] == int(target)
         top5 += int(target) in order[:5]
     assert scores.result() == pytest.approx({"top1": 100 * top1 / 23, "top5": 100 * top5 / 23})
 
