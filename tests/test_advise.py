@@ -170,6 +170,19 @@ def test_nothing_is_advised_that_loses_more_than_is_allowed(clock: Callable[[flo
     assert "At most 100 points of agreement lost: random" in str(advice)
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_model_that_nothing_disturbs_or_everything(
+    clock: Callable[[float], None], broken: bool
+) -> None:
+    clock(1.0)
+    model, images = small("vit"), torch.randn(8, 3, 64, 64)
+    with torch.no_grad():  # all images have the same answer, or none that is a number
+        model.head.weight.mul_(float("nan") if broken else 0)
+    advice = quick(model, images, methods=["tome", "topk"], speedup=1.3)
+    assert advice.choice is not None and advice.choice.speed_up >= 1.3
+    assert advice.choice.agreement == (0 if broken else 100)
+
+
 def test_windows_are_advised_on_as_well(clock: Callable[[float], None]) -> None:
     clock(1.0)
     model = timm.create_model(
@@ -192,8 +205,13 @@ def test_an_impossible_budget_is_told_with_what_is_possible() -> None:
     assert "at keep rate 0.1" in str(advice) and "60x is out of reach" in str(advice)
 
 
-def test_the_advice_can_be_pasted(clock: Callable[[float], None]) -> None:
+def test_the_advice_can_be_pasted(
+    clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock(1.0)
+    known = Costs((1.0, 1.0, 0.0), (0.0, 0.0, 0.0), 4 * 101.0, between=False)
+    costs = property(lambda search: {m.method: known for m in search.methods})
+    monkeypatch.setattr(advising._Search, "costs", costs)
     model = timm.create_model("vit_tiny_patch16_224", img_size=160, depth=4).eval()
     images = images_for(model, 8)
     dense = model(images[:1])

@@ -201,6 +201,7 @@ def test_labels_of_hugging_face_are_found_whatever_their_kind() -> None:
     pictures = [Image.fromarray(noise(i)) for i in range(2)]
     image = (datasets.Image(), pictures)
     number, name = datasets.Value("int64"), datasets.ClassLabel(names=["dog", "cat"])
+    several = getattr(datasets, "List", datasets.Sequence)  # since datasets 4
     model = named(id2label={0: "cat", 1: "bird", 2: "dog"}, num_labels=3)
 
     def found(**columns: tuple[Any, list[Any]]) -> list[Any]:
@@ -211,16 +212,16 @@ def test_labels_of_hugging_face_are_found_whatever_their_kind() -> None:
     assert found(animal=(name, [1, 1])) == [0, 0]
     coarse = datasets.ClassLabel(names=[f"kind {i}" for i in range(9)])
     assert found(coarse=(coarse, [1, 1]), fine=(name, [0, 1])) == [2, 0]
-    assert found(label=(datasets.List(name), [[0, 1], []])) == [[1, 0, 1], [0, 0, 0]]
-    assert found(labels=(datasets.List(number), [[2], [0, 1]])) == [[0, 0, 1], [1, 1, 0]]
-    assert found(labels=(datasets.List(number), [[0, 0, 1], [1, 1, 0]])) == [[0, 0, 1], [1, 1, 0]]
+    assert found(label=(several(name), [[0, 1], []])) == [[1, 0, 1], [0, 0, 0]]
+    assert found(labels=(several(number), [[2], [0, 1]])) == [[0, 0, 1], [1, 1, 0]]
+    assert found(labels=(several(number), [[0, 0, 1], [1, 1, 0]])) == [[0, 0, 1], [1, 1, 0]]
     assert found(caption=(datasets.Value("string"), ["a", "b"])) == [None, None]
     with pytest.raises(ValueError, match="row 1 has the label -1, which is none"):
         found(label=(name, [0, -1]))  # as in test splits
     with pytest.raises(ValueError, match="row 1 has no label"):
         found(label=(name, [0, None]))
     with pytest.raises(ValueError, match="row 0 has 3 among its labels"):
-        found(labels=(datasets.List(number), [[3], [0]]))
+        found(labels=(several(number), [[3], [0]]))
     with pytest.raises(ValueError, match="class_encode_column"):
         found(label=(datasets.Value("string"), ["cat", "dog"]))
 

@@ -68,6 +68,8 @@ LEVELS = 40
 MARGINS = (1.0, 1.03, 1.08)
 """How many times as fast as asked settings are to be, at first and if none of them was, measured
 for longer, as fast as asked."""
+RUINED = 1e6
+"""How much a model is disturbed whose answers are no numbers any more."""
 WORTH = 1.03
 """A speed-up below which nothing is gained: within the noise of the measurement."""
 
@@ -310,11 +312,12 @@ class _Search:
 
     def harm(self, close: Fidelity) -> float:
         """How much a reduction disturbs the model: the divergence, or what else can be told."""
+        harm = 1 - close.cosine
         if close.divergence is not None:
-            return close.divergence
-        if close.depth_error is not None:
-            return close.depth_error
-        return 1 - close.cosine
+            harm = close.divergence
+        elif close.depth_error is not None:
+            harm = close.depth_error
+        return min(harm, RUINED) if math.isfinite(harm) else RUINED
 
     def screened(self, uniform: Sequence[Setting], few: int) -> list[Setting]:
         """Settings by how little they disturb the model on a few batches, the least first."""
@@ -376,8 +379,10 @@ class _Search:
         first."""
         costs, levels = self.costs[method.method], self.levels
         found: dict[tuple[int, ...], float] = {}
-        dear = float(harms[harms > 0].min()) if (harms > 0).any() else 1e-9
-        for price in np.geomspace(dear / costs.dense / 100, harms.max() / costs.dense * 100, 60):
+        # If nothing disturbs the model, any price finds the fastest.
+        there = harms[harms > 0] if (harms > 0).any() else np.ones(1)
+        least, most = there.min() / costs.dense / 100, there.max() / costs.dense * 100
+        for price in np.geomspace(least, most, 60):
             counts = cheapest(levels, harms, costs, float(price))
             found[counts] = costs.dense / costs.time((levels[0], *counts))
         return sorted((speed, counts) for counts, speed in found.items())
