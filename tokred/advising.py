@@ -556,8 +556,9 @@ class _Search:
     def faster(self, speedup: float) -> Advice:
         """What loses least among what is so many times as fast."""
         wanted = f"{speedup:g} times as fast"
+        nothing = f"{wanted} is not to be had"
         if max(self.ceiling.values()) < speedup:
-            return self._nothing(wanted, self._limits(speedup))
+            return self._nothing(wanted, nothing, self._limits(speedup))
         few = max(1, len(self.work.compared) // 2)
         order = self._ordered(speedup * 1.02, few)
         families = self.families(order, speedup * 1.02, few)
@@ -575,7 +576,7 @@ class _Search:
             told = self._limits(speedup)
             if nearest is not None:
                 told += (f"The fastest that was measured is {self._told(nearest)}.",)
-            return self._nothing(wanted, told)
+            return self._nothing(wanted, nothing, told)
         # Of those that lose as little, the fastest.
         good.sort(key=lambda c: (round(self.drop(c), 6), -c.row.speed_up))
         return self._advice(wanted, good)
@@ -583,9 +584,11 @@ class _Search:
     def closest(self, max_drop: float) -> Advice:
         """What is fastest among what loses at most so much."""
         wanted = f"at most {max_drop:g} points of {self.table().leading} lost"
+        nothing = f"nothing that is measurably faster loses as little as {max_drop:g} points of "
+        nothing += self.table().leading
         most = max(self.ceiling.values())
         if most < WORTH:
-            return self._nothing(wanted, self._limits(WORTH))
+            return self._nothing(wanted, nothing, self._limits(WORTH))
         few = max(1, len(self.work.compared) // 2)
         middle = 1 + (most - 1) / 2
         for family in self.families(self._ordered(middle, few), middle, few):
@@ -594,15 +597,12 @@ class _Search:
         raced = [c for c in self.candidates.values() if c.raced]
         good = [c for c in raced if self.drop(c) <= max_drop and c.row.speed_up >= WORTH]
         if not good:
-            told: tuple[str, ...] = (
-                f"Nothing that is measurably faster loses as little as {max_drop:g} points of "
-                f"{self.table().leading}.",
-            )
+            told = self._limits()
             if self.candidates:
                 self.race([min(self.candidates.values(), key=self.drop)])
                 least = min((c for c in self.candidates.values() if c.raced), key=self.drop)
                 told += (f"The least is lost by {self._told(least)}.",)
-            return self._nothing(wanted, told)
+            return self._nothing(wanted, nothing, told)
         good.sort(key=lambda c: (-c.row.speed_up, self.drop(c)))
         return self._advice(wanted, good)
 
@@ -650,8 +650,8 @@ class _Search:
 
     # --- words ------------------------------------------------------------------------------------
 
-    def _limits(self, speedup: float) -> tuple[str, ...]:
-        """What cutting tokens off at no cost would gain, and why it is not more."""
+    def _limits(self, speedup: float | None = None) -> tuple[str, ...]:
+        """What cutting tokens off at no cost would gain, and why that is not as much as asked."""
         work, most = self.work, max(self.ceiling.values())
         where = f"batch {len(work.inputs) if isinstance(work.inputs, torch.Tensor) else work.batch}"
         where += f" on {work.device.type}"
@@ -662,6 +662,8 @@ class _Search:
             + ", ".join(f"{gain:.2f}x at keep rate {r:g}" for r, gain in self.ceiling.items())
             + "."
         ]
+        if speedup is None:
+            return tuple(told)
         floor = [rate for rate, gain in self.ceiling.items() if gain >= speedup]
         if floor:
             told.append(f"So {speedup:g}x cannot be had above a keep rate of {max(floor):g}.")
@@ -680,9 +682,8 @@ class _Search:
             f"{self.table().leading} lost at {candidate.row.speed_up:.2f}x"
         )
 
-    def _nothing(self, wanted: str, why: tuple[str, ...]) -> Advice:
-        return Advice(wanted, None, (f"Nothing helps: {wanted} is not to be had.", *why),
-                      self.table())  # fmt: skip
+    def _nothing(self, wanted: str, what: str, why: tuple[str, ...]) -> Advice:
+        return Advice(wanted, None, (f"Nothing helps: {what}.", *why), self.table())
 
     def _advice(self, wanted: str, good: Sequence[Candidate]) -> Advice:
         """The first of what does it, the best first, and what is to be said about it."""
