@@ -264,9 +264,7 @@ class Scores:
                 # Classes that no image has are left out below.
                 warnings.filterwarnings("ignore", message="No positive samples")
                 computed: Tensor = metric.compute()
-            if (
-                name == "mAP"
-            ):  # the precision of a class that no image has is nothing, and given as 0
+            if name == "mAP":  # of a class that no image has, it is given as 0
                 computed = computed[computed > 0].mean()
             x = float(computed) * (1 if name in ("abs_rel", "rmse") else 100)
             # The last digits depend on the order of sums, and that on the number of processes.
