@@ -78,7 +78,7 @@ def test_pictures_show_every_stage(name: str) -> None:
     rows, columns = trace.grid
     assert len(strips) == 2
     width = 4 * (columns * 8 + drawing._GAP) + drawing._GAP
-    assert strips[0].size == (width, rows * 8 + drawing._CAPTION + drawing._GAP)
+    assert strips[0].size == (width, rows * 8 + drawing._caption(rows * 8) + drawing._GAP)
     assert drawing.stack(strips).size == (width, 2 * strips[0].height)
 
 
@@ -98,7 +98,8 @@ def test_a_picture_shows_what_was_merged() -> None:
     stage = dataclasses.replace(trace.stages[0], labels=labels)
     drawn = tokred.visualise(dataclasses.replace(trace, stages=(stage,)), image, cell=16)[0]
     left = drawing._GAP + 64 + drawing._GAP
-    box = (left, drawing._CAPTION, left + 64, drawing._CAPTION + 64)
+    above = drawing._caption(64)
+    box = (left, above, left + 64, above + 64)
     pixels = torch.tensor(list(drawn.crop(box).convert("RGB").tobytes())).view(64, 64, 3)
     merged = pixels[:, :31].reshape(-1, 3)
     assert (merged == merged[0]).all(), "one token, one colour, no line inside"
@@ -112,7 +113,7 @@ def test_pictures_may_be_pictures(plain: nn.Module, images: torch.Tensor) -> Non
     trace = tokred.inspect(plain, images)
     photos = [Image.new("RGB", (120, 90), colour) for colour in ("red", "blue")]
     strip = tokred.visualise(trace, photos)[0]
-    assert strip.getpixel((drawing._GAP + 5, drawing._CAPTION + 5)) == (255, 0, 0)
+    assert strip.getpixel((drawing._GAP + 5, drawing._caption(0) + 5)) == (255, 0, 0)
 
 
 def test_the_trace_says_which_backend_was_used(plain: nn.Module, images: torch.Tensor) -> None:
@@ -164,7 +165,7 @@ def test_heat_is_brighter_where_more_layers_were_used(
         brightness = {}
         for row in range(4):
             for column in range(4):
-                y, x = drawing._CAPTION + row * 10 + 5, 2 * drawing._GAP + 40 + column * 10 + 5
+                y, x = drawing._caption(0) + row * 10 + 5, 2 * drawing._GAP + 40 + column * 10 + 5
                 brightness[int(used[row, column])] = float(pixels[y, x])
         assert sorted(brightness, key=lambda layers: brightness[layers]) == sorted(brightness)
     with pytest.raises(ValueError, match="images must be the 2 that were traced, not 1"):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from PIL.Image import Image
 
-_GAP, _CAPTION = 8, 22
+_GAP = 8
 _GREY, _LINE = (40, 40, 44), (255, 255, 255)
 
 
@@ -273,18 +273,24 @@ def _tokens(
     return pixels.round().clamp(0, 255).to(torch.uint8)
 
 
+def _caption(height: int) -> int:
+    """Pixels of the line above pictures of this height: legible where a strip is shown smaller."""
+    return max(22, height // 17 + 9)
+
+
 def _strip(pictures: Sequence[UInt8[Tensor, "3 height _width"]], captions: Sequence[str]) -> Image:
     pil, draw, font = (
         require(f"PIL.{name}", "plots") for name in ("Image", "ImageDraw", "ImageFont")
     )
     height = pictures[0].shape[1]
+    above = _caption(height)
     wide = sum(pixels.shape[2] + _GAP for pixels in pictures)
-    strip: Image = pil.new("RGB", (wide + _GAP, height + _CAPTION + _GAP), "white")
+    strip: Image = pil.new("RGB", (wide + _GAP, height + above + _GAP), "white")
     pen = draw.Draw(strip)
     left = _GAP
     for pixels, caption in zip(pictures, captions, strict=True):
         flat = pixels.permute(1, 2, 0).contiguous()
-        strip.paste(pil.fromarray(flat.numpy()), (left, _CAPTION))
-        pen.text((left, 3), caption, fill="black", font=font.load_default(13))
+        strip.paste(pil.fromarray(flat.numpy()), (left, above))
+        pen.text((left, 3), caption, fill="black", font=font.load_default(above - 9))
         left += pixels.shape[2] + _GAP
     return strip
