@@ -235,11 +235,7 @@ def bench(
     """
     if rounds < 1 or warmup < 0:
         raise ValueError(f"rounds must be at least 1 and warmup 0, not {rounds} and {warmup}")
-    if method is None and (keep_rate is not None or schedule is not None):
-        raise ValueError(
-            f"method must be given with keep_rate={keep_rate} and schedule={schedule}: the "
-            "reduction that is applied has its own"
-        )
+    check_method(method, keep_rate, schedule)
     model = uncompiled(module_of(model))
     if model.training:
         raise ValueError("model must be in evaluation mode: call model.eval()")
@@ -277,6 +273,19 @@ def bench(
         versions=versions_of(model),
         **measured,
     )
+
+
+def check_method(method: Any, keep_rate: Any, schedule: Any) -> None:
+    """What is measured without a method is the reduction that is applied, as it is.
+
+    Raises:
+        ValueError: a keep rate or a schedule is given without a method.
+    """
+    if method is None and (keep_rate is not None or schedule is not None):
+        raise ValueError(
+            f"method must be given with keep_rate={keep_rate} and schedule={schedule}: the "
+            "reduction that is applied has its own"
+        )
 
 
 def free_limit_of(

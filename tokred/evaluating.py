@@ -239,7 +239,8 @@ def evaluate(
         transform: how pictures are prepared: a function from a picture to a tensor [C, H, W], or an
             image processor; the model's own, if not given.
         batch: images per batch, for accuracy and for speed; if not given, 64 on CUDA, elsewhere
-            a power of two, at most 32, that takes the dense model at most 20 G multiply-adds.
+            a power of two, at most 32, that takes the dense model at most 20 G multiply-adds
+            (of models that take more for one image, 1).
         limit: look at only so many images, spread evenly.
         compared: how many images are compared with the dense model, spread evenly (fewer where
             what it made of them takes more than 1 GiB).
@@ -540,7 +541,8 @@ class Work:
         wanted = [range(n * size, min(many, (n + 1) * size)) for n in mine if n not in self._held]
         fresh = self.samples.batches(wanted, self.workers)
         for done, number in enumerate(mine):
-            self.told(f"{done * size * self.several.number} of {many} images")
+            far = done * size * self.several.number
+            self.told(f"{far} of {min(many, len(every) * size)} images")
             groups = self._held.get(number) or next(fresh)
             if number not in self._held:
                 self._room -= sum(_bytes(inputs) for inputs, _ in groups)

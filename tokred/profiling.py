@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tokred import markup
 from tokred.cost import (
     Arm,
+    check_method,
     counts_of,
     device_name,
     free_limit_of,
@@ -443,11 +444,7 @@ def profile(
     """
     if rounds < 1 or warmup < 0:
         raise ValueError(f"rounds must be at least 1 and warmup 0, not {rounds} and {warmup}")
-    if method is None and (keep_rate is not None or schedule is not None):
-        raise ValueError(
-            f"method must be given with keep_rate={keep_rate} and schedule={schedule}: the "
-            "reduction that is applied has its own"
-        )
+    check_method(method, keep_rate, schedule)
     if not isinstance(images, Tensor | Mapping):
         raise TypeError(
             "images must be one batch, a tensor or a mapping with one, not a "
