@@ -48,8 +48,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import tokred
-from tokred.host import Host, find_host, hosts
-from tokred.inputs import Inputs, call
+from tokred.data.inputs import Inputs, call
+from tokred.host.host import Host, find_host, hosts
 
 METHODS = ("tome", "topk")
 KEEP = tokred.Stages(0.5)

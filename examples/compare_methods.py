@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import tokred
-from tokred import reducers, zoo
+from tokred import reducers
+from tokred.data import zoo
 from tokred.reducers import Reducer
 
 

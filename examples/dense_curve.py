@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import tokred
-from tokred import zoo
+from tokred.data import zoo
 from tokred.models.segmenter import mean_iou
 from tokred.optional import require
 from tokred.reducers import Reconstruction, Reducer

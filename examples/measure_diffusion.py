@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from tokred import zoo
+from tokred.data import zoo
 from tokred.models import digit_diffusion
 
 DRAWINGS = 4

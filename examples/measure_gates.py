@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import tokred
-from tokred import drawing, zoo
+from tokred.data import zoo
 from tokred.models.segmenter import mean_iou
 from tokred.optional import require
-from tokred.patching import reduction_of
-from tokred.training import usage
+from tokred.patching.patching import reduction_of
+from tokred.show import drawing
+from tokred.training.training import usage
 
 CLASSIFIER, SEGMENTER = "digits_cluttered", "digits_scenes"
 LAYERS = 12

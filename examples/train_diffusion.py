@@ -28,7 +28,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tokred import zoo
+from tokred.data import zoo
 from tokred.models import digit_diffusion
 from tokred.models.digit_diffusion import IMAGE_SIZE, NO_CLASS
 

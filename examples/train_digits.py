@@ -29,7 +29,7 @@ from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tokred import zoo
+from tokred.data import zoo
 
 TRAINING = 1400
 """Digits to train on; the other 397 are held out."""

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
-from tokred import zoo
+from tokred.data import zoo
 from tokred.models.segmenter import Segmenter, mean_iou
 
 TRAINING = 1400

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 from train_segmenter import CROP, PATCH, adam, batch, descend, draws, score, split, train_on_scenes
 
-from tokred import zoo
+from tokred.data import zoo
 from tokred.models.segmenter import Segmenter
 
 

@@ -14,7 +14,7 @@ from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import EvaAttention
 from torch import Tensor
 
-from tokred.run import Step
+from tokred.engine.run import Step
 
 
 def forward_eva(

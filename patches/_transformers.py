@@ -16,8 +16,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 from transformers.utils.output_capturing import _active_collector
 
-from tokred.host import is_a
-from tokred.run import Step
+from tokred.engine.run import Step
+from tokred.host.host import is_a
 
 # Since transformers 5.23 a layer is checkpointed in its forward, which a stand-in replaces, and
 # not in its `__call__` any more.

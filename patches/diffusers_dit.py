@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tokred.host import Denoiser, Place, is_a
+from tokred.host.host import Denoiser, Place, is_a
 
 from .diffusers_unet import BLOCK, modules_of, progress
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tokred.host import Denoiser, Place, is_a
+from tokred.host.host import Denoiser, Place, is_a
 
 
 def places(model: Any) -> list[Place]:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from open_clip.utils import feature_take_indices
 from torch import Tensor
 
-from tokred.host import Host
-from tokred.run import Layout, Reduction, Step, needed_for_pooling
+from tokred.engine.run import Layout, Reduction, Step, needed_for_pooling
+from tokred.host.host import Host
 
 from . import _multihead as common
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tokred.host import Host
-from tokred.run import Layout, Reduction
+from tokred.engine.run import Layout, Reduction
+from tokred.host.host import Host
 
 from .timm_vit import HOST as VIT
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from timm.models.beit import Attention, Beit, Block
 from torch import Tensor, nn
 
-from tokred.host import Host
-from tokred.run import Layout, Reduction, Step
+from tokred.engine.run import Layout, Reduction, Step
+from tokred.host.host import Host
 
 from .timm_vit import (
     explicit,

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokred.host import Host
-from tokred.run import Layout, Reduction, State, Step, needed_for_pooling
+from tokred.engine.run import Layout, Reduction, State, Step, needed_for_pooling
+from tokred.host.host import Host
 
 from . import _timm as common
 from . import timm_vit

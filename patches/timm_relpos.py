@@ -17,8 +17,8 @@ from timm.models.vision_transformer_relpos import (
 )
 from torch import Tensor
 
-from tokred.host import Host
-from tokred.run import Layout, Step
+from tokred.engine.run import Layout, Step
+from tokred.host.host import Host
 
 from .timm_beit import forward_head, passes
 from .timm_vit import (

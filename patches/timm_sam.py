@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokred.host import Host
-from tokred.run import Step
-from tokred.windows import Seen, few_of
+from tokred.engine.run import Step
+from tokred.engine.windows import Seen, few_of
+from tokred.host.host import Host
 
 from .timm_swin import grid, layout
 from .timm_vit import forward_intermediates

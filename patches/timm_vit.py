@@ -24,8 +24,8 @@ from timm.models.vision_transformer import (
 )
 from torch import Tensor, nn
 
-from tokred.host import Host
-from tokred.run import Layout, Reduction, Step, needed_for_pooling
+from tokred.engine.run import Layout, Reduction, Step, needed_for_pooling
+from tokred.host.host import Host
 
 
 def forward(

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokred.host import Host, is_a
-from tokred.run import Layout, Step
-from tokred.windows import Seen, coordinates, few_of, relative_positions, resized, shifts
+from tokred.engine.run import Layout, Step
+from tokred.engine.windows import Seen, coordinates, few_of, relative_positions, resized, shifts
+from tokred.host.host import Host, is_a
 
 
 def forward(block: Any, step: Step, x: Tensor) -> Tensor:

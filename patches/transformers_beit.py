@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tokred.host import Host, is_a
-from tokred.run import Layout, Step
+from tokred.engine.run import Layout, Step
+from tokred.host.host import Host, is_a
 
 from . import _transformers as common
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokred.host import Host
-from tokred.run import Layout, Step
+from tokred.engine.run import Layout, Step
+from tokred.host.host import Host
 
 from . import _transformers as common
 from . import transformers_maskless as maskless

@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokred.host import Host
-from tokred.run import Layout, Step
-from tokred.windows import Seen, few_of
+from tokred.engine.run import Layout, Step
+from tokred.engine.windows import Seen, few_of
+from tokred.host.host import Host
 
 from . import _transformers as common
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokred.host import Host, is_a
-from tokred.run import Layout, Step
-from tokred.windows import Seen, coordinates, few_of, relative_positions, resized
+from tokred.engine.run import Layout, Step
+from tokred.engine.windows import Seen, coordinates, few_of, relative_positions, resized
+from tokred.host.host import Host, is_a
 
 from . import _transformers as common
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokred.host import Host, is_a
-from tokred.run import Step
-from tokred.windows import Seen, few_of
+from tokred.engine.run import Step
+from tokred.engine.windows import Seen, few_of
+from tokred.host.host import Host, is_a
 
 from . import _transformers as common
 from .transformers_sam import layout, window

@@ -21,7 +21,7 @@ import timm
 import torch
 from torch import nn
 
-from tokred import zoo
+from tokred.data import zoo
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

@@ -16,11 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokred
-from tokred import advising, samples, zoo
-from tokred.__main__ import main
-from tokred.advising import Costs, _parabola, cheapest, neighbours, scaled, unrolled
-from tokred.evaluating import Pace, Work
-from tokred.evaluation import Row
+from tokred.cli.main import main
+from tokred.data import samples, zoo
+from tokred.measure import advising
+from tokred.measure.advising import Costs, _parabola, cheapest, neighbours, scaled, unrolled
+from tokred.measure.evaluating import Pace, Work
+from tokred.measure.evaluation import Row
 
 pytest.importorskip("torchmetrics")
 

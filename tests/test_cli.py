@@ -14,10 +14,10 @@ from PIL import Image
 
 import tokred
 from tokred import reducers
-from tokred.__main__ import HEAD, main
-from tokred.cost import Arm, Bench
-from tokred.suites import dense, diffusion
-from tokred.suites import tcformer as tcformer_suite
+from tokred.cli.main import HEAD, main
+from tokred.measure.cost import Arm, Bench
+from tokred.measure.suites import dense, diffusion
+from tokred.measure.suites import tcformer as tcformer_suite
 
 TRAIN = ["train", "tome", "--model", "digits", "--out", "never"]
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 import tokred
 import tokred.compat.tome as tome
 import tokred.compat.tomesd as tomesd
-from tokred import zoo
 from tokred.compat.tomesd import InPairs
+from tokred.data import zoo
 from tokred.schedule import Schedule
 
 

@@ -12,9 +12,9 @@ from test_dense import DENSE
 from torch import nn
 
 import tokred
-from tokred import cost
-from tokred.cost import free_limit_of
-from tokred.patching import hang, host_of, reduction_of
+from tokred.measure import cost
+from tokred.measure.cost import free_limit_of
+from tokred.patching.patching import hang, host_of, reduction_of
 from tokred.reducers.truncate import Truncate
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tokred import zoo
+from tokred.data import zoo
 
 diffusers = pytest.importorskip("diffusers")
 

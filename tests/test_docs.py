@@ -10,7 +10,7 @@ import pytest
 
 import tokred
 from tokred import reducers
-from tokred.__main__ import _parser, main
+from tokred.cli.main import _parser, main
 
 ROOT = Path(__file__).parent.parent
 NAMED_IN_PASSING = ("bench", "fid", "train", "inspect", "show", "cite", "evaluate", "advise",

@@ -172,7 +172,7 @@ def test_nothing_to_look_at(plain: nn.Module, images: torch.Tensor) -> None:
 def test_a_library_that_is_too_old_does_not_stand_in_the_way_of_another(
     plain: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tokred import host
+    from tokred.host import host
 
     def import_module(name: str) -> object:
         if name.endswith(".timm_beit"):

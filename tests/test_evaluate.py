@@ -21,12 +21,13 @@ from test_dense import DENSE
 from torch import Tensor, nn
 
 import tokred
-from tokred import evaluating, samples, zoo
-from tokred.__main__ import main
-from tokred.cost import Arm, peak_memory
-from tokred.evaluation import Evaluation, Row, Speed
-from tokred.fidelity import Decisions
-from tokred.metrics import TASKS, Scores, task_of
+from tokred.cli.main import main
+from tokred.data import samples, zoo
+from tokred.measure import evaluating
+from tokred.measure.cost import Arm, peak_memory
+from tokred.measure.evaluation import Evaluation, Row, Speed
+from tokred.measure.fidelity import Decisions
+from tokred.measure.metrics import TASKS, Scores, task_of
 
 pytest.importorskip("torchmetrics")
 

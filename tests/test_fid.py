@@ -25,9 +25,10 @@ from PIL import Image
 from torch import nn
 
 import tokred
-from tokred import fid, zoo
-from tokred.__main__ import main
-from tokred.fid import Batch, Setting, Sweep
+from tokred.cli.main import main
+from tokred.data import zoo
+from tokred.measure import fid
+from tokred.measure.fid import Batch, Setting, Sweep
 
 pytest.importorskip("torchmetrics")
 pytest.importorskip("accelerate")

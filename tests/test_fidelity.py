@@ -13,8 +13,8 @@ from families.transformers_maskless import SMALL
 from torch import Tensor
 
 import tokred
-from tokred import zoo
-from tokred.fidelity import decisions
+from tokred.data import zoo
+from tokred.measure.fidelity import decisions
 
 
 def test_it_is_what_a_loop_over_tokens_and_images_says(digits: Digits) -> None:

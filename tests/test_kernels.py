@@ -22,7 +22,7 @@ from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 from torch import Tensor
 
-from tokred import zoo
+from tokred.data import zoo
 from tokred.reducers import atc
 
 Cluster = Callable[[Tensor, int, str], Tensor]

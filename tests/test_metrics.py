@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 import tokred
-from tokred.fidelity import Decisions, Difference, Seen, compare
-from tokred.inputs import device_of, pixels
-from tokred.metrics import TASKS, Scores, task_of
+from tokred.data.inputs import device_of, pixels
+from tokred.measure.fidelity import Decisions, Difference, Seen, compare
+from tokred.measure.metrics import TASKS, Scores, task_of
 
 pytest.importorskip("torchmetrics")
 
@@ -266,8 +266,8 @@ _SHARES = """
 import datetime, json, os, sys, warnings
 warnings.simplefilter("ignore")
 import torch
-from tokred.fidelity import Decisions
-from tokred.metrics import TASKS, Scores
+from tokred.measure.fidelity import Decisions
+from tokred.measure.metrics import TASKS, Scores
 world, rank = int(sys.argv[1]), int(sys.argv[2])
 if world > 1:
     torch.distributed.init_process_group(

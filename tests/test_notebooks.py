@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 import torch
 
-from tokred import reducers, zoo
+from tokred import reducers
+from tokred.data import zoo
 
 pyplot = pytest.importorskip("matplotlib.pyplot")
 Figure = pytest.importorskip("matplotlib.figure").Figure

@@ -6,10 +6,10 @@ import open_clip
 import pytest
 import torch
 from families.openclip_vit import SMALL, TEXT, tower
-from tokred.patches import openclip_vit, timm_vit
 
 import tokred
-from tokred.host import find_host
+from tokred.host.host import find_host
+from tokred.patches import openclip_vit, timm_vit
 
 
 @pytest.mark.parametrize("name", ["averaging", "averaging, norm after", "pooling by attention"])

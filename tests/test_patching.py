@@ -21,7 +21,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import tokred
 from tokred import reducers
-from tokred.patching import reduction_of
+from tokred.patching.patching import reduction_of
 
 every_method = pytest.mark.parametrize("method", reducers.names())
 # Methods for dense prediction have a schedule of their own: see test_hourglass.py.

@@ -16,8 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import tokred
-from tokred import pictures, training, zoo
-from tokred.__main__ import main
+from tokred.cli.main import main
+from tokred.data import pictures, zoo
+from tokred.training import training
 
 pytest.importorskip("accelerate")
 

@@ -16,10 +16,10 @@ import transformers
 from torch import Tensor, nn
 
 import tokred
-from tokred.cost import Arm
 from tokred.maps import Clusters, TokenMap
-from tokred.patching import hang, host_of, reduction_of
-from tokred.profiling import PARTS, Clock, LayerTimes, clock_for, timed
+from tokred.measure.cost import Arm
+from tokred.measure.profiling import PARTS, Clock, LayerTimes, clock_for, timed
+from tokred.patching.patching import hang, host_of, reduction_of
 from tokred.reducers import Tokens
 
 NAP = 0.02
@@ -39,7 +39,7 @@ class Nights:
 def nights(monkeypatch: pytest.MonkeyPatch) -> Nights:
     nights = Nights()
     clock = Clock(lambda: nights.now, lambda start, end: end - start)
-    monkeypatch.setattr("tokred.profiling.clock_for", lambda device: clock)
+    monkeypatch.setattr("tokred.measure.profiling.clock_for", lambda device: clock)
     monkeypatch.setattr("test_profile.time.sleep", nights.sleep)
     return nights
 

@@ -12,9 +12,9 @@ from torch import nn
 
 import tokred
 from tokred import ATS, Exactly, ToMe
+from tokred.engine.run import mean_attention
 from tokred.maps import Clusters, Kept
 from tokred.reducers import Reducer, ats, tome
-from tokred.run import mean_attention
 
 METHODS = [ATS(), ToMe(threshold=0.6), ToMe(threshold=-1.0), ToMe(threshold=1.0)]
 HOSTS = ["vit", "distilled", "mae, average pooling", "no class token", "siglip, attention pooling",

@@ -18,11 +18,11 @@ import pytest
 from PIL import Image
 
 import tokred
-from tokred import markup, report
-from tokred.cost import Arm
-from tokred.evaluation import Evaluation, Row, Speed
-from tokred.markup import Point
-from tokred.profiling import LayerTimes
+from tokred.measure.cost import Arm
+from tokred.measure.evaluation import Evaluation, Row, Speed
+from tokred.measure.profiling import LayerTimes
+from tokred.show import markup, report
+from tokred.show.markup import Point
 
 HOSTILE = '<img src=x onerror=alert(1)> & "co\'s"'
 VOID = {"meta", "img", "br", "hr", "link", "input"}

@@ -14,7 +14,7 @@ from conftest import small
 from PIL import Image
 from torch import Tensor, nn
 
-from tokred import samples
+from tokred.data import samples
 
 Picture = Image.Image
 

@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 import pytest
 
 import tokred
-from tokred.suites import gates
+from tokred.measure.suites import gates
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -59,11 +59,11 @@ def test_every_page_is_in_the_table_of_contents() -> None:
 
 def test_the_reference_has_every_public_name() -> None:
     there = directives()
-    public = {f"tokred.{name}" for name in tokred.__all__} - {"tokred.zoo"}
+    public = {f"tokred.{name}" for name in tokred.__all__} - {"tokred.data.zoo"}
     plain = {f"tokred.reducers.{name}" for name in PLAIN}
     assert public <= there.keys(), f"{public - there.keys()} must be put into docs/api"
     assert plain <= there.keys()
-    assert {f"tokred.zoo.{name}" for name in ("load", "held_out", "gates")} <= there.keys()
+    assert {f"tokred.data.zoo.{name}" for name in ("load", "held_out", "gates")} <= there.keys()
 
 
 def found(name: str) -> Any:
@@ -132,7 +132,7 @@ def test_docstrings_keep_their_sentences_and_get_links(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("file", MEASURED, ids=lambda f: str(f.relative_to(DOCS).with_suffix("")))
 def test_tables_are_what_the_suite_makes_of_the_figures(file: Path) -> None:
-    suite = importlib.import_module(f"tokred.suites.{file.stem.split('-')[0]}")
+    suite = importlib.import_module(f"tokred.measure.suites.{file.stem.split('-')[0]}")
     made = suite.markdown(json.loads(file.read_text()))
     assert file.with_suffix(".md").read_text().rstrip("\n") == made.rstrip("\n")
 

@@ -27,16 +27,17 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import tokred
-from tokred import DynamicViT, Exactly, Shares, SViT, zoo
+from tokred import DynamicViT, Exactly, Shares, SViT
+from tokred.data import zoo
+from tokred.engine.run import Reduction
 from tokred.gates import gumbel, log_mask, straight_through
-from tokred.host import find_host
+from tokred.host.host import find_host
 from tokred.kernels import varlen
 from tokred.models.segmenter import mean_iou
-from tokred.patching import reduction_of
+from tokred.patching.patching import reduction_of
 from tokred.reducers import Tokens
 from tokred.reducers.dynamicvit import Predictor
 from tokred.reducers.svit import Gate
-from tokred.run import Reduction
 
 pytestmark = pytest.mark.filterwarnings("ignore:the gates of")
 

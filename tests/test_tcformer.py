@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokred
-from tokred.cost import _FUSED
 from tokred.maps import Clusters
+from tokred.measure.cost import _FUSED
 from tokred.models.tcformer import (
     DPCKNN,
     GLOBAL,

@@ -14,7 +14,8 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2
 from torch import Tensor, nn
 
 import tokred
-from tokred import windows, zoo
+from tokred.data import zoo
+from tokred.engine import windows
 from tokred.reducers.slic import SLIC
 from tokred.schedule import Hourglass
 

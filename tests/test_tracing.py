@@ -11,7 +11,8 @@ from PIL import Image
 from torch import nn
 
 import tokred
-from tokred import drawing, reducers
+from tokred import reducers
+from tokred.show import drawing
 
 
 @pytest.mark.filterwarnings("ignore:the gates of")  # random ones will do

@@ -24,10 +24,11 @@ from torch.testing import assert_close
 from training_run import STEPS_PER_EPOCH, Digits, curve, recipe, reduced, run, small_vit
 
 import tokred
-from tokred import losses, training, zoo
-from tokred.losses import cross_entropy, kl_loss, rate_loss, token_loss
+from tokred.data import zoo
 from tokred.models.segmenter import LinearDecoder, Segmenter
-from tokred.training import Noise, Recipe, fit
+from tokred.training import losses, training
+from tokred.training.losses import cross_entropy, kl_loss, rate_loss, token_loss
+from tokred.training.training import Noise, Recipe, fit
 
 pytest.importorskip("accelerate")
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import tokred
-from tokred import zoo
+from tokred.data import zoo
 from tokred.models.segmenter import mean_iou
 from tokred.reducers import learned, make
 
@@ -31,7 +31,7 @@ def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> fl
 
 def said(name: str, what: str) -> float:
     """A percentage on a model card."""
-    card = (Path(zoo.__file__).parent / "zoo" / f"{name}.md").read_text()
+    card = (Path(zoo.__file__).parent / "bundled" / f"{name}.md").read_text()
     found = re.search(rf"{what}: ([\d.]+) %", card)
     assert found is not None
     return float(found[1])

@@ -4,20 +4,24 @@ tokred.apply(model, "atc", keep_rate=0.5)
 tokred.remove(model)
 """
 
-from tokred import zoo
-from tokred.advising import Advice, advise
-from tokred.calibration import calibrate
-from tokred.citing import cite
-from tokred.cost import Bench, Flops, bench, flops
-from tokred.denoising import Around, DenoiserTrace, Denoising
-from tokred.drawing import visualise
-from tokred.evaluating import evaluate
-from tokred.evaluation import Evaluation
-from tokred.fidelity import Fidelity, fidelity
-from tokred.host import UnsupportedModelError, hosts
-from tokred.patching import applied, apply, remove
-from tokred.presets import Preset, presets
-from tokred.profiling import Profile, profile
+from types import ModuleType
+
+from tokred.data import zoo
+from tokred.engine.run import Reduction
+from tokred.host.host import UnsupportedModelError, hosts
+from tokred.measure.advising import Advice, advise
+from tokred.measure.calibration import calibrate
+from tokred.measure.cost import Bench, Flops, bench, flops
+from tokred.measure.evaluating import evaluate
+from tokred.measure.evaluation import Evaluation
+from tokred.measure.fidelity import Fidelity, fidelity
+from tokred.measure.profiling import Profile, profile
+from tokred.measure.tracing import Trace, inspect
+from tokred.moved import former, keep_former_paths
+from tokred.patching.citing import cite
+from tokred.patching.denoising import Around, DenoiserTrace, Denoising
+from tokred.patching.patching import applied, apply, remove
+from tokred.patching.presets import Preset, presets
 from tokred.reducers import names as methods
 from tokred.reducers.atc import ATC
 from tokred.reducers.ats import ATS
@@ -34,9 +38,10 @@ from tokred.reducers.todo import ToDo
 from tokred.reducers.tome import ToMe
 from tokred.reducers.tome2d import ToMe2d
 from tokred.reducers.topk import TopK
-from tokred.run import Reduction
 from tokred.schedule import Constant, Exactly, Hourglass, Linear, Shares, Stages
-from tokred.tracing import Trace, inspect
+from tokred.show.drawing import visualise
+
+keep_former_paths()
 
 __version__ = "0.7.1"
 
@@ -95,3 +100,8 @@ __all__ = [
     "visualise",
     "zoo",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Modules of former versions, see `tokred.moved`."""
+    return former(name)

@@ -57,7 +57,7 @@ def results(name: str) -> dict[str, Any]:
 
 def table(name: str) -> str:
     """The Markdown that the suite makes of it, which is what stands beside the JSON."""
-    made: str = import_module(f"tokred.suites.{suite_of(name)}").markdown(results(name))
+    made: str = import_module(f"tokred.measure.suites.{suite_of(name)}").markdown(results(name))
     return made.rstrip("\n") + "\n"
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float
 from torch import Tensor
 
-from tokred.drawing import clusters
+from tokred.show.drawing import clusters
 
 if TYPE_CHECKING:
     from PIL.Image import Image

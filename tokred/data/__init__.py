@@ -1,0 +1,1 @@
+"""Images and models: how they are read, prepared and bundled."""

@@ -1,0 +1,41 @@
+"""What a patch says about a model, and how the patch for a model is found."""
+
+from tokred.host.host import (
+    ADDING_A_HOST,
+    Denoiser,
+    Host,
+    Place,
+    UnsupportedModelError,
+    find_denoiser,
+    find_host,
+    hosts,
+    innermost,
+    innermost_slot,
+    is_a,
+    is_patched,
+    library_of,
+    module_of,
+    named,
+    patch_names,
+    submodule,
+)
+
+__all__ = [
+    "ADDING_A_HOST",
+    "Denoiser",
+    "Host",
+    "Place",
+    "UnsupportedModelError",
+    "find_denoiser",
+    "find_host",
+    "hosts",
+    "innermost",
+    "innermost_slot",
+    "is_a",
+    "is_patched",
+    "library_of",
+    "module_of",
+    "named",
+    "patch_names",
+    "submodule",
+]

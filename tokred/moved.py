@@ -1,0 +1,90 @@
+"""Import paths of former versions, which go on working.
+
+Up to version 0.7 all modules stood side by side in this folder: `tokred.zoo` is `tokred.data.zoo`
+now. `MOVED` says where the names of each former module are. Importing a former module gives a
+stand-in that takes every name from there, when it is asked for. So code that imports it, and models
+that were pickled with it, still find what they need.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+MOVED: dict[str, tuple[str, ...]] = {
+    "advising": ("measure.advising",),
+    "calibration": ("measure.calibration",),
+    "citing": ("patching.citing",),
+    "cost": ("measure.cost",),
+    "denoising": ("patching.denoising",),
+    "drawing": ("show.drawing",),
+    "evaluating": ("measure.evaluating",),
+    "evaluation": ("measure.evaluation",),
+    "fid": ("measure.fid",),
+    "fidelity": ("measure.fidelity",),
+    "inputs": ("data.inputs",),
+    "losses": ("training.losses",),
+    "markup": ("show.markup",),
+    "metrics": ("measure.metrics",),
+    "pictures": ("data.pictures",),
+    "presets": ("patching.presets",),
+    "profiling": ("measure.profiling",),
+    "reading": ("data.reading",),
+    "report": ("show.report",),
+    "run": ("engine.run",),
+    "samples": ("data.samples",),
+    "suites": ("measure.suites",),
+    "suites.clustering": ("measure.suites.clustering",),
+    "suites.dense": ("measure.suites.dense",),
+    "suites.diffusion": ("measure.suites.diffusion",),
+    "suites.gates": ("measure.suites.gates",),
+    "suites.tcformer": ("measure.suites.tcformer",),
+    "suites.vit": ("measure.suites.vit",),
+    "tracing": ("measure.tracing",),
+    "windows": ("engine.windows",),
+    "zoo": ("data.zoo",),
+}
+"""Former modules of `tokred`, and the modules in which their names are now."""
+
+
+class Former(ModuleType):
+    """Stands in for a module that was moved, and takes its names from where they are now."""
+
+    def __getattr__(self, name: str) -> Any:
+        # Tools that look through all loaded modules (for `__file__`, say) must load nothing.
+        part = f"{self.__name__}.{name}"
+        if part in sys.modules:  # of a folder
+            return sys.modules[part]
+        if not name.startswith("__"):
+            for place in self._places():
+                if hasattr(place, name):
+                    return getattr(place, name)
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+
+    def __dir__(self) -> list[str]:
+        return sorted({name for place in self._places() for name in dir(place)})
+
+    def _places(self) -> list[ModuleType]:
+        former = self.__name__.removeprefix("tokred.")
+        return [import_module(f"tokred.{place}") for place in MOVED[former]]
+
+
+def keep_former_paths() -> None:
+    """Lets former modules be imported. They are no attributes of `tokred`, where functions have
+    the names of some (`tokred.fidelity`); for the others see `__getattr__` of `tokred`."""
+    for former in MOVED:
+        sys.modules.setdefault(f"tokred.{former}", Former(f"tokred.{former}"))
+    vars(sys.modules["tokred.suites"])["__path__"] = []  # it is a folder
+
+
+def former(name: str) -> ModuleType:
+    """A former module of `tokred`, for attribute access.
+
+    Raises:
+        AttributeError: there was none of that name.
+    """
+    if name not in MOVED:
+        raise AttributeError(f"module 'tokred' has no attribute {name!r}")
+    return sys.modules[f"tokred.{name}"]

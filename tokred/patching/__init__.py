@@ -1,0 +1,41 @@
+"""`tokred.apply` and `tokred.remove`: put fewer tokens into a model, and take it back."""
+
+from tokred.patching.patching import (
+    Carry,
+    Grid,
+    HandedOut,
+    Patched,
+    PatchedAttention,
+    PatchedMethod,
+    Pool,
+    Tap,
+    applied,
+    apply,
+    hang,
+    host_of,
+    reduction_for,
+    reduction_of,
+    remove,
+    signals_of,
+    uncompiled,
+)
+
+__all__ = [
+    "Carry",
+    "Grid",
+    "HandedOut",
+    "Patched",
+    "PatchedAttention",
+    "PatchedMethod",
+    "Pool",
+    "Tap",
+    "applied",
+    "apply",
+    "hang",
+    "host_of",
+    "reduction_for",
+    "reduction_of",
+    "remove",
+    "signals_of",
+    "uncompiled",
+]
