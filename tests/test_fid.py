@@ -28,7 +28,9 @@ import tokred
 from tokred.cli.main import main
 from tokred.data import zoo
 from tokred.measure import fid
-from tokred.measure.fid import Batch, Setting, Sweep
+from tokred.measure.fid import Batch, Setting, Sweep, generation
+from tokred.measure.fid import features as extraction
+from tokred.patching.denoising import NAMED
 
 pytest.importorskip("torchmetrics")
 pytest.importorskip("accelerate")
@@ -88,9 +90,9 @@ def _patched(monkeypatch: pytest.MonkeyPatch) -> None:
         yield
         pipe.applied = 0.0
 
-    real = fid.applied
+    real = generation.applied
     monkeypatch.setattr(
-        fid,
+        generation,
         "applied",
         lambda pipe, *rest: (applied if isinstance(pipe, Pipe) else real)(pipe, *rest),
     )
@@ -343,8 +345,10 @@ def test_features_are_kept_until_files_or_the_extractor_change(
     tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, looks = tmp_path / "out", []
-    read = fid._read
-    monkeypatch.setattr(fid, "_read", lambda paths, size: looks.append(1) or read(paths, size))
+    read = extraction._read
+    monkeypatch.setattr(
+        extraction, "_read", lambda paths, size: looks.append(1) or read(paths, size)
+    )
     fid.generate(Pipe(), SWEEP, out)
     first = scored(SWEEP, out, reference)
     before = len(looks)
@@ -443,7 +447,7 @@ def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
 
 def test_methods_are_spelled_as_calls() -> None:
     assert tokred.reducers.parse("tome") == tokred.ToMe()
-    assert tokred.reducers.parse("tome", fid.NAMED) == tokred.ToMe2d()
+    assert tokred.reducers.parse("tome", NAMED) == tokred.ToMe2d()
     assert tokred.reducers.parse("atc:single") == tokred.ATC(linkage="single")
     assert tokred.reducers.parse("atc:backend=numba") == tokred.ATC(backend="numba")
     assert tokred.reducers.parse("slic:grid=(4,6),tau=5.0") == tokred.SLIC((4, 6), tau=5.0)
