@@ -24,8 +24,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 import tokred
+from tokred import training
 from tokred.data import zoo
-from tokred.training import training
 
 TRAINING = 1400
 """Digits to train on; the other 397 are held out."""

@@ -1,0 +1,54 @@
+"""The noise by which gates draw their decisions while they are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tokred.training.seeds import seed_of
+
+
+@dataclass
+class Noise:
+    """Gumbel noise for gates: drawn for the whole batch, so that each sample has the same however
+    many processes there are, and on the CPU, so that it is the same on every device."""
+
+    seed: int
+    batch: int
+    step: int = 0
+    row: int = 0
+    rows: int = 0
+
+    def place(self, step: int, row: int, rows: int) -> None:
+        """Says which rows of which batch come next."""
+        self.step, self.row, self.rows = step, row, rows
+
+    def __call__(
+        self, layer: int, logits: Float[Tensor, "rows tokens 2"]
+    ) -> Float[Tensor, "rows tokens 2"]:
+        """The noise of the rows that are running."""
+        if logits.shape[0] != self.rows:
+            raise ValueError(
+                f"the model makes {logits.shape[0]} rows of tokens of {self.rows} samples: noise "
+                "would depend on the number of processes"
+            )
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "gate", self.step, layer))
+        drawn = torch.empty(self.batch, *logits.shape[1:]).exponential_(generator=generator)
+        mine = drawn[self.row : self.row + self.rows].to(logits.device)
+        return -mine.clamp_min(torch.finfo(mine.dtype).tiny).log().to(logits.dtype)
+
+
+@contextmanager
+def noisy(reduction: Any, noise: Noise) -> Iterator[None]:
+    """Gives gates this noise for the length of a block."""
+    former, reduction.noise = reduction.noise, noise
+    try:
+        yield
+    finally:
+        reduction.noise = former
