@@ -15,16 +15,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
-import numpy as np
-import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokred.data import reading, zoo
+from tokred.data.hugging_face import load_dataset
+from tokred.data.reading import HELD_OUT
+from tokred.data.transforms import Augmented, Digits, Processed
 from tokred.optional import require
 
-HELD_OUT = ("val", "validation", "valid", "test")
-"""What folders and splits to validate on are called; the first that is there is taken."""
+__all__ = [
+    "HELD_OUT",
+    "Augmented",
+    "Digits",
+    "Folder",
+    "Pictures",
+    "Preparation",
+    "Prepared",
+    "Processed",
+    "Split",
+    "folder",
+    "load",
+    "open_model",
+    "read",
+]
+
 _ON_HUB = ("hf-hub:", "hf_hub:", "local-dir:")
 """What timm takes for a checkpoint, whatever stands behind it."""
 
@@ -138,11 +152,7 @@ def folder(path: Path, classes: Sequence[str] | None = None) -> Folder:
 
 def _read_dataset(name: str) -> tuple[Pictures, Pictures | None]:
     datasets = require("datasets", "train")
-    if Path(name).is_dir() and any(Path(name).glob("dataset*.json")):
-        found = datasets.load_from_disk(name)
-    else:
-        name, _, configuration = name.partition(":")
-        found = datasets.load_dataset(name, configuration or None)
+    found = load_dataset(name, "train")
     splits = dict(found) if hasattr(found, "keys") else {"train": found}
     train = splits.get("train")
     if train is None:
@@ -315,59 +325,3 @@ def open_model(name: str, pretrained: bool = True) -> nn.Module:
     kind = getattr(transformers, saved_from, transformers.AutoModel)
     model = kind.from_pretrained(name)
     return model.eval()
-
-
-@dataclass(frozen=True)
-class Augmented:
-    """A random crop of a picture, perhaps mirrored, of the size that the model takes; then the
-    rest.
-
-    Attributes:
-        size: height and width.
-        rest: from a picture of this size to a tensor.
-    """
-
-    size: tuple[int, ...]
-    rest: Callable[[Any], Tensor]
-
-    def __call__(self, picture: Any) -> Float[Tensor, "channels height width"]:
-        transforms = require("torchvision.transforms.v2", "train")
-        bicubic = require("torchvision.transforms", "train").InterpolationMode.BICUBIC
-        cut = transforms.RandomResizedCrop(self.size, interpolation=bicubic)
-        return self.rest(transforms.RandomHorizontalFlip()(cut(picture)))
-
-
-@dataclass(frozen=True)
-class Processed:
-    """What an image processor of transformers makes of a picture.
-
-    Attributes:
-        processor: the processor.
-        resize: whether it may resize and crop.
-    """
-
-    processor: Any
-    resize: bool = True
-
-    def __call__(self, picture: Any) -> Float[Tensor, "channels height width"]:
-        left_out = {} if self.resize else {"do_resize": False, "do_center_crop": False}
-        options = {key: value for key, value in left_out.items() if hasattr(self.processor, key)}
-        found: Tensor = self.processor(picture, return_tensors="pt", **options)["pixel_values"][0]
-        return found
-
-
-@dataclass(frozen=True)
-class Digits:
-    """A picture as the bundled checkpoints take it: grey, ink 1 and paper -1.
-
-    Attributes:
-        side: height and width.
-    """
-
-    side: int
-
-    def __call__(self, picture: Any) -> Float[Tensor, "1 side side"]:
-        grey = picture.convert("L")
-        if grey.size != (self.side, self.side):
-            grey = grey.resize((self.side, self.side))
-        return zoo.normalise(torch.from_numpy(np.array(grey))[None])
