@@ -2,20 +2,62 @@
 
 What a tool keeps on disk (a cache, the images of a sweep, the checkpoints of a training) holds the
 fingerprints of what it was made from. It is used again only if they are the same.
+
+The fingerprint of a model begins with the number of the format, so that files can tell a model that
+has changed from a format that has.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokred.data.parts import parted
+
+FORMAT = 2
+"""The format of a model's fingerprint; 1 is that of version 0.7, which had no number in it."""
+
+
+def fingerprint(model: nn.Module) -> str:
+    """The fingerprint of a model: of its structure, as it is printed, and of all its weights and
+    buffers, bit by bit."""
+    structure = re.sub(r" at 0x[0-9a-f]+", "", repr(model))  # addresses differ between processes
+    digest = hashlib.sha256(structure.encode())
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {tuple(getattr(value, 'shape', ()))}".encode())
+        if isinstance(value, Tensor):
+            digest.update(str(value.dtype).encode())
+            try:
+                digest.update(_bytes(value))
+            except (RuntimeError, NotImplementedError, AttributeError):  # of a quantised tensor
+                digest.update(repr(value).encode())
+    return f"{FORMAT}:{digest.hexdigest()[:16]}"
+
+
+def is_of(pinned: object, model: nn.Module) -> bool:
+    """Whether a fingerprint that a training has written is that of a model; it may be one of
+    version 0.7."""
+    if isinstance(pinned, str) and ":" in pinned:
+        return pinned == fingerprint(model)
+    return pinned == _in_format_1(model)
+
+
+def _in_format_1(model: nn.Module) -> str:
+    """What trainings of version 0.7 have written: names, shapes and the first 64 values of all
+    weights."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {tuple(value.shape)}".encode())
+            digest.update(value.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def samples_fingerprint(samples: Any, looked_at: int = 16) -> str:
