@@ -1,4 +1,4 @@
-"""What images are compared in: the features of a network, kept on disk."""
+"""The features of a network in which images are compared, kept on disk."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from tokred.data import zoo
-from tokred.measure.fid.files import fingerprint
+from tokred.data import reading, zoo
+from tokred.data.fingerprint import fingerprint
+from tokred.data.writing import whole
 from tokred.optional import require
 
 _PER_BATCH = 32
-"""Images whose features are extracted at a time; always as many, so that figures are the same."""
+"""Images whose features are extracted at a time; a constant, so that rounding errors are, too."""
 
 
 class DigitFeatures(nn.Module):
-    """What the bundled checkpoint `digits` reads digits by. Needs timm."""
+    """The features by which the bundled checkpoint `digits` recognises digits. Needs timm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +33,7 @@ class DigitFeatures(nn.Module):
     def forward(
         self, images: UInt8[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch 64"]:
-        """Of grey images, or the mean of their channels."""
+        """The features of images that are uint8, 0 to 255; the mean of their channels counts."""
         grey = images.float().mean(1, keepdim=True) / 127.5 - 1
         side = (zoo.IMAGE_SIZE, zoo.IMAGE_SIZE)
         larger = F.interpolate(grey, side, mode="bilinear", antialias=True)
@@ -43,15 +44,16 @@ class DigitFeatures(nn.Module):
 
 
 def inception(weights: Path | None) -> nn.Module:
-    """The Inception network that FID is named for, by torchmetrics and torch-fidelity.
+    """The Inception network after which FID is named, by torchmetrics and torch-fidelity.
 
     Args:
-        weights: its file (`pt_inception-2015-12-05-6726825d.pth` in the releases of pytorch-fid,
-            `weights-inception-2015-12-05-6726825d.pth` in those of torch-fidelity).
+        weights: the file of its weights (`pt_inception-2015-12-05-6726825d.pth` in the releases of
+            pytorch-fid, `weights-inception-2015-12-05-6726825d.pth` in those of
+            torch-fidelity).
 
     Raises:
-        ValueError: no file is given: nothing is downloaded.
-        FileNotFoundError: it is not there.
+        ValueError: no file is given. (Nothing is downloaded.)
+        FileNotFoundError: there is no such file.
         ModuleNotFoundError: torchmetrics or torch-fidelity is not installed.
     """
     if weights is None:
@@ -69,8 +71,13 @@ def inception(weights: Path | None) -> nn.Module:
 
 @dataclass(frozen=True)
 class Measured:
-    """Of the images of one folder: features, float64; how far each is from the one beside it (0 if
-    there is none); and how many have a single colour."""
+    """What was found out about the images of one folder.
+
+    Attributes:
+        features: of every image, float64.
+        pixels: how far every image is from the one beside it; 0 if there is none.
+        blank: how many images have a single colour.
+    """
 
     features: Float[np.ndarray, "images dim"]
     pixels: Float[np.ndarray, " images"]
@@ -85,7 +92,17 @@ def measure(
     cache: Path,
     on_images: Callable[[int], None],
 ) -> Measured:
-    """Looks at images, or at what is kept of the last look at the same files."""
+    """Extracts the features of images, or reads them from the last time.
+
+    Args:
+        paths: the images.
+        beside: for every image, another one that it is compared with pixel by pixel.
+        size: width and height to which images are brought.
+        extractor: the network.
+        cache: the file in which the result is kept. It is used again if files, size and network
+            are the same.
+        on_images: called with the number of images that are done.
+    """
     stats = [
         (str(path), stat.st_size, stat.st_mtime_ns)
         for path in [*paths, *(beside or ())]
@@ -111,27 +128,18 @@ def measure(
         on_images(min(start + _PER_BATCH, len(paths)))
     found = Measured(torch.cat(features).numpy(), torch.cat(pixels).numpy(), blank)
     cache.parent.mkdir(exist_ok=True)
-    with cache.with_suffix(".part").open("wb") as file:
+    with whole(cache) as partial, partial.open("wb") as file:
         np.savez(file, key=key, features=found.features, pixels=found.pixels, blank=blank)
-    cache.with_suffix(".part").replace(cache)
     return found
 
 
 def _read(paths: Sequence[Path], size: tuple[int, int]) -> UInt8[Tensor, "images 3 height width"]:
-    """Pictures, of another size cut to the aspect and resized, with antialiasing."""
+    """Pictures in one size: others are cut to its aspect ratio and resized, with antialiasing."""
     pil, ops = require("PIL.Image", "plots"), require("PIL.ImageOps", "plots")
     images = []
     for path in paths:
-        with pil.open(path) as opened:
-            image = opened.convert("RGB")
+        image = reading.picture(path)
         if image.size != size:
             image = ops.fit(image, size, pil.Resampling.BICUBIC)
         images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
     return torch.stack(images)
-
-
-def size_of(path: Path) -> tuple[int, int]:
-    """Width and height of a picture, in pixels."""
-    with require("PIL.Image", "plots").open(path) as image:
-        width, height = image.size
-    return width, height

@@ -1,4 +1,4 @@
-"""What was found, for people to look at: tables, a plot and a contact sheet."""
+"""The scores of a sweep for people to look at: tables, a plot and a contact sheet."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from tokred.data import reading
 from tokred.measure.fid.distances import KID_SUBSETS
 from tokred.measure.fid.files import file_of
-from tokred.measure.fid.scores import Score, Scores
+from tokred.measure.fid.scores import Score, SweepScores
 from tokred.measure.fid.sweep import DENSE, Sweep
 from tokred.optional import require
 
 
-def report(sweep: Sweep, out: Path, scores: Scores) -> list[Path]:
-    """Writes what was found, and returns the files: a table as CSV and, with what it was measured
-    with, as JSON; the distances of every image; a plot; and a contact sheet.
+def report(sweep: Sweep, out: Path, scores: SweepScores) -> list[Path]:
+    """Writes the scores of a sweep, and returns the files: the table as CSV; the table as JSON,
+    with the conditions of the measurement; the distances of every image; a plot; and a contact
+    sheet.
 
     Raises:
         ModuleNotFoundError: Matplotlib or Pillow is not installed.
@@ -51,8 +53,8 @@ def report(sweep: Sweep, out: Path, scores: Scores) -> list[Path]:
     return [table, whole, distances, plot, sheet]
 
 
-def markdown(scores: Scores) -> str:
-    """The table, and under it what it was measured with."""
+def markdown(scores: SweepScores) -> str:
+    """The table, and under it the conditions of the measurement."""
     lines = [
         "| method | keep | seed | FID | KID x 1000 | from dense: pixels | features | images/s |",
         "|---|---|---|---|---|---|---|---|",
@@ -82,7 +84,7 @@ def contact_sheet(sweep: Sweep, out: Path, columns: int = 10, cell: int = 96) ->
 
     Args:
         sweep: what was drawn.
-        out: where.
+        out: the folder of the images.
         columns: how many prompts, at most.
         cell: height and width of an image in it; small ones are enlarged without smoothing.
     """
@@ -110,17 +112,15 @@ def contact_sheet(sweep: Sweep, out: Path, columns: int = 10, cell: int = 96) ->
         y = top + row * (cell + gap)
         pen.text((gap, y + cell // 2 - 8), label, fill="black", font=font)
         for column in numbers:
-            with pil.open(out / setting.name / file_of(column)) as opened:
-                image = opened.convert("RGB")
+            image = reading.picture(out / setting.name / file_of(column))
             smooth = pil.Resampling.LANCZOS if image.width > cell else pil.Resampling.NEAREST
             image = image.resize((cell, cell), smooth)
             sheet.paste(image, (left + column * (cell + gap), y))
     return sheet
 
 
-def _plot(scores: Scores, file: Path) -> None:
-    """FID, and the distance from the images without reduction, over the keep rate: a line per
-    method, mean over seeds and their range."""
+def _plot(scores: SweepScores, file: Path) -> None:
+    """Draws FID, and the distance from the images without reduction, over the keep rate."""
     figure = require("matplotlib.figure", "plots").Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     named = scores.features[0]
@@ -130,7 +130,8 @@ def _plot(scores: Scores, file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-def _lines(axes: Any, scores: Scores, column: str, label: str) -> None:
+def _lines(axes: Any, scores: SweepScores, column: str, label: str) -> None:
+    """A line for each method: the mean over seeds, and as an area their range."""
     dense = statistics.mean(getattr(row, column) for row in scores.rows if row.method == DENSE)
     by_method: dict[str, dict[float, list[float]]] = {}
     for row in scores.rows:

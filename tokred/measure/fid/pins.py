@@ -1,4 +1,4 @@
-"""What the images of a folder depend on, so that those of two sweeps are not mixed."""
+"""What images depend on, written beside them, so that a folder holds the images of one sweep."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from typing import Any
 
 from torch import nn
 
+from tokred.data.fingerprint import fingerprint
+from tokred.data.writing import write_text
 from tokred.host.host import module_of
-from tokred.measure.fid.files import fingerprint, write
 from tokred.measure.fid.sweep import Sweep
 from tokred.patching.denoising import Around
 from tokred.patching.patching import reduction_of
 
 
 def pins(pipe: Any, sweep: Sweep, model: str = "") -> dict[str, Any]:
-    """What images depend on, besides method, keep rate, seed and number; as JSON has it.
+    """What images depend on, besides method, keep rate, seed and number, in types of JSON.
 
     Raises:
         ValueError: the pipeline is reduced already.
@@ -47,7 +48,7 @@ def pins(pipe: Any, sweep: Sweep, model: str = "") -> dict[str, Any]:
         "steps": sweep.steps,
         "guidance": sweep.guidance,
         "size": sweep.size,
-        "around": {  # but for what is the default
+        "around": {  # without default values
             key: value
             for key, value in asdict(sweep.around).items()
             if key not in ("keep_rate", "_ratio") and value != getattr(Around(), key)
@@ -62,7 +63,7 @@ def pins(pipe: Any, sweep: Sweep, model: str = "") -> dict[str, Any]:
 
 
 def pin(out: Path, pinned: Mapping[str, Any]) -> None:
-    """Writes `out/sweep.json`, or compares it with what is there.
+    """Writes what images depend on to `out/sweep.json`; if that is there, compares both.
 
     Raises:
         ValueError: something differs.
@@ -70,7 +71,7 @@ def pin(out: Path, pinned: Mapping[str, Any]) -> None:
     file = out / "sweep.json"
     if not file.exists():
         out.mkdir(parents=True, exist_ok=True)
-        write(file, json.dumps(pinned, indent=1))
+        write_text(file, json.dumps(pinned, indent=1))
         return
     before, now = (dict(_leaves(tree)) for tree in (json.loads(file.read_text()), pinned))
     differences = [

@@ -6,16 +6,22 @@ from pathlib import Path
 
 import torch
 
-from tokred.data import zoo
+from tokred.data import reading, zoo
 from tokred.measure.fid.files import file_of, save
 from tokred.optional import require
 
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-
 
 def digit_reference(folder: Path, drawings: int = 4) -> Path:
-    """Draws the held-out digits of the bundled checkpoint so many times each, as the bundled
-    pipeline knows them: the reference for its images. Returns the folder."""
+    """Makes a reference for the images of the bundled pipeline: draws the held-out digits as the
+    pipeline has learned them.
+
+    Args:
+        folder: where the pictures are written; made if need be. Those that are there stay.
+        drawings: how often every digit is drawn.
+
+    Returns:
+        The folder.
+    """
     held_out = zoo.held_out("digits")
     noise = torch.Generator().manual_seed(0)
     images = torch.cat(
@@ -29,17 +35,17 @@ def digit_reference(folder: Path, drawings: int = 4) -> Path:
     return folder
 
 
-def pictures_in(folder: Path, per_folder: int | None = None) -> list[Path]:
-    """The pictures in a folder and those below it, by name.
+def reference_pictures(folder: Path, per_folder: int | None = None) -> list[Path]:
+    """The pictures in a folder and in all folders below it, by name; hidden ones are passed over.
 
     Args:
         folder: where to look.
-        per_folder: take only so many of each of the folders in it; all if None.
+        per_folder: how many to take of each of the folders in it; None: all.
 
     Raises:
         ValueError: there are fewer than two, or fewer than `per_folder` in one of the folders.
     """
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
+    found = reading.pictures_in(folder)
     if per_folder is not None:
         by_folder: dict[Path, list[Path]] = {}
         for path in found:

@@ -3,39 +3,41 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from torch import nn
 
+from tokred.data import reading
 from tokred.measure.fid.distances import frechet_distance, kernel_distance
-from tokred.measure.fid.features import Measured, measure, size_of
+from tokred.measure.fid.features import Measured, measure
 from tokred.measure.fid.files import drawn
-from tokred.measure.fid.reference import pictures_in
-from tokred.measure.fid.sweep import DENSE, Setting, Sweep
+from tokred.measure.fid.reference import reference_pictures
+from tokred.measure.fid.sweep import DENSE, Sweep, SweepSetting
 from tokred.measure.fid.times import speeds_in
 from tokred.optional import require
 
 
 @dataclass(frozen=True)
 class Score:
-    """What became of the images of one setting.
+    """How the images of one setting compare with the reference and with those without reduction.
 
     Attributes:
         method, keep_rate, seed: the setting.
-        images: how many were compared.
+        images: how many images were compared.
         fid: the Frechet distance between their features and those of the reference.
         kid, kid_std: the kernel distance, mean and standard deviation over subsets.
         pixel_distance: the root mean square of the difference from the image without reduction,
             pixels from 0 to 1; mean over images.
         feature_distance: the Euclidean distance between the features of both; mean over images.
-        images_per_second: of all processes together, by the median batch of each; of the one run
-            that drew the most of them. None if nothing was timed.
-        timed_images, processes, device: how many images that is from, drawn by how many processes,
-            on which kind of device.
+        images_per_second: the speed of all processes together, by the median batch of each, in the
+            run that drew the most of these images. None if nothing was timed.
+        timed_images, processes, device: how many images that run drew, with how many processes, on
+            which kind of device.
     """
 
     method: str
@@ -54,16 +56,16 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Scores:
-    """All that `score` found.
+class SweepScores:
+    """The scores of all settings of a sweep.
 
     Attributes:
         rows: one for each setting.
         reference: where the reference is, and how many images it has.
-        features: what images are compared in, and how many features there are.
-        kid_subset: images in each subset that the kernel distance is taken over.
+        features: the name of the network that extracts features, and how many features there are.
+        kid_subset: images in each subset for the kernel distance.
         pixels: for each setting, the `pixel_distance` of every image.
-        moved: the same, the `feature_distance`.
+        moved: for each setting, the `feature_distance` of every image.
     """
 
     rows: tuple[Score, ...]
@@ -82,21 +84,22 @@ def score(
     *,
     per_folder: int | None = None,
     on_images: Callable[[int, int], None] | None = None,
-) -> Scores:
+) -> SweepScores:
     """Compares the images of every setting with a reference, and with those without reduction.
 
-    Reads files alone, and in a fixed order: whoever drew them, figures are the same. Features are
-    kept in `out/features`, and extracted again if files or the extractor have changed.
+    Only files count, and they are read in a fixed order: figures do not depend on how many
+    processes drew the images. Features are kept in `out/features`, and extracted again if files or
+    the network have changed.
 
     Args:
         sweep: what was drawn.
-        out: where `generate` has put it.
-        reference: a folder of pictures, with those in its folders. Those of another size are cut to
-            the aspect of the images that were drawn, about the centre, and resized.
-        features: from images [batch, 3, height, width], uint8, to features [batch, dim]: such as
-            `DigitFeatures()` or `inception(weights)`.
-        per_folder: of every folder in the reference, only so many pictures, by name; all if None.
-        on_images: called with (images done, images in all) as features are extracted.
+        out: the folder that `generate` was given.
+        reference: a folder of pictures; those in folders below it count, too. Pictures of another
+            size than the images are cut about the centre to the same aspect ratio, and resized.
+        features: a network from images [batch, 3, height, width], uint8, to features [batch, dim],
+            such as `DigitFeatures()` or `inception(weights)`.
+        per_folder: how many pictures to take from every folder in the reference; None: all.
+        on_images: called with (images done, images in all) while features are extracted.
 
     Raises:
         ValueError: images or references are missing.
@@ -105,41 +108,30 @@ def score(
     require("torchmetrics.image.fid", "fid")
     settings = sweep.settings()
     files = {setting: drawn(sweep, out, setting) for setting in settings}
-    pictures = pictures_in(reference, per_folder)
-    size = size_of(files[settings[0]][0])
-    named, dim = type(features).__name__, 0
-    total = len(pictures) + len(settings) * sweep.images
-    done = 0
-
-    def extracted(paths: Sequence[Path], beside: Sequence[Path] | None, name: str) -> Measured:
-        nonlocal done
-
-        def advance(images: int) -> None:
-            if on_images is not None:
-                on_images(done + images, total)
-
-        found = measure(paths, beside, size, features, out / "features" / f"{name}.npz", advance)
-        done += len(paths)
-        advance(0)
-        return found
-
-    theirs = extracted(pictures, None, "reference").features
+    pictures = reference_pictures(reference, per_folder)
+    fewest = min(sweep.images, len(pictures))
+    extraction = _Extraction(
+        features,
+        reading.opened(files[settings[0]][0]).size,
+        out / "features",
+        len(pictures) + len(settings) * sweep.images,
+        on_images,
+    )
+    theirs = extraction.of(pictures, None, "reference").features
     dim = theirs.shape[1]
-    if min(sweep.images, len(pictures)) <= dim:
+    if fewest <= dim:
         warnings.warn(
-            f"{min(sweep.images, len(pictures))} images for {dim} features: the Frechet distance "
-            "of so few is far too large, and comparable only with others of as many",
+            f"{fewest} images for {dim} features: the Frechet distance of so few is far too large, "
+            "and comparable only with others of as many",
             stacklevel=2,
         )
-    subset = min(1000, sweep.images, len(pictures))
-    if subset < 1000:  # so that subsets differ
-        subset = max(2, subset // 2)
+    subset = _subset(fewest)
     speeds = speeds_in(out / "times")
     dense: dict[int, Measured] = {}
     rows, pixels, moved = [], [], []
     for setting in settings:
-        beside = files[Setting(DENSE, 1.0, setting.seed)]
-        ours = extracted(files[setting], beside, setting.name)
+        beside = files[SweepSetting(DENSE, 1.0, setting.seed)]
+        ours = extraction.of(files[setting], beside, setting.name)
         if setting.method == DENSE:
             dense[setting.seed] = ours
         if ours.blank:
@@ -149,22 +141,85 @@ def score(
                 stacklevel=2,
             )
         away = np.linalg.norm(ours.features - dense[setting.seed].features, axis=1)
-        kid, kid_std = kernel_distance(ours.features, theirs, subset)
-        rows.append(
-            Score(
-                **asdict(setting),
-                images=sweep.images,
-                fid=frechet_distance(ours.features, theirs),
-                kid=kid,
-                kid_std=kid_std,
-                pixel_distance=float(ours.pixels.mean()),
-                feature_distance=float(away.mean()),
-                **speeds.get(setting.name, {}),
-            )
-        )
+        speed = speeds.get(setting.name, {})
+        rows.append(_row(setting, ours, theirs, float(away.mean()), subset, speed))
         pixels.append(ours.pixels)
         moved.append(away)
-    return Scores(
-        tuple(rows), (str(reference), len(pictures)), (named, dim), subset,
-        tuple(pixels), tuple(moved),
-    )  # fmt: skip
+    return SweepScores(
+        tuple(rows),
+        (str(reference), len(pictures)),
+        (type(features).__name__, dim),
+        subset,
+        tuple(pixels),
+        tuple(moved),
+    )
+
+
+@dataclass
+class _Extraction:
+    """Extracts the features of one folder after the other.
+
+    Attributes:
+        extractor: the network.
+        size: width and height of images.
+        cache: the folder in which features are kept.
+        total: how many images there are in all folders.
+        on_images: see `score`.
+        done: how many images were looked at.
+    """
+
+    extractor: nn.Module
+    size: tuple[int, int]
+    cache: Path
+    total: int
+    on_images: Callable[[int, int], None] | None
+    done: int = 0
+
+    def of(self, paths: Sequence[Path], beside: Sequence[Path] | None, name: str) -> Measured:
+        """The features of the images of one folder, kept under a name."""
+        cache = self.cache / f"{name}.npz"
+        found = measure(paths, beside, self.size, self.extractor, cache, self._tell)
+        self.done += len(paths)
+        self._tell(0)
+        return found
+
+    def _tell(self, images: int) -> None:
+        if self.on_images is not None:
+            self.on_images(self.done + images, self.total)
+
+
+def _subset(images: int) -> int:
+    """How many of so many images are in each subset for the kernel distance: 1,000, or a half of
+    them, so that subsets differ."""
+    return 1000 if images >= 1000 else max(2, images // 2)
+
+
+def _row(
+    setting: SweepSetting,
+    ours: Measured,
+    theirs: Float[np.ndarray, "images dim"],
+    feature_distance: float,
+    subset: int,
+    speed: Mapping[str, Any],
+) -> Score:
+    """The scores of one setting.
+
+    Args:
+        setting: the setting.
+        ours: what its images are like.
+        theirs: the features of the reference.
+        feature_distance: see `Score`.
+        subset: images in each subset for the kernel distance.
+        speed: the last fields of `Score`, if drawing was timed.
+    """
+    kid, kid_std = kernel_distance(ours.features, theirs, subset)
+    return Score(
+        **asdict(setting),
+        images=len(ours.features),
+        fid=frechet_distance(ours.features, theirs),
+        kid=kid,
+        kid_std=kid_std,
+        pixel_distance=float(ours.pixels.mean()),
+        feature_distance=feature_distance,
+        **speed,
+    )

@@ -1,4 +1,4 @@
-"""What is drawn: methods, keep rates, prompts and seeds, and values of them that go together."""
+"""What a sweep draws: methods, keep rates, prompts and seeds; and presets of such values."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tokred.patching.denoising import NAMED, Around
 from tokred.reducers import parse
 
 DENSE = "dense"
-"""What the pipeline without reduction is called among the methods."""
+"""The name, among the methods, of the pipeline without reduction."""
 KEEP_RATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 SEEDS = 1_000_000
 """Image i of seed s is drawn from a generator with seed s * SEEDS + i."""
 
 
 @dataclass(frozen=True)
-class Setting:
+class SweepSetting:
     """A method at a keep rate, with the seed that its images start from."""
 
     method: str
@@ -35,18 +35,18 @@ class Setting:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is drawn.
+    """All settings of which images are drawn, and what they have in common.
 
     Args:
-        methods: as on the command line: "tome", "atc:single" (`tokred.reducers.parse`), by what
-            their names mean for denoisers.
-        keep_rates: in (0, 1]. At 1 nothing is reduced: those images are drawn once for all methods,
-            also if 1 is not among the keep rates, since the others are compared with them.
-        prompts: image i shows prompt i, counted from the first again after the last.
-        images: of each setting.
-        seeds: every setting is drawn for each of them.
-        steps, guidance, size: what the pipeline is called with as `num_inference_steps`,
-            `guidance_scale`, and `height` and `width`; its own values if not given.
+        methods: as on the command line: "tome", "atc:single" (`tokred.reducers.parse`), with the
+            meaning that these names have for denoisers.
+        keep_rates: in (0, 1]. At 1 nothing is reduced. Such images are drawn once for all methods,
+            even if 1 is not among the keep rates, because the others are compared with them.
+        prompts: image i shows prompt i; after the last prompt, the first follows again.
+        images: how many images each setting has.
+        seeds: every setting is drawn with each of them.
+        steps, guidance, size: arguments of the pipeline: `num_inference_steps`, `guidance_scale`,
+            and `height` and `width`. None: the pipeline's own values.
         around: where and when tokens are merged, at the keep rate of each setting.
 
     Raises:
@@ -79,24 +79,25 @@ class Sweep:
         if len(set(names)) < len(names):
             raise ValueError(f"two settings have the same name: {', '.join(names)}")
 
-    def settings(self) -> list[Setting]:
-        """All that is drawn, first without reduction; then by method and keep rate."""
+    def settings(self) -> list[SweepSetting]:
+        """All settings: first without reduction, then by method and keep rate."""
         rates = [rate for rate in dict.fromkeys(self.keep_rates) if rate != 1]
         pairs = [(DENSE, 1.0), *itertools.product(self.methods, rates)]
-        return [Setting(*pair, seed) for pair in pairs for seed in dict.fromkeys(self.seeds)]
+        return [SweepSetting(*pair, seed) for pair in pairs for seed in dict.fromkeys(self.seeds)]
 
     def prompt(self, number: int) -> str:
-        """What image `number` shows."""
+        """The prompt of image `number`."""
         return self.prompts[number % len(self.prompts)]
 
 
 @dataclass(frozen=True)
-class Preset:
+class SweepPreset:
     """Values of a sweep that go together.
 
     Attributes:
         prompts: makes the prompts.
-        per_folder: images of the reference, of every folder in it; all if None.
+        images, steps, guidance, size: as in `Sweep`.
+        per_folder: how many images to take from each folder of the reference; None: all.
     """
 
     prompts: Callable[[], tuple[str, ...]]
@@ -119,9 +120,9 @@ def digit_prompts() -> tuple[str, ...]:
     return tuple("0123456789")
 
 
-presets: dict[str, Preset] = {
-    "digits": Preset(digit_prompts, images=500),
-    "imagenet": Preset(
+presets: dict[str, SweepPreset] = {
+    "digits": SweepPreset(digit_prompts, images=500),
+    "imagenet": SweepPreset(
         imagenet_prompts, images=2000, steps=50, guidance=7.5, size=512, per_folder=5
     ),
 }
