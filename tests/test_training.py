@@ -3,6 +3,7 @@ leave; many processes train as one does."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from training_run import STEPS_PER_EPOCH, Digits, curve, recipe, reduced, run, s
 
 import tokred
 from tokred import training
-from tokred.data import zoo
+from tokred.data import processes, zoo
 from tokred.models.segmenter import LinearDecoder, Segmenter
 from tokred.patching.patching import reduction_of
 from tokred.training import Noise, Recipe, checkpoints, fit, losses, optimiser
@@ -157,17 +158,18 @@ def test_many_processes_have_the_losses_and_gradients_of_one(
     loss(slice(0, 4), whole).backward()
     halves = [slice(0, 2), slice(2, 4)]
     grads, terms = [], []
-    monkeypatch.setattr(losses, "processes", lambda: 2)
+    monkeypatch.setattr(processes, "_distributed", lambda: True)
+    monkeypatch.setattr(processes.dist, "get_world_size", lambda: 2)
     for mine, other in (halves, halves[::-1]):
         arriving = iter([(mask[other] * weights).mean(), counted[other].sum()])
-        monkeypatch.setattr(losses.dist, "all_reduce", lambda x, a=arriving: x.add_(next(a)))
+        monkeypatch.setattr(processes.dist, "all_reduce", lambda x, a=arriving: x.add_(next(a)))
         w = weights.clone().requires_grad_()
         term = loss(mine, w)
         term.backward()
         grads.append(w.grad)
         terms.append(term.detach())
     assert_close(sum(grads) / 2, whole.grad)
-    monkeypatch.setattr(losses, "processes", lambda: 1)
+    monkeypatch.setattr(processes, "_distributed", lambda: False)
     assert_close(sum(terms) / 2, loss(slice(0, 4), weights))
 
 
@@ -480,6 +482,29 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "log.csv").read_bytes() == log
 
 
+def test_a_training_that_version_0_7_began_goes_on(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"method": "svit", "frozen": True, "epochs": 1}
+    run(tmp_path, **options)
+    file = tmp_path / "recipe.json"
+    pinned = json.loads(file.read_text())
+    # What it wrote: names, shapes and the first 64 values of all weights.
+    digest = hashlib.sha256()
+    for name, value in reduced("svit").state_dict().items():
+        digest.update(
+            f"{name} {tuple(value.shape)}".encode() + value.flatten()[:64].numpy().tobytes()
+        )
+    file.write_text(json.dumps({**pinned, "weights": digest.hexdigest()[:16]}))
+    assert run(tmp_path, **options).resumed == STEPS_PER_EPOCH
+    assert json.loads(file.read_text()) == pinned
+    file.write_text(json.dumps({**pinned, "weights": "0123456789abcdef"}))
+    other = reduced("svit")
+    changes = recipe("svit", frozen=True, epochs=1)
+    fails("weights was '0123456789abcdef', and is '2:", other, Digits(), changes, tmp_path)
+    file.write_text(json.dumps(pinned))
+    other.pos_embed.data[0, -1, -1] += 1e-6
+    fails("weights was '2:", other, Digits(), changes, tmp_path)
+
+
 def test_labels_out_of_range_are_named(tmp_path: Path) -> None:
     model = small_vit(classes=5)
     fails("labels must be 0 to 4, as the model has 5 classes", model, Digits(), recipe(), tmp_path)
@@ -532,8 +557,8 @@ def program(out: Path, processes: int = 1, **options: Any) -> subprocess.Complet
 def test_two_processes_have_the_curve_of_one(
     method: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    for processes in (1, 2):
-        done = program(tmp_path / str(processes), processes, method=method, **changes)
+    for number in (1, 2):
+        done = program(tmp_path / str(number), number, method=method, **changes)
         assert done.returncode == 0, done.stderr[-2000:]
     one, two = curve(tmp_path / "1"), curve(tmp_path / "2")
     assert len(one) == len(two) == 2 * STEPS_PER_EPOCH

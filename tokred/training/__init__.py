@@ -5,18 +5,18 @@
     training.fit(model, data, training.recipes["svit"], Path("trained"), validate=held_out)
 
 The losses are those of SViT and of DynamicViT (`rate_loss`, `kl_loss`, `token_loss`). The same loop
-fine-tunes a model in which tokens are merged, and trains one from nothing.
+fine-tunes a model in which tokens are merged, and trains a model from random weights.
 
-Everything random is a function of the seed and of where in the training it happens: the order of
-the samples of (seed, epoch), what is done to a sample of (seed, epoch, sample), noise in gates of
-(seed, step, layer, place in the batch). So training that was stopped goes on as if it had not been,
-and any number of processes trains on the same batches with the same noise. (Dropout inside of the
-model is of (seed, step, process): its masks differ with the number of processes.)
+Everything random is a function of the seed and of where in the training it happens. The order of
+samples depends on (seed, epoch), random changes to a sample on (seed, epoch, sample), the noise of
+gates on (seed, step, layer, place in the batch). So a training that was stopped goes on as if it
+had not been, and any number of processes trains on the same batches with the same noise. (Dropout
+in the model depends on (seed, step, process): its masks differ with the number of processes.)
 
 Needs `pip install "tokred[train]"`.
 """
 
-from tokred.training.batches import Samples, Seeded, order, split
+from tokred.training.batches import Seeded, TrainingSamples, order, split
 from tokred.training.checkpoints import KEPT_CHECKPOINTS, latest
 from tokred.training.curve import CURVE, plot, smooth
 from tokred.training.loop import Fitted, fit
@@ -38,6 +38,9 @@ from tokred.training.steps import usage
 from tokred.training.tables import read_table
 from tokred.training.trained import LastTokens, Teacher, Trained
 
+Samples = TrainingSamples
+"""The name of version 0.7."""
+
 __all__ = [
     "CURVE",
     "KEPT_CHECKPOINTS",
@@ -45,10 +48,10 @@ __all__ = [
     "LastTokens",
     "Noise",
     "Recipe",
-    "Samples",
     "Seeded",
     "Teacher",
     "Trained",
+    "TrainingSamples",
     "check_labels",
     "cross_entropy",
     "fit",

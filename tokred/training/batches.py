@@ -1,4 +1,4 @@
-"""What is trained on, in which order, and how a batch is taken apart."""
+"""Samples to train on, their order, and the parts of a batch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from tokred.training.seeds import seed_of, seeded
 
 
 @runtime_checkable
-class Samples(Protocol):
-    """What is trained on: (inputs, targets), or a dict with "labels" among what the model takes."""
+class TrainingSamples(Protocol):
+    """Samples to train on, by number. Each is (inputs, targets), or a dict of what the model takes
+    with "labels" in it."""
 
     def __len__(self) -> int: ...
 
@@ -21,17 +22,17 @@ class Samples(Protocol):
 
 
 def order(samples: int, seed: int, epoch: int) -> list[int]:
-    """The numbers of all samples as an epoch, from 0, goes through them."""
+    """The numbers of all samples in the order of an epoch, which is counted from 0."""
     generator = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
     found: list[int] = torch.randperm(samples, generator=generator).tolist()
     return found
 
 
 class Seeded(Dataset[Any]):
-    """Samples, each of which finds the global random streams seeded by (seed, epoch, its number),
-    whoever fetches it."""
+    """Samples. While one is made, the global random streams are seeded by (seed, epoch, number of
+    the sample), in whatever process that happens."""
 
-    def __init__(self, data: Samples, seed: int, epoch: int) -> None:
+    def __init__(self, data: TrainingSamples, seed: int, epoch: int) -> None:
         self.data, self.seed, self.epoch = data, seed, epoch
 
     def __len__(self) -> int:
@@ -46,7 +47,7 @@ def split(batch: Any) -> tuple[Any, Any]:
     """A batch as (inputs, targets).
 
     Raises:
-        ValueError: it has another form.
+        ValueError: it is neither a pair nor a mapping with "labels".
     """
     if isinstance(batch, Mapping):
         if "labels" not in batch:

@@ -1,8 +1,7 @@
-"""Checkpoints, what a training must have in common with them, and the files that are left."""
+"""The files of a training: checkpoints, what they depend on, and what is left at the end."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -10,48 +9,56 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from tokred.data.fingerprint import fingerprint, is_of
+from tokred.data.writing import whole, write_text
 from tokred.optional import require
 from tokred.training.curve import plot
 from tokred.training.recipe import Recipe
+from tokred.training.steps import Run
 from tokred.training.trained import Trained
 
 KEPT_CHECKPOINTS = 2
-"""How many there are at a time."""
+"""How many checkpoints a folder holds at a time."""
 
 
 def pins(model: nn.Module, reduction: Any, recipe: Recipe, samples: int) -> dict[str, Any]:
-    """What a training that goes on has to have in common with its beginning, as JSON has it."""
+    """What a training must have in common with its beginning when it goes on, in types of JSON.
+
+    Args:
+        model: the model before it is trained.
+        reduction: what is applied to it.
+        recipe: how it is trained.
+        samples: how many samples there are.
+    """
     found: dict[str, Any] = {
         "recipe": asdict(recipe),
         "model": type(model).__qualname__,
         "method": "none" if reduction is None else str(reduction),
         "samples": samples,
     }
-    if recipe.frozen or recipe.teaches:  # weights that no checkpoint holds
-        found["weights"] = _fingerprint(model)
+    if recipe.frozen or recipe.teaches:  # no checkpoint holds the weights of the dense model
+        found["weights"] = fingerprint(model)
     as_read: dict[str, Any] = json.loads(json.dumps(found))
     return as_read
 
 
-def _fingerprint(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        if isinstance(value, Tensor):
-            digest.update(f"{name} {tuple(value.shape)}".encode())
-            digest.update(value.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def compare(out: Path, pinned: Mapping[str, Any], model: nn.Module) -> None:
+    """Refuses to go on with the checkpoint of another training.
 
-
-def compare(out: Path, pinned: Mapping[str, Any]) -> None:
-    """Raises where a checkpoint is of another training.
+    Args:
+        out: the folder of the checkpoint.
+        pinned: what this training is, from `pins`.
+        model: its model.
 
     Raises:
-        ValueError: naming what differs.
+        ValueError: something differs; the message says what.
     """
     file = out / "recipe.json"
     before = json.loads(file.read_text()) if file.exists() else {}
+    if "weights" in pinned and is_of(before.get("weights"), model):
+        before["weights"] = pinned["weights"]  # which may have been written in a former format
     differences = []
     for name, now in pinned.items():
         was = before.get(name)
@@ -77,47 +84,47 @@ def latest(out: Path) -> Path | None:
 
 
 def begin(out: Path, pinned: Mapping[str, Any], first: int) -> None:
-    """Takes away what is of a later step than the one that is gone on from, or of none."""
+    """Removes checkpoints of steps after `first` and unfinished files, and writes `recipe.json`."""
     folder = out / "checkpoint"
     folder.mkdir(parents=True, exist_ok=True)
     for file in folder.glob("step-*"):
         if file.suffix == ".part" or int(file.stem.removeprefix("step-")) > first:
             file.unlink()
-    _write(out / "recipe.json", json.dumps(pinned, indent=1))
+    write_text(out / "recipe.json", json.dumps(pinned, indent=1))
 
 
-def save(out: Path, step: int, trained: Trained, optimizer: Any, accelerator: Any) -> None:
-    """Writes a checkpoint, under another name first: one that is there is whole.
+def save(out: Path, step: int, run: Run) -> None:
+    """Writes a checkpoint, whole or not at all, and removes all but the last `KEPT_CHECKPOINTS`.
 
-    Not by `Accelerator.save_state`: of several processes that writes the names of
-    DistributedDataParallel, with which no other number of processes could go on.
+    Not with `Accelerator.save_state`: if there are several processes, that writes the names of
+    DistributedDataParallel, and training could not go on with another number of processes.
     """
+    scaler = run.accelerator.scaler
     state = {
         "step": step,
-        "weights": _kept(trained).state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
+        "weights": _kept(run.trained).state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": None if scaler is None else scaler.state_dict(),
     }
     file = out / "checkpoint" / f"step-{step:08d}.pt"
-    part = file.with_suffix(".part")
-    torch.save(state, part)
-    part.replace(file)
+    with whole(file) as part:
+        torch.save(state, part)
     for old in sorted(file.parent.glob("step-*.pt"))[:-KEPT_CHECKPOINTS]:
         old.unlink()
 
 
-def load(file: Path, trained: Trained, optimizer: Any, accelerator: Any) -> int:
-    """Reads a checkpoint, and returns how many steps it has behind it."""
+def load(file: Path, run: Run) -> int:
+    """Reads a checkpoint, and returns after how many steps it was written."""
     state = torch.load(file, map_location="cpu", weights_only=True)
-    _kept(trained).load_state_dict(state["weights"])
-    optimizer.load_state_dict(state["optimizer"])
-    if accelerator.scaler is not None and state["scaler"]:
-        accelerator.scaler.load_state_dict(state["scaler"])
+    _kept(run.trained).load_state_dict(state["weights"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    if run.accelerator.scaler is not None and state["scaler"]:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
     return int(state["step"])
 
 
 def _kept(trained: Trained) -> nn.Module:
-    """What a checkpoint holds: a frozen model would be the same in all of them."""
+    """What a checkpoint holds: without the model if that is frozen, and so always the same."""
     if trained.frozen:
         assert trained.gates is not None
         return trained.gates
@@ -127,21 +134,13 @@ def _kept(trained: Trained) -> nn.Module:
 def finish(out: Path, model: nn.Module, reduction: Any, recipe: Recipe) -> None:
     """Writes what a training leaves: gates, weights and a plot."""
     if getattr(reduction, "gates", None) is not None:
-        part = out / "gates.part"
-        reduction.save(part)
-        part.replace(out / "gates.safetensors")
+        with whole(out / "gates.safetensors") as part:
+            reduction.save(part)
     if not recipe.frozen:
-        part = out / "model.part"
-        require("safetensors.torch", "train").save_model(model, str(part))
-        part.replace(out / "model.safetensors")
+        with whole(out / "model.safetensors") as part:
+            require("safetensors.torch", "train").save_model(model, str(part))
     try:
         require("matplotlib", "plots")
     except ModuleNotFoundError:
         return
     plot(out)
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    part.replace(path)

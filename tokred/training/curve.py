@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from tokred.data.writing import whole
 from tokred.optional import require
 from tokred.training.tables import read_table
 
 CURVE = "curve.png"
+"""The name of the file."""
 
 
 def plot(out: Path) -> Path:
-    """Draws `curve.png` from the tables in a folder, while training runs or afterwards: losses, the
-    share of tokens that gates keep, and what validation found, over the steps.
+    """Draws `curve.png` from the tables in a folder, during a training or afterwards: over the
+    steps, the losses, the share of tokens that gates keep, and the accuracy in validation.
+
+    Returns:
+        The file.
 
     Raises:
-        ValueError: nothing was logged.
+        ValueError: there is no log yet.
         ModuleNotFoundError: Matplotlib is not installed.
     """
     rows, checks = read_table(out / "log.csv"), read_table(out / "validation.csv")
@@ -49,14 +54,14 @@ def plot(out: Path) -> Path:
     for panel in figure.axes:
         panel.set_xlabel("step")
         panel.grid(alpha=0.25)
-    part = (out / CURVE).with_suffix(".part")
-    figure.savefig(part, dpi=110, format="png")
-    part.replace(out / CURVE)
+    with whole(out / CURVE) as part:
+        figure.savefig(part, dpi=110, format="png")
     return out / CURVE
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """A running mean over a fiftieth of all values, exponential, unbiased at the beginning."""
+    """An exponential running mean over about a fiftieth of all values, without bias at the
+    beginning."""
     keep = 1 - 1 / max(len(values) / 50, 1)
     total = weight = 0.0
     found = []

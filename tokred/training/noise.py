@@ -1,4 +1,4 @@
-"""The noise by which gates draw their decisions while they are trained."""
+"""The random noise with which gates decide while they are trained."""
 
 from __future__ import annotations
 
@@ -16,8 +16,14 @@ from tokred.training.seeds import seed_of
 
 @dataclass
 class Noise:
-    """Gumbel noise for gates: drawn for the whole batch, so that each sample has the same however
-    many processes there are, and on the CPU, so that it is the same on every device."""
+    """Gumbel noise for gates. It is drawn for the whole batch, so that a sample has the same noise
+    with any number of processes; and on the CPU, so that it is the same on every device.
+
+    Args:
+        seed: of the training.
+        batch: samples of a whole batch.
+        step, row, rows: see `place`.
+    """
 
     seed: int
     batch: int
@@ -26,13 +32,17 @@ class Noise:
     rows: int = 0
 
     def place(self, step: int, row: int, rows: int) -> None:
-        """Says which rows of which batch come next."""
+        """Says which samples come next: `rows` of them, from `row` of the batch of a step."""
         self.step, self.row, self.rows = step, row, rows
 
     def __call__(
         self, layer: int, logits: Float[Tensor, "rows tokens 2"]
     ) -> Float[Tensor, "rows tokens 2"]:
-        """The noise of the rows that are running."""
+        """The noise of these samples in a layer, in the dtype of the logits.
+
+        Raises:
+            ValueError: there are more or fewer rows of logits than samples.
+        """
         if logits.shape[0] != self.rows:
             raise ValueError(
                 f"the model makes {logits.shape[0]} rows of tokens of {self.rows} samples: noise "
@@ -46,7 +56,7 @@ class Noise:
 
 @contextmanager
 def noisy(reduction: Any, noise: Noise) -> Iterator[None]:
-    """Gives gates this noise for the length of a block."""
+    """Has the gates of a reduction use this noise for the length of a block."""
     former, reduction.noise = reduction.noise, noise
     try:
         yield

@@ -12,7 +12,11 @@ from tokred.training.trained import Trained
 
 
 def groups(trained: Trained, recipe: Recipe) -> list[dict[str, Any]]:
-    """Parameters by learning rate and weight decay."""
+    """The parameters that are trained, in groups by learning rate and weight decay.
+
+    Raises:
+        ValueError: no parameter is trained.
+    """
     spared: Any = getattr(trained.model, "no_weight_decay", set)()
     found: dict[tuple[float, float], list[nn.Parameter]] = {}
     for part, lr in ((trained.model, recipe.lr), (trained.gates, recipe.gate_lr)):
@@ -30,7 +34,8 @@ def groups(trained: Trained, recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def factor_at(step: int, total: int, warmup: float) -> float:
-    """What the learning rate is multiplied with at a step, from 0: a line up, a cosine down."""
+    """The factor of the learning rate at a step, counted from 0: it rises in a line, then falls as
+    a cosine."""
     rising = math.ceil(warmup * total)
     if step < rising:
         return (step + 1) / rising

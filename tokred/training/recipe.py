@@ -9,30 +9,31 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a result depends on, besides model, method and data.
+    """All that the result of a training depends on, besides model, method and data.
 
     Args:
         epochs: how often every sample is seen.
-        batch: samples of a step, of all processes together. What is left of an epoch is left out.
-        lr: of the model, after warm-up; it then falls to nothing as a cosine, step by step.
-        gate_lr: the same of the gates.
-        weight_decay: of AdamW; parameters with one axis, and those that the model names in
+        batch: samples of a step, of all processes together. Samples that do not fill a batch at the
+            end of an epoch are left out.
+        lr: learning rate of the model after warm-up. From there it falls to zero as a cosine.
+        gate_lr: the same for the gates.
+        weight_decay: of AdamW. Parameters with one axis, and those that the model names in
             `no_weight_decay()`, have none.
         warmup: the share of all steps in which learning rates rise.
-        clip: the largest norm of the gradient; None for any.
-        accumulate: into so many parts a batch is divided, one after the other, where it does not
-            fit into memory. The dynamic rate loss then averages over a part.
-        precision: "no", "bf16" or "fp16", as accelerate has it.
-        frozen: train the gates alone. The model stays as it is to the bit, and has no dropout.
+        clip: the largest norm of the gradient; None: any.
+        accumulate: into how many parts a batch is divided if it does not fit into memory; they are
+            computed one after the other. The dynamic rate loss then averages over a part.
+        precision: "no", "bf16" or "fp16", as accelerate calls them.
+        frozen: train the gates alone. The model stays the same to the bit, and has no dropout.
         rate: weight of `rate_loss`, lambda of SViT.
         per_image: see `rate_loss`.
         kl: weight of `kl_loss`.
         distill: weight of `token_loss`.
         label_smoothing, ignore_index: see `cross_entropy`.
-        calibrate: the number of samples on which gates that decide by themselves are set to their
-            targets when training is over (`tokred.calibrate`), all at once; 0 leaves them. What
-            gates keep by lot while they train need not be what they keep when the better of two
-            logits decides.
+        calibrate: at the end of the training, gates that decide how many tokens they keep are set
+            to their targets on so many samples, all at once (`tokred.calibrate`); 0: they are left
+            as they are. In training such gates decide at random, and may keep another share of
+            tokens than later, when the larger of two logits decides.
         seed: where everything random starts.
 
     Raises:
@@ -79,7 +80,7 @@ class Recipe:
 
     @property
     def teaches(self) -> bool:
-        """Whether there is a dense teacher."""
+        """Whether a loss needs the dense model."""
         return self.kl > 0 or self.distill > 0
 
 
@@ -87,4 +88,4 @@ recipes: dict[str, Recipe] = {
     "svit": Recipe(rate=4.0),
     "dynamicvit": Recipe(rate=2.0, per_image=True, kl=0.5, distill=0.5),
 }
-"""What the papers weigh losses with."""
+"""Recipes with the weights of losses that the papers give, by method."""

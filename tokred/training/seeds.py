@@ -1,4 +1,4 @@
-"""Seeds for every place in a training, and the global random streams seeded for a while."""
+"""Seeds: one for each place in a training; and the global random streams, seeded for a while."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 
 
 def seed_of(*where: object) -> int:
-    """A number that differs for every place in the training."""
+    """A seed for a place in the training, such as (seed, "order", epoch)."""
     digest = hashlib.blake2b(repr(where).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """The global random streams of the CPU, seeded for the length of a block."""
-    # Transforms of images draw from all three, and most cannot be given a generator.
+    """Seeds the global random streams of the CPU for the length of a block."""
+    # Transforms of images draw from all three, and most of them take no generator.
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002

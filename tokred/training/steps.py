@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tokred.data.inputs import call
+from tokred.data.processes import num_processes, summed
 from tokred.engine.run import Layout, Record
 from tokred.measure.calibration import calibrate
 from tokred.optional import require
 from tokred.reducers import varies
-from tokred.training.batches import Samples, Seeded, order, split
+from tokred.training.batches import Seeded, TrainingSamples, order, split
 from tokred.training.losses import (
     check_labels,
     cross_entropy,
@@ -36,20 +36,33 @@ from tokred.training.trained import Teacher, Trained
 
 @dataclass(frozen=True)
 class Run:
-    """What stays the same from step to step."""
+    """What stays the same from step to step.
+
+    Attributes:
+        recipe, task, collate, workers: see `fit`.
+        accelerator: of accelerate.
+        trained, wrapped: the model with its gates; the same as accelerate wraps it.
+        teacher: the dense model, if the recipe has it teach.
+        optimizer: as accelerate wraps it.
+        noise: of the gates.
+        share: how many samples of each part of a batch this process has.
+    """
 
     recipe: Recipe
     accelerator: Any
-    wrapped: nn.Module
     trained: Trained
+    wrapped: nn.Module
     teacher: Teacher | None
+    optimizer: Any
+    noise: Noise
     task: Callable[[Any, Any], Tensor] | None
     collate: Callable[[list[Any]], Any]
-    noise: Noise
     share: int
     workers: int
 
-    def batches(self, data: Samples, epoch: int, first: int, per_epoch: int) -> Iterator[Any]:
+    def batches(
+        self, data: TrainingSamples, epoch: int, first: int, per_epoch: int
+    ) -> Iterator[Any]:
         """This process's share of each part of each batch of an epoch, from step `first` on."""
         recipe = self.recipe
         if hasattr(data, "set_epoch"):
@@ -62,30 +75,32 @@ class Run:
                 parts.append(numbers[begin : begin + self.share])
         return iter(self._loader(data, epoch, parts))
 
-    def _loader(self, data: Samples, epoch: int, parts: list[list[int]]) -> Any:
+    def _loader(self, data: TrainingSamples, epoch: int, parts: list[list[int]]) -> Any:
+        """Loads batches of samples with these numbers."""
         return DataLoader(
             Seeded(data, self.recipe.seed, epoch),
             batch_sampler=parts,
             collate_fn=self.collate,
             num_workers=self.workers,
             pin_memory=self.accelerator.device.type == "cuda",
-            # Seeds of workers, which samples do not use, must not come from the global stream.
+            # It draws seeds for its workers, which must not come from the global random stream.
             generator=torch.Generator().manual_seed(0),
         )
 
     def _row(self, part: int) -> int:
-        """The place in the whole batch of the first sample of this process in a part."""
+        """Where, in the whole batch, this process's samples of a part begin."""
         processes, process = self.accelerator.num_processes, self.accelerator.process_index
         return int((part * processes + process) * self.share)
 
-    def step(self, step: int, batches: Iterator[Any], optimizer: Any) -> dict[str, float]:
-        """One step of the optimiser; returns its terms, as means over all processes.
+    def step(self, step: int, batches: Iterator[Any]) -> dict[str, float]:
+        """Makes one step of the optimizer. Returns the terms of the loss, the shares of tokens that
+        gates have kept and the norm of the gradient, as means over all processes.
 
         Raises:
             RuntimeError: the loss or its gradient is not finite; weights are as they were.
         """
         recipe, accelerator = self.recipe, self.accelerator
-        optimizer.zero_grad()
+        self.optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
         for part in range(recipe.accumulate):
             batch = next(batches)
@@ -98,15 +113,12 @@ class Run:
                 accelerator.backward(terms["loss"] / recipe.accumulate)
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0) + value.detach().float() / recipe.accumulate
-        # Always, for the sake of the norm.
+        # Called even if nothing is clipped, because it returns the norm.
         norm = accelerator.clip_grad_norm_(self.wrapped.parameters(), recipe.clip or math.inf)
-        every = torch.stack(list(sums.values()))
-        if accelerator.num_processes > 1:
-            dist.all_reduce(every)
-            every = every / accelerator.num_processes
+        every = summed(torch.stack(list(sums.values()))) / num_processes()
         values = torch.cat([every, norm.detach().float()[None].to(every.device)]).tolist()
         found = dict(zip([*sums, "grad_norm"], values, strict=True))
-        # In float16 gradients overflow now and then, and accelerate leaves such a step out.
+        # In float16 a gradient may overflow now and then; accelerate skips such a step.
         finite = math.isfinite(found["grad_norm"]) or recipe.precision == "fp16"
         if not (math.isfinite(found["loss"]) and finite):
             what = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
@@ -114,7 +126,7 @@ class Run:
                 f"the loss of step {step + 1} is not finite ({what}): lower lr or gate_lr, or "
                 "raise the precision. The last checkpoint is as it was"
             )
-        optimizer.step()
+        self.optimizer.step()
         return found
 
     def losses(self, batch: Any) -> dict[str, Tensor]:
@@ -152,9 +164,9 @@ class Run:
         kept = {f"kept_{layer}": mask.detach().float().mean() for layer, mask in decisions.items()}
         return {"loss": loss, **terms, **kept}
 
-    def calibrate(self, data: Samples) -> None:
-        """Sets gates that decide by themselves to their targets, see `Recipe`: in every process, on
-        the same samples."""
+    def calibrate(self, data: TrainingSamples) -> None:
+        """Calibrates gates that decide how many tokens they keep, see `Recipe`. Every process does
+        so, on the same samples."""
         gates, reduction = self.trained.gates, self.trained.reduction
         number = min(self.recipe.calibrate, len(data))
         if gates is None or number == 0 or not varies(reduction.reducer):
@@ -167,10 +179,10 @@ class Run:
             calibrate(self.trained.model, send(split(batch)[0], self.accelerator.device))
         self.wrapped.train()
 
-    def validate(self, data: Samples) -> dict[str, float]:
-        """The share of labels that the model tells right ("accuracy"), and with a reduction the
-        mean number of patch tokens in a layer ("tokens"), over all samples and processes. In
-        evaluation mode: tokens are really left out."""
+    def validate(self, data: TrainingSamples) -> dict[str, float]:
+        """The share of labels that the model predicts ("accuracy"), and with a reduction the mean
+        number of patch tokens in a layer ("tokens"), over the samples of all processes. The model
+        is in evaluation mode, in which tokens are left out and not only masked."""
         recipe, accelerator, reduction = self.recipe, self.accelerator, self.trained.reduction
         mine = list(range(accelerator.process_index, len(data), accelerator.num_processes))
         parts = [mine[at : at + self.share] for at in range(0, len(mine), self.share)]
@@ -202,15 +214,20 @@ class Run:
             )
         self.wrapped.train()
         if accelerator.num_processes > 1:
-            sums = sums.float().to(accelerator.device)  # not every device has float64
-            dist.all_reduce(sums)
+            sums = summed(sums.float().to(accelerator.device))  # not every device has float64
         correct, labels, tokens, samples = sums.tolist()
         used = {} if reduction is None else {"tokens": tokens / max(samples, 1)}
         return {"accuracy": correct / max(labels, 1), **used}
 
 
 def usage(records: Sequence[Record], layout: Layout, batch: int) -> Float[Tensor, "layers batch"]:
-    """How many patch tokens each image has in each layer, from what was recorded in one pass."""
+    """How many patch tokens each image has in each layer.
+
+    Args:
+        records: what was recorded in one pass.
+        layout: of the model.
+        batch: images of that pass.
+    """
     full = records[0].before if records else layout.patches
     now = torch.full((batch,), float(full))
     by_layer = {}
@@ -222,7 +239,7 @@ def usage(records: Sequence[Record], layout: Layout, batch: int) -> Float[Tensor
                 continue
             labels = record.map.labels()
             here = (labels.max(1).values + 1).float().cpu().expand(batch)
-            if not record.around:  # else there are all tokens again behind it
+            if not record.around:  # around a layer: behind it there are all tokens again
                 now = here
         by_layer[layer] = here
     return torch.stack(list(by_layer.values()))

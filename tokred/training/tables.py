@@ -1,4 +1,4 @@
-"""Tables of a training, `log.csv` and `validation.csv`, to which a row is added after each step."""
+"""The tables of a training, `log.csv` and `validation.csv`, which grow row by row."""
 
 from __future__ import annotations
 
@@ -7,23 +7,29 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from tokred.data.writing import whole
+
 
 @contextmanager
 def table(
     file: Path, first: int, writes: bool
 ) -> Iterator[Callable[[Mapping[str, float | int]], None]]:
-    """Adds rows to a CSV file, in which those after step `first` are taken out before."""
+    """Opens a table, and gives a function that adds a row to it.
+
+    Args:
+        file: the table. Rows of steps after `first` are removed.
+        first: the step from which training goes on.
+        writes: whether this process writes; else the function does nothing.
+    """
     if not writes:
         yield lambda row: None
         return
     kept = [row for row in _rows(file) if int(row["step"]) <= first]
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    with part.open("w", newline="") as opened:
+    with whole(file) as part, part.open("w", newline="") as opened:
         writer = csv.writer(opened, lineterminator="\n")
         writer.writerows([list(kept[0])] if kept else [])
         writer.writerows(list(row.values()) for row in kept)
-    part.replace(file)
     with file.open("a", newline="") as opened:
         writer = csv.writer(opened, lineterminator="\n")
 
@@ -39,7 +45,7 @@ def table(
 
 
 def read_table(file: Path) -> list[dict[str, float]]:
-    """The rows of `log.csv` or `validation.csv`; none if it is not there."""
+    """The rows of `log.csv` or `validation.csv`; none if there is no such file."""
     return [{name: float(value) for name, value in row.items()} for row in _rows(file)]
 
 
@@ -48,5 +54,5 @@ def _rows(file: Path) -> list[dict[str, str]]:
         return []
     with file.open(newline="") as opened:
         rows = list(csv.DictReader(opened))
-    # Of a process that was killed while it wrote, the last row may be in part.
+    # If a process was killed while it wrote, the last row may be incomplete.
     return [row for row in rows if None not in row.values()]

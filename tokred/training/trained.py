@@ -1,4 +1,4 @@
-"""What is trained: a model with its gates, and beside it the dense model as a teacher."""
+"""The model that is trained, with its gates; and the dense model that teaches it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,16 @@ from tokred.training.recipe import Recipe
 
 
 class Trained(nn.Module):
-    """A model and its gates as one module, so that what wraps it (DistributedDataParallel) sees the
-    parameters of both, and all that losses are made of comes out of its forward."""
+    """A model and its gates as one module. So DistributedDataParallel, which wraps it, sees the
+    parameters of both, and everything that losses need comes out of one forward.
+
+    Args:
+        model: the model.
+        reduction: what is applied to it.
+        frozen: whether gates alone are trained.
+        blocks: the model's blocks; needed if it is frozen.
+        last: sees the tokens behind the last block, if a loss needs them.
+    """
 
     def __init__(
         self,
@@ -39,15 +47,15 @@ class Trained(nn.Module):
         self._blocks = tuple(blocks)  # of the model; a tuple does not register them again
 
     def forward(self, inputs: Any) -> tuple[Any, dict[int, Tensor], Tensor | None]:
-        """What the model gives, what its gates have decided, and the patch tokens that have left
-        its last block, if somebody wants them."""
+        """The outputs of the model, the decisions of its gates, and the patch tokens behind its
+        last block, if a loss needs them."""
         outputs = call(self.model, inputs)
         decisions = {} if self.gates is None else dict(self.reduction.decisions)
         return outputs, decisions, None if self.last is None else self.last.taken()
 
     def train(self, mode: bool = True) -> Trained:
-        """In training, a frozen model is in evaluation mode (no dropout, no new statistics) but for
-        the blocks themselves, which go by theirs whether tokens are masked or left out."""
+        """In training, a frozen model is in evaluation mode (no dropout, no new statistics), except
+        for the blocks themselves: their mode decides whether tokens are masked or left out."""
         super().train(mode)
         if mode and self.frozen:
             self.model.eval()
@@ -58,7 +66,7 @@ class Trained(nn.Module):
 
 @contextmanager
 def prepared(model: nn.Module, reduction: Any, recipe: Recipe) -> Iterator[Trained]:
-    """The model made ready; afterwards all but its weights is as it was."""
+    """Makes a model ready for training. Afterwards everything except its weights is as before."""
     wanted = {name: p.requires_grad for name, p in model.named_parameters()}
     modes = {module: module.training for module in model.modules()}
     gates = getattr(reduction, "gates", None)
@@ -88,7 +96,7 @@ def prepared(model: nn.Module, reduction: Any, recipe: Recipe) -> Iterator[Train
 
 
 class LastTokens:
-    """Sees the patch tokens that leave the last block of a model."""
+    """Keeps the patch tokens that leave the last block of a model."""
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         host, tower = find_host(model)
@@ -100,10 +108,10 @@ class LastTokens:
         self.seen = [output[0] if isinstance(output, tuple) else output]
 
     def taken(self) -> Float[Tensor, "batch tokens dim"]:
-        """Those of the last pass.
+        """The tokens of the last pass, which are then forgotten.
 
         Raises:
-            ValueError: they are no sequence of tokens.
+            ValueError: the block does not put out a sequence of tokens.
         """
         (x,), self.seen = self.seen, []
         if x.ndim != 3:
@@ -115,13 +123,18 @@ class LastTokens:
 
 
 class Teacher:
-    """The model as it was, with all of its tokens."""
+    """The dense model as it was before the training.
+
+    Args:
+        model: the model.
+        last: sees the tokens behind its last block, if a loss needs them.
+    """
 
     def __init__(self, model: nn.Module, last: LastTokens | None) -> None:
         self.model, self.last = model, last
 
     def to(self, device: torch.device) -> None:
-        """Moves it."""
+        """Moves the model to a device."""
         self.model.to(device)
 
     def __call__(self, inputs: Any) -> tuple[Any, Tensor | None]:
