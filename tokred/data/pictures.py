@@ -1,5 +1,5 @@
-"""What `tokred train` trains: labelled pictures, from folders or Hugging Face datasets, and a model
-with what its pictures have to be like.
+"""What `tokred train` needs: labelled pictures from a folder or a Hugging Face dataset, and a model
+with the transforms of its pictures.
 
     train, held_out = pictures.read("flowers")  # or "hf:beans"
     model, preparation = pictures.load("deit_small_patch16_224", len(train.classes))
@@ -45,7 +45,7 @@ _ON_HUB = ("hf-hub:", "hf_hub:", "local-dir:")
 
 @runtime_checkable
 class Pictures(Protocol):
-    """Pictures as Pillow has them, in colour, and the number of the class of each."""
+    """Labelled pictures: each is an image of Pillow, in colour, and the number of its class."""
 
     @property
     def classes(self) -> tuple[str, ...]: ...
@@ -57,10 +57,10 @@ class Pictures(Protocol):
 
 @dataclass(frozen=True)
 class Folder:
-    """Files in a folder for each class.
+    """Pictures in a folder for each class.
 
     Attributes:
-        files: with the number of the class of each.
+        files: the pictures, each with the number of its class.
         classes: the names of the folders.
     """
 
@@ -102,13 +102,14 @@ def read(where: str) -> tuple[Pictures, Pictures | None]:
     """Pictures to train on, and those to validate on, if there are any.
 
     Args:
-        where: a folder with a folder for each class in it, or with such folders as `train` and
-            `val`; or, after "hf:", a Hugging Face dataset: its name on the hub, with a
-            configuration after another colon if need be, or a folder that `save_to_disk` has
-            written.
+        where: a folder that holds a folder for each class, or a folder for each split (`train` and
+            `val`) that holds such folders. Or "hf:" and the name of a Hugging Face dataset on the
+            hub, with a configuration after another colon if need be. Or "hf:" and a folder that
+            `save_to_disk` has written.
 
     Raises:
-        ValueError: there are no pictures, or classes to validate on that are not trained on.
+        ValueError: there are no pictures, or there are held-out pictures of classes that are not
+            trained.
         FileNotFoundError: there is no such folder.
         ModuleNotFoundError: `datasets` is not installed.
     """
@@ -127,14 +128,14 @@ def read(where: str) -> tuple[Pictures, Pictures | None]:
 
 
 def folder(path: Path, classes: Sequence[str] | None = None) -> Folder:
-    """The pictures in a folder, whose folders are their classes. Hidden ones are passed over.
+    """The pictures in a folder that holds a folder for each class. Hidden ones are passed over.
 
     Args:
         path: the folder.
-        classes: which folder is which class; by name if not given.
+        classes: the names of the folders in the order of classes; sorted by name if not given.
 
     Raises:
-        ValueError: there are none, or of other classes.
+        ValueError: there are no pictures, or a folder is none of `classes`.
     """
     names = reading.folders(path)
     known = tuple(names if classes is None else classes)
@@ -177,10 +178,10 @@ def _read_dataset(name: str) -> tuple[Pictures, Pictures | None]:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Pictures as a model takes them: (inputs, label), where inputs are by name if it has one.
+    """Labelled pictures as a model takes them: (inputs, label).
 
     Attributes:
-        pictures: what there is.
+        pictures: the labelled pictures.
         transform: from a picture to a tensor [channels, height, width].
         name: what the model calls its images; None if it takes them without a name.
     """
@@ -200,11 +201,11 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Preparation:
-    """What becomes of pictures before a model sees them.
+    """The transforms of a model's pictures.
 
     Attributes:
-        train: with random changes, from the global random streams.
-        evaluate: without.
+        train: for training, with random changes, which draw from the global random streams.
+        evaluate: for validation, without random changes.
         name: see `Prepared`.
     """
 
@@ -221,20 +222,21 @@ def load(
     frozen: bool = False,
     augment: Literal["crop", "none"] | None = None,
 ) -> tuple[nn.Module, Preparation]:
-    """A classifier, and how its pictures are prepared. Where it has another number of classes, its
-    head is replaced by a random one.
+    """A classifier, and the transforms of its pictures. If it has another number of classes than
+    wanted, its head is replaced by a random one.
 
     Args:
         name: a bundled checkpoint, a timm name, or what transformers loads: a folder or a name.
-        classes: how many it is to tell apart.
-        pretrained: whether to fetch timm's weights; others come with theirs.
-        frozen: whether it is not going to be trained: then it must have the right head already.
-        augment: "crop": random crops and flips, as models for ImageNet are trained; "none". If not
-            given, "crop", but for bundled checkpoints, because a digit is not its mirror image.
+        classes: how many classes it is to have.
+        pretrained: whether to fetch timm's weights; other models come with their weights.
+        frozen: whether it will stay as it is: then it must have the right head already.
+        augment: "crop" for random crops and flips, as models for ImageNet are trained, or "none".
+            If not given, "none" for bundled checkpoints, because the mirror image of a digit is no
+            digit, and "crop" for others.
 
     Raises:
-        ValueError: there is no such model, it classifies no images, or it is frozen and its head
-            does not fit.
+        ValueError: there is no such model, it does not classify images, or it is frozen and its
+            head does not fit.
         ModuleNotFoundError: a library is missing.
     """
     if name in zoo.names():
@@ -275,7 +277,7 @@ def _from_transformers(
     )
     processor = transformers.AutoImageProcessor.from_pretrained(name)
     evaluate = Processed(processor)
-    # Whatever ways there are to say which size images get, this one is always right.
+    # Processors have several ways to say which size images get; a look at the result is reliable.
     size = tuple(evaluate(require("PIL.Image", "train").new("RGB", (64, 48))).shape[1:])
     train = evaluate if augment == "none" else Augmented(size, Processed(processor, resize=False))
     return model, Preparation(train, evaluate, str(model.main_input_name))
@@ -300,14 +302,14 @@ def _refuse_frozen(name: str, own: int, classes: int, frozen: bool) -> None:
 
 
 def open_model(name: str, pretrained: bool = True) -> nn.Module:
-    """A model as it is, in evaluation mode, whatever it does.
+    """A model as it was saved, in evaluation mode, of whatever kind it is.
 
     >>> model = pictures.open_model("deit_small_patch16_224")
 
     Args:
-        name: a bundled checkpoint, a timm name, or what transformers loads: a folder or a name,
-            which becomes an object of the class that it was saved from.
-        pretrained: whether to fetch timm's weights; others come with theirs.
+        name: a bundled checkpoint, a timm name, or what transformers loads: a folder or a name. A
+            model of transformers has the class from which it was saved.
+        pretrained: whether to fetch timm's weights; other models come with their weights.
 
     Raises:
         ValueError: there is no such model.

@@ -56,7 +56,7 @@ def own_transform(model: Any) -> Transform:
 
 @dataclass(frozen=True)
 class Processed:
-    """What an image processor of transformers makes of a picture.
+    """An image processor of transformers as a transform.
 
     Attributes:
         processor: the processor.
