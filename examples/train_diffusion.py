@@ -64,12 +64,7 @@ def train(model: nn.ModuleDict, alphas: Tensor, options: argparse.Namespace) -> 
     """
     seen = split()[0]
     generator = torch.Generator().manual_seed(options.seed)
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    optimiser = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
-        betas=(0.9, 0.99),
-    )
+    optimiser = adam(model)
     average = {name: value.clone() for name, value in model.state_dict().items()}
     step, minutes, smooth = 0, 0.0, 1.0
     so_far = options.out / "digits_diffusion_so_far.pt"
@@ -119,6 +114,15 @@ def train(model: nn.ModuleDict, alphas: Tensor, options: argparse.Namespace) -> 
                 so_far.with_suffix(".tmp").replace(so_far)
     print(f"{step} steps, seed {options.seed}, loss of the last hundred or so: {smooth:.4f}")
     return average
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
+        betas=(0.9, 0.99),
+    )
 
 
 def drawn(

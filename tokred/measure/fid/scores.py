@@ -125,11 +125,42 @@ def score(
             "and comparable only with others of as many",
             stacklevel=2,
         )
-    subset = _subset(fewest)
+    rows, pixels, moved = _compared(sweep, out, files, extraction, theirs, _subset(fewest))
+    return SweepScores(
+        rows,
+        (str(reference), len(pictures)),
+        (type(features).__name__, dim),
+        _subset(fewest),
+        pixels,
+        moved,
+    )
+
+
+_Distances = tuple[Float[np.ndarray, " images"], ...]
+
+
+def _compared(
+    sweep: Sweep,
+    out: Path,
+    files: Mapping[SweepSetting, Sequence[Path]],
+    extraction: _Extraction,
+    theirs: Float[np.ndarray, "images dim"],
+    subset: int,
+) -> tuple[tuple[Score, ...], _Distances, _Distances]:
+    """The scores of all settings, and for each setting the distances of its images from those
+    without reduction, in pixels and in features.
+
+    Args:
+        sweep, out: see `score`.
+        files: the images of each setting.
+        extraction: extracts their features.
+        theirs: the features of the reference.
+        subset: images in each subset for the kernel distance.
+    """
     speeds = speeds_in(out / "times")
     dense: dict[int, Measured] = {}
     rows, pixels, moved = [], [], []
-    for setting in settings:
+    for setting in sweep.settings():  # those without reduction come first
         beside = files[SweepSetting(DENSE, 1.0, setting.seed)]
         ours = extraction.of(files[setting], beside, setting.name)
         if setting.method == DENSE:
@@ -138,21 +169,14 @@ def score(
             warnings.warn(
                 f"{setting.name}: {ours.blank} of {sweep.images} images have a single colour, as "
                 "if a safety checker had blacked them out, or numbers had overflowed",
-                stacklevel=2,
+                stacklevel=3,
             )
         away = np.linalg.norm(ours.features - dense[setting.seed].features, axis=1)
         speed = speeds.get(setting.name, {})
         rows.append(_row(setting, ours, theirs, float(away.mean()), subset, speed))
         pixels.append(ours.pixels)
         moved.append(away)
-    return SweepScores(
-        tuple(rows),
-        (str(reference), len(pictures)),
-        (type(features).__name__, dim),
-        subset,
-        tuple(pixels),
-        tuple(moved),
-    )
+    return tuple(rows), tuple(pixels), tuple(moved)
 
 
 @dataclass
