@@ -30,7 +30,7 @@ from tokred.data import reading, zoo
 from tokred.measure import fid
 from tokred.measure.fid import Sweep, SweepBatch, SweepSetting, generation
 from tokred.measure.fid import features as extraction
-from tokred.patching.denoising import NAMED
+from tokred.patching.denoisers import NAMED
 
 pytest.importorskip("torchmetrics")
 pytest.importorskip("accelerate")
@@ -259,6 +259,21 @@ def test_images_of_another_model_are_not_mixed(tmp_path: Path) -> None:
     file.write_text(json.dumps(pinned))
     with pytest.raises(ValueError, match=r"versions\.torch was '1\.0', and is '"):
         fid.generate(Pipe(), SWEEP, tmp_path, model="one")
+
+
+def test_a_sweep_of_a_former_version_is_refused_for_its_version(tmp_path: Path) -> None:
+    fid.generate(Pipe(), SWEEP, tmp_path)
+    file = tmp_path / "sweep.json"
+    pinned = json.loads(file.read_text())
+    assert pinned["weights"]["denoiser"].startswith("2:")
+    pinned["versions"]["tokred"] = "0.7.0"
+    pinned["weights"]["denoiser"] = "0123456789abcdef"  # which cannot be compared
+    file.write_text(json.dumps(pinned))
+    with pytest.raises(
+        ValueError, match=r"another sweep: versions\.tokred was '0\.7\.0', and is "
+    ) as no:
+        fid.generate(Pipe(), SWEEP, tmp_path)
+    assert "weights" not in str(no.value)
 
 
 def test_shares_are_everything_once_and_alike(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ import tokred
 from tokred import training
 from tokred.data import processes, zoo
 from tokred.models.segmenter import LinearDecoder, Segmenter
-from tokred.patching.patching import reduction_of
+from tokred.patching import reduction_of
 from tokred.training import Noise, Recipe, checkpoints, fit, losses, optimiser
 from tokred.training.losses import cross_entropy, kl_loss, rate_loss, token_loss
 

@@ -44,9 +44,12 @@ def fingerprint(model: nn.Module) -> str:
 def is_of(pinned: object, model: nn.Module) -> bool:
     """Whether a fingerprint that a training has written is that of a model; it may be one of
     version 0.7."""
-    if isinstance(pinned, str) and ":" in pinned:
-        return pinned == fingerprint(model)
-    return pinned == _in_format_1(model)
+    return pinned == (_in_format_1 if in_former_format(pinned) else fingerprint)(model)
+
+
+def in_former_format(pinned: object) -> bool:
+    """Whether a fingerprint is of a former format, and so cannot be compared with those of now."""
+    return isinstance(pinned, str) and ":" not in pinned
 
 
 def _in_format_1(model: nn.Module) -> str:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokred.data import zoo
-from tokred.host.host import module_of
+from tokred.host import module_of
 from tokred.optional import require
 
 Transform = Callable[[Any], Any]

@@ -15,7 +15,7 @@ from torch.utils.data import default_collate
 
 from tokred.data.processes import on_cpu
 from tokred.optional import require
-from tokred.patching.patching import reduction_of, uncompiled
+from tokred.patching import reduction_of, uncompiled
 from tokred.training import checkpoints
 from tokred.training.batches import TrainingSamples
 from tokred.training.noise import Noise, noisy

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from tokred.data.inputs import call
 from tokred.data.processes import num_processes, summed
-from tokred.engine.run import Layout, Record
+from tokred.engine.layout import Layout
+from tokred.engine.observing import Record
 from tokred.measure.calibration import calibrate
 from tokred.optional import require
 from tokred.reducers import varies

@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokred.data.inputs import call
-from tokred.engine.run import Layout
-from tokred.host.host import find_host
-from tokred.patching.patching import remove
+from tokred.engine.layout import Layout
+from tokred.host import find_host
+from tokred.patching import remove
 from tokred.training.recipe import Recipe
 
 
@@ -77,7 +77,7 @@ def prepared(model: nn.Module, reduction: Any, recipe: Recipe) -> Iterator[Train
         if recipe.frozen:
             model.requires_grad_(False)
             host, tower = find_host(model)
-            blocks = host.at(tower, host.applied_to(tower)).blocks(tower)
+            blocks = host.blocks(tower)
         if recipe.distill:
             last = LastTokens(model, reduction.layout)
         yield Trained(model, reduction, recipe.frozen, blocks, last)

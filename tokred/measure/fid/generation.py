@@ -18,8 +18,8 @@ from tokred.measure.fid.files import file_of, save
 from tokred.measure.fid.pins import pin, pins
 from tokred.measure.fid.sweep import DENSE, SEEDS, Sweep, SweepSetting
 from tokred.measure.fid.times import add_time
-from tokred.patching.denoising import NAMED
-from tokred.patching.patching import applied
+from tokred.patching import applied
+from tokred.patching.denoisers import NAMED
 from tokred.reducers import parse
 
 

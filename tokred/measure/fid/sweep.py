@@ -7,8 +7,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from tokred.engine.denoising import Around
 from tokred.optional import require
-from tokred.patching.denoising import NAMED, Around
+from tokred.patching.denoisers import NAMED
 from tokred.reducers import parse
 
 DENSE = "dense"
