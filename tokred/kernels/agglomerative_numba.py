@@ -161,6 +161,8 @@ def _cluster_shares(
         )
 
 
+# In one piece, although long: every part reads and writes most of the arrays that are named at the
+# beginning, and as functions with ten and more arguments they would hide what changes what.
 @compiled
 def _merge_closest(
     near: Floats,
@@ -172,11 +174,12 @@ def _merge_closest(
 ) -> None:
     """Complete and average linkage for one sample: fills `labels` [tokens].
 
-    A cluster goes by its first token. Its row has the sums (average linkage) or maxima (complete)
-    of its distances to the cluster of every column, infinite for itself and for what was absorbed.
-    That of a single token is its row of `near`. A row of sums takes twice the memory, and gets that
-    of two tokens of its cluster: its first half is in place of the cluster's first token, the
-    second one in place of the token that was absorbed first.
+    A cluster is named by its first token. Its row holds, for the cluster of every column, the sum
+    (average linkage) or the maximum (complete linkage) of the distances to it; infinity for itself
+    and for clusters that were absorbed. The row of a single token is its row of `near`. A row of
+    sums needs float64, twice the memory, and takes the rows of two tokens of its cluster: the first
+    half is stored in the row of the cluster's first token, the second half in the row of the token
+    that was absorbed first.
 
     Args:
         near: the distances [tokens, stride], float32, those of tokens to themselves infinite; is
@@ -186,9 +189,9 @@ def _merge_closest(
     """
     num = near.shape[0]
     wide = near.view(np.float64)
-    # How far the nearest cluster is, the second-nearest, how many tokens each cluster has, and how
-    # far the clusters are from the one that was read last. If `nearest[k]` is -1, `height[k]` is
-    # only a lower bound; `second[k]` always is.
+    # For each cluster: the distance to the nearest cluster, to the second-nearest, the number of
+    # its tokens, and its distance to the cluster that was read last. If `nearest[k]` is -1,
+    # `height[k]` is only a lower bound; `second[k]` always is.
     height, second, size, current = floats[0], floats[1], floats[2], floats[3]
     row, other = floats[4], floats[5]
     height_bits, second_bits = height.view(np.int64), second.view(np.int64)
