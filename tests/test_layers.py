@@ -15,8 +15,9 @@ from tokred.host.host import library_of
 ROOT = Path(__file__).parent.parent
 HOSTS = {"timm", "transformers", "diffusers", "torchvision", "open_clip"}
 RANK = {
-    "maps": 0, "schedule": 0, "optional": 0, "gates": 0, "kernels": 0, "moved": 0,
-    "reducers": 1,
+    "maps": 0, "schedule": 0, "optional": 0, "gates": 0, "grids": 0, "kernels": 0,
+    "moved": 0,
+    "reducers": 1, "reconstruction": 1,
     "engine": 2, "models": 2,
     "host": 3,
     "patching": 4,
