@@ -365,7 +365,7 @@ def windows(
 
 
 def _at_once(z: Float[Tensor, "batch fine dim"], tiles: Tiles) -> int:
-    """How many windows to work on at a time; on the CPU, so many as fit into the cache."""
+    """How many windows to work on at a time; on the CPU, as many as fit into the cache."""
     if torch.compiler.is_compiling():  # there the batch may be a symbol, not a number
         return tiles.number
     elements = 2**20 if z.device.type == "cpu" else 2**28

@@ -36,7 +36,7 @@ TOKEN_BITS = tl.constexpr(agglomerative_torch.TOKEN_BITS)
 TOKEN_MASK = tl.constexpr(agglomerative_torch.MAX_TOKENS - 1)
 NO_EDGE = tl.constexpr(agglomerative_torch.NO_EDGE)
 
-# Up to so many tokens, one program does all rounds of a sample.
+# Up to this number of tokens, one program does all rounds of a sample.
 _SMALL = 256
 
 
