@@ -130,17 +130,28 @@ def test_a_kernel_knows_maps_and_other_kernels_alone(file: Path) -> None:
     assert all(name.startswith(("tokred.kernels", "tokred.maps")) for name in ours)
 
 
-def test_importing_tokred_loads_neither_hosts_nor_scipy() -> None:
+def loaded_by(module: str) -> set[str]:
+    """The modules that importing one of ours loads, in a new process that has torch already."""
     program = (
-        "import torch, sys\nbefore = set(sys.modules)\nimport tokred\n"
-        "print(*{name.split('.')[0] for name in set(sys.modules) - before})"
+        "import sys, torch\nbefore = set(sys.modules)\n"
+        f"import {module}\nprint(*(set(sys.modules) - before))"
     )
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    loaded = set(run.stdout.split())
-    assert "tokred" in loaded
-    assert not loaded & (HOSTS | {"scipy", "matplotlib", "PIL", "safetensors", "tqdm", "numba"})
+    return set(run.stdout.split())
+
+
+def test_importing_tokred_loads_neither_hosts_nor_compilers() -> None:
+    loaded = loaded_by("tokred")
+    assert {"tokred", "tokred.reducers.tome", "tokred.reducers.atc"} <= loaded
+    assert not {name.split(".")[0] for name in loaded} & {
+        *HOSTS, "scipy", "matplotlib", "PIL", "safetensors", "tqdm", "numba", "triton", "sympy",
+        "profile", "cProfile",
+    }  # fmt: skip
+    # Half of the time that importing torch takes, if they are loaded.
+    parts = ("torch._dynamo", "torch._inductor", "torch._export", "torch.utils.flop_counter")
+    assert not {name for name in loaded if name.startswith(parts)}
 
 
 def test_a_patch_is_not_imported_from_the_source_folder() -> None:
