@@ -7,7 +7,8 @@ A line is a kind and a dotted path:
 - `public`: in `tokred.__all__`; `home`: where that is defined, behind it.
 - `documented`: mentioned or imported by the README, docs, examples or docstrings.
 - `bare`: those of them that `import tokred` is enough for.
-- `module`: a module; `defined`: a class or function of that module, without an underscore.
+- `module`: a module; `defined`: a class or function of that module, without an underscore. Those of
+  patches are left out: nobody imports them, but for pickles.
 - `pickled`: what a pickle of a patched small model refers to.
 
 tests/test_public_names.py asks for those of version 0.7.1.
@@ -204,6 +205,8 @@ def lines() -> Iterator[str]:
         yield f"bare {path}"
     for name in modules():
         yield f"module {name}"
+        if name.startswith("tokred.patches."):
+            continue
         for own, value in vars(import_module(name)).items():
             kind = isinstance(value, type) or callable(value)
             if kind and getattr(value, "__module__", None) == name and not own.startswith("_"):
