@@ -24,10 +24,11 @@ import tokred
 from tokred.cli.main import main
 from tokred.data import samples, zoo
 from tokred.measure import evaluating
-from tokred.measure.cost import Arm, peak_memory
+from tokred.measure.counting import peak_memory
 from tokred.measure.evaluation import Evaluation, Row, Speed
 from tokred.measure.fidelity import Decisions
 from tokred.measure.metrics import TASKS, Scores, task_of
+from tokred.measure.race import Arm
 
 pytest.importorskip("torchmetrics")
 

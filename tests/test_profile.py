@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import tokred
 from tokred.maps import Clusters, TokenMap
-from tokred.measure.cost import Arm
 from tokred.measure.profiling import PARTS, Clock, LayerTimes, clock_for, timed
+from tokred.measure.race import Arm
 from tokred.patching.patching import hang, host_of, reduction_of
 from tokred.reducers import Tokens
 

@@ -18,9 +18,9 @@ import pytest
 from PIL import Image
 
 import tokred
-from tokred.measure.cost import Arm
 from tokred.measure.evaluation import Evaluation, Row, Speed
 from tokred.measure.profiling import LayerTimes
+from tokred.measure.race import Arm
 from tokred.show import markup, report
 from tokred.show.markup import Point
 

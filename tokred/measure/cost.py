@@ -7,39 +7,27 @@ Efficiency is a method's speed-up as a share of the free limit's.
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
-import importlib.metadata
 import math
-import platform
-import random
-import statistics
-import sys
-import time
-import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from tokred.data.inputs import Inputs, call, device_of, pixels
-from tokred.engine.run import Reduction
-from tokred.engine.windows import InWindows, limit
-from tokred.host.host import Denoiser, Host, find_host, module_of
+from tokred.data.inputs import Inputs, call, pixels
+from tokred.host.host import Host, find_host, module_of
+from tokred.measure.conditions import device_name, versions_of
+from tokred.measure.counting import count
+from tokred.measure.limit import counts_of, free_limit_of
+from tokred.measure.race import Arm, measure, sides
+from tokred.measure.subject import check_method, put_back
 from tokred.patching.denoising import Around, Denoising
-from tokred.patching.denoising import limit as limit_of_denoiser
-from tokred.patching.patching import apply, hang, host_of, reduction_of, remove, uncompiled
+from tokred.patching.patching import apply, host_of, reduction_of, remove, uncompiled
 from tokred.patching.presets import Preset
-from tokred.reducers import Reducer, place, varies
-from tokred.reducers.truncate import Truncate
-from tokred.schedule import Exactly, Schedule
+from tokred.reducers import Reducer
+from tokred.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -66,32 +54,6 @@ class Flops:
     def __str__(self) -> str:
         dense, reduced = self.dense / 1e9, self.reduced / 1e9
         return f"{self.ratio:.2f}x fewer multiply-adds: {reduced:.3f} of {dense:.3f} G per image"
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One side of a benchmark.
-
-    Attributes:
-        seconds: of every measured run of the batch, in the order they were run.
-        peak_memory: bytes allocated at most during a run; None on the CPU.
-    """
-
-    seconds: tuple[float, ...]
-    peak_memory: int | None
-
-    @property
-    def median(self) -> float:
-        """Seconds per batch."""
-        return statistics.median(self.seconds)
-
-    @property
-    def spread(self) -> float:
-        """Half the distance between the quartiles, as a share of the median."""
-        if len(self.seconds) < 2:
-            return float("nan")
-        low, _, high = statistics.quantiles(self.seconds, n=4)
-        return (high - low) / 2 / self.median
 
 
 @dataclass(frozen=True)
@@ -275,65 +237,6 @@ def bench(
     )
 
 
-def check_method(method: Any, keep_rate: Any, schedule: Any) -> None:
-    """What is measured without a method is the reduction that is applied, as it is.
-
-    Raises:
-        ValueError: a keep rate or a schedule is given without a method.
-    """
-    if method is None and (keep_rate is not None or schedule is not None):
-        raise ValueError(
-            f"method must be given with keep_rate={keep_rate} and schedule={schedule}: the "
-            "reduction that is applied has its own"
-        )
-
-
-def free_limit_of(
-    model: nn.Module,
-    host: Host | Denoiser,
-    images: Inputs,
-    reduction: Reduction | Denoising,
-    counts: tuple[int, ...],
-) -> Reduction | Denoising:
-    """A reduction of the model to the same numbers of tokens, for nothing. Where what stands on the
-    last block has to have the full grid (dense models), it gets that; else not even that is paid
-    for."""
-    if isinstance(reduction, Denoising):
-        return limit_of_denoiser(reduction)
-    if isinstance(reduction.reducer, InWindows):
-        return limit(reduction)
-    cut = cut_off(reduction, counts)
-    hang(model, host, cut)
-    try:
-        with torch.no_grad():
-            call(model, first_of(images))
-    except Exception:  # whatever a head says to fewer tokens than it knows
-        cut.full_grid = True
-    finally:
-        remove(model)
-    return cut
-
-
-def first_of(images: Inputs) -> Inputs:
-    """The first image of a batch, as a batch."""
-    many = len(pixels(images))
-    if isinstance(images, torch.Tensor):
-        return images[:1]
-    return {
-        name: x[:1] if isinstance(x, torch.Tensor) and x.ndim and len(x) == many else x
-        for name, x in images.items()
-    }
-
-
-def cut_off(reduction: Reduction, counts: tuple[int, ...]) -> Reduction:
-    """A reduction to these numbers of tokens that costs nothing, where this one stands."""
-    cut = Truncate("between" if place(reduction.reducer) == "between" else "before")
-    # What reads features from layers in between gets its grids, whatever the last block gives.
-    return Reduction(
-        cut, Exactly(counts), reduction.layout, full_grid=False, tapped_by=reduction.tapped_by
-    )
-
-
 def _entering(
     model: nn.Module, images: Inputs, reduction: Denoising
 ) -> tuple[int, tuple[int, ...]]:
@@ -342,210 +245,3 @@ def _entering(
         call(model, images)
     before = [math.prod(record.grid) for record in records]
     return before[0] if before else 0, tuple(record.after for record in records)
-
-
-def counts_of(
-    model: nn.Module, host: Host, images: Inputs, reduction: Reduction, grid: tuple[int, int]
-) -> tuple[int, ...]:
-    """Patch tokens after each layer: what the schedule asks for, or, of a method whose images
-    vary, what came of it: of the image that has the most, where others are padded to that; of one
-    that gates blocks, on average (the layers with most tokens first: the cost is the same)."""
-    tokens = grid[0] * grid[1]
-    if not varies(reduction.reducer):
-        return reduction.counts(tokens, grid)
-    if place(reduction.reducer) == "around":
-        return tuple(sorted(through(model, host, images, reduction, tokens), reverse=True))
-    hang(model, host, reduction)
-    with torch.no_grad(), reduction.recording() as records:
-        call(model, images)
-    remove(model)
-    left = {record.layer: record.after for record in records}
-    counts = []
-    for layer in range(reduction.layout.layers):
-        tokens = left.get(layer, tokens)
-        counts.append(tokens)
-    return tuple(counts)
-
-
-def through(
-    model: nn.Module, host: Host, images: Inputs, reduction: Reduction, tokens: int
-) -> list[int]:
-    """How many of the patch tokens go through each block, on average, of a method that gates
-    blocks. (At least 1.)"""
-    hang(model, host, reduction)
-    with torch.no_grad(), reduction.recording() as records:
-        call(model, images)
-    remove(model)
-    mean = {
-        record.layer: max(1, round(float((record.map.labels() >= 0).sum(1).float().mean())))
-        for record in records
-        if record.map is not None
-    }
-    return [mean.get(layer, tokens) for layer in range(reduction.layout.layers)]
-
-
-def sides(
-    model: nn.Module,
-    host: Host | Denoiser,
-    arms: Mapping[str, Reduction | Denoising | None],
-    compile: bool,
-) -> dict[str, tuple[nn.Module, Callable[[], None]]]:
-    """For every arm (None: the dense model), the model to call and what to do just before: one
-    model whose patch is changed, or a compiled copy for each arm."""
-
-    def become(target: nn.Module, reduction: Reduction | Denoising | None) -> None:
-        if reduction is None:
-            remove(target)
-        else:
-            hang(target, host, reduction)
-
-    sides: dict[str, tuple[nn.Module, Callable[[], None]]] = {}
-    for name, reduction in arms.items():
-        if compile:
-            twin = copy.deepcopy(model)
-            become(twin, reduction)
-            sides[name] = (torch.compile(twin), lambda: None)  # type: ignore[assignment]
-        else:
-            sides[name] = (model, lambda reduction=reduction: become(model, reduction))  # type: ignore[misc]
-    return sides
-
-
-def measure(
-    sides: Mapping[str, tuple[Callable[..., Any], Callable[[], None]]],
-    images: Inputs,
-    rounds: int,
-    warmup: int,
-    on_round: Callable[[int, int], None] | None = None,
-    limit: float = float("inf"),
-) -> dict[str, Arm]:
-    """Runs the batch once through every side in each round, in shuffled order.
-
-    Args:
-        sides: what `sides` has made.
-        images: one batch.
-        rounds: measured rounds.
-        warmup: rounds before that are not measured.
-        on_round: called after every round with (rounds done, rounds in all).
-        limit: seconds after which no further round begins, but for three that are always run.
-    """
-    names = list(sides)
-    start = time.perf_counter()
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    memory: dict[str, int | None] = dict.fromkeys(names)
-    device = device_of(images)
-    cuda = device.type == "cuda"
-    for number in range(-warmup, rounds):
-        if number >= 3 and time.perf_counter() - start > limit:
-            break
-        # Shuffled, because a side may gain or lose by which one came before it.
-        for name in random.Random(number).sample(names, len(names)):
-            target, prepare = sides[name]
-            prepare()
-            if cuda:
-                torch.cuda.synchronize(device)
-                torch.cuda.reset_peak_memory_stats(device)
-            begin = time.perf_counter()
-            with torch.no_grad():
-                call(target, images)
-            if cuda:
-                torch.cuda.synchronize(device)
-            took = time.perf_counter() - begin
-            if number >= 0:
-                seconds[name].append(took)
-                if cuda:
-                    peak = torch.cuda.max_memory_allocated(device)
-                    memory[name] = max(memory[name] or 0, peak)
-        if on_round and number >= 0:
-            on_round(number + 1, rounds)
-    return {name: Arm(tuple(seconds[name]), memory[name]) for name in names}
-
-
-class _Allocations(TorchDispatchMode):
-    """Counts the bytes of the tensors that operators have made, as long as they live."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now: int = 0
-        self.most: int = 0
-        self._known = weakref.WeakSet[Any]()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for x in tree_leaves((args, kwargs)):  # what was there before is nobody's allocation
-            if isinstance(x, torch.Tensor):
-                self._known.add(x.untyped_storage())
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.untyped_storage() not in self._known:
-                storage = x.untyped_storage()
-                self._known.add(storage)
-                self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
-                weakref.finalize(storage, self._freed, storage.nbytes())
-        return out
-
-    def _freed(self, size: int) -> None:
-        self.now -= size
-
-
-def peak_memory(model: Callable[..., Any], images: Inputs) -> int:
-    """Bytes that tensors take at most during a pass without gradients, beyond what was there
-    before: on CUDA what the allocator says, elsewhere the tensors that operators return (not what
-    they hold for themselves while they run)."""
-    device = device_of(images)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        with torch.no_grad():
-            call(model, images)
-        return int(torch.cuda.max_memory_allocated(device) - before)
-    with torch.no_grad(), _Allocations() as allocations:
-        call(model, images)
-    return int(allocations.most)
-
-
-def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
-
-
-# Older versions of torch's counter do not know the CPU's fused attention.
-_FUSED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
-
-
-def count(model: nn.Module, images: Inputs) -> float:
-    """Multiply-adds per image of one pass, as `Flops` has them."""
-    with FlopCounterMode(display=False, custom_mapping=_FUSED) as counter, torch.no_grad():
-        call(model, images)
-    return float(counter.get_total_flops()) / 2 / len(pixels(images))
-
-
-@contextmanager
-def put_back(model: nn.Module, host: Host | None) -> Iterator[None]:
-    """Whatever happens inside, the model ends with the reduction that it began with."""
-    former = reduction_of(model)
-    try:
-        yield
-    finally:
-        remove(model)
-        if former is not None:
-            hang(model, host_of(model, host), former)
-
-
-def versions_of(model: nn.Module) -> dict[str, str]:
-    """The versions of what a measurement depends on."""
-    library = type(model).__module__.split(".")[0]
-    versions = {"torch": str(torch.__version__)}
-    if hasattr(sys.modules.get(library), "__version__"):
-        versions[library] = sys.modules[library].__version__
-    for name in ("numba", "triton"):  # whether or not a method has already asked for them
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
-
-
-def device_name(device: torch.device) -> str:
-    """What it is, in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    return f"{device.type} {name} {torch.backends.cpu.get_cpu_capability()}"

@@ -32,21 +32,14 @@ from tokred.data.inputs import Inputs, call, pixels
 from tokred.data.samples import Samples, Transform
 from tokred.engine.run import Layout, Reduction
 from tokred.host.host import Denoiser, Host, UnsupportedModelError, find_host, module_of
-from tokred.measure.cost import (
-    count,
-    counts_of,
-    device_name,
-    first_of,
-    free_limit_of,
-    measure,
-    peak_memory,
-    put_back,
-    sides,
-    versions_of,
-)
+from tokred.measure.conditions import device_name, versions_of
+from tokred.measure.counting import count, peak_memory
 from tokred.measure.evaluation import Evaluation, Row, Speed, row_from
 from tokred.measure.fidelity import Difference, Fidelity, Seen, compare, seeing, total
+from tokred.measure.limit import counts_of, first_of, free_limit_of
 from tokred.measure.metrics import TASKS, Scores, Task, task_of
+from tokred.measure.race import measure, sides
+from tokred.measure.subject import put_back
 from tokred.optional import require
 from tokred.patching.patching import apply, hang, host_of, reduction_of, remove, uncompiled
 from tokred.patching.presets import Preset

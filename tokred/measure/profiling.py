@@ -28,17 +28,10 @@ from tokred.engine.run import Reduction, State, Step
 from tokred.engine.windows import InWindows
 from tokred.host.host import Denoiser, Host, UnsupportedModelError, find_host, module_of
 from tokred.maps import TokenMap
-from tokred.measure.cost import (
-    Arm,
-    check_method,
-    counts_of,
-    device_name,
-    free_limit_of,
-    measure,
-    put_back,
-    through,
-    versions_of,
-)
+from tokred.measure.conditions import device_name, versions_of
+from tokred.measure.limit import counts_of, free_limit_of, through
+from tokred.measure.race import Arm, measure
+from tokred.measure.subject import check_method, put_back
 from tokred.optional import require
 from tokred.patching.patching import apply, hang, host_of, reduction_of, remove, uncompiled
 from tokred.patching.presets import Preset

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokred.measure.cost import device_name
+from tokred.measure.conditions import device_name
 from tokred.reducers import atc
 
 FORMAT = 1

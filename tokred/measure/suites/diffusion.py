@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokred.measure.cost import Arm, device_name, measure, sides, versions_of
+from tokred.measure.conditions import device_name, versions_of
+from tokred.measure.race import Arm, measure, sides
 from tokred.optional import require
 from tokred.patching.denoising import Around, Denoising, limit
 from tokred.patching.patching import apply, hang, host_of, remove

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from tokred.data import zoo
 from tokred.host.host import find_host
 from tokred.measure.calibration import calibrate
-from tokred.measure.cost import counts_of, cut_off, device_name, measure, sides, versions_of
+from tokred.measure.conditions import device_name, versions_of
+from tokred.measure.limit import counts_of, cut_off
+from tokred.measure.race import measure, sides
 from tokred.measure.tracing import Trace, inspect
 from tokred.optional import require
 from tokred.patching.patching import apply, remove

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokred.measure.cost import device_name, flops
+from tokred.measure.conditions import device_name
+from tokred.measure.cost import flops
 from tokred.models.tcformer import backbone
 
 MODELS = ("tcformer", "tcformerv2_small")

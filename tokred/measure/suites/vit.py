@@ -18,7 +18,9 @@ from torch import nn
 
 from tokred.engine.run import Reduction
 from tokred.host.host import find_host
-from tokred.measure.cost import Arm, counts_of, cut_off, device_name, measure, sides, versions_of
+from tokred.measure.conditions import device_name, versions_of
+from tokred.measure.limit import counts_of, cut_off
+from tokred.measure.race import Arm, measure, sides
 from tokred.optional import require
 from tokred.reducers import Reducer, make, place, proportional, varies
 from tokred.schedule import Stages
