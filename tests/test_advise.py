@@ -20,8 +20,9 @@ from tokred.cli.main import main
 from tokred.data import samples, zoo
 from tokred.measure import advising
 from tokred.measure.advising import Costs, _parabola, cheapest, neighbours, scaled, unrolled
-from tokred.measure.evaluating import Pace, Work
 from tokred.measure.evaluation import Row
+from tokred.measure.race import Pace
+from tokred.measure.work import Work
 
 pytest.importorskip("torchmetrics")
 

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 HOSTS = {"timm", "transformers", "diffusers", "torchvision", "open_clip"}
 RANK = {
     "maps": 0, "schedule": 0, "optional": 0, "gates": 0, "kernels": 0, "moved": 0,
+    "version": 0,
     "reducers": 1,
     "engine": 2, "models": 2,
     "host": 3,

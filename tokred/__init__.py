@@ -12,7 +12,7 @@ from tokred.host.host import UnsupportedModelError, hosts
 from tokred.measure.advising import Advice, advise
 from tokred.measure.calibration import calibrate
 from tokred.measure.cost import Bench, Flops, bench, flops
-from tokred.measure.evaluating import evaluate
+from tokred.measure.evaluate import evaluate
 from tokred.measure.evaluation import Evaluation
 from tokred.measure.fidelity import Fidelity, fidelity
 from tokred.measure.profiling import Profile, profile
@@ -40,10 +40,9 @@ from tokred.reducers.tome2d import ToMe2d
 from tokred.reducers.topk import TopK
 from tokred.schedule import Constant, Exactly, Hourglass, Linear, Shares, Stages
 from tokred.show.drawing import visualise
+from tokred.version import __version__ as __version__
 
 keep_former_paths()
-
-__version__ = "0.7.1"
 
 __all__ = [
     "ATC",

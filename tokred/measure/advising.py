@@ -34,11 +34,13 @@ import torch
 from tokred.data import samples as sampling
 from tokred.data.samples import Transform
 from tokred.host.host import Host, UnsupportedModelError, module_of
-from tokred.measure.evaluating import Setting, Shown, Work, settings_of
 from tokred.measure.evaluation import Evaluation, Row
 from tokred.measure.fidelity import Fidelity
 from tokred.measure.profiling import profile
+from tokred.measure.progress import Shown
+from tokred.measure.settings import Setting, settings_of
 from tokred.measure.subject import put_back
+from tokred.measure.work import Work
 from tokred.patching.patching import remove, uncompiled
 from tokred.patching.presets import Preset
 from tokred.reducers import Reducer

@@ -4,10 +4,11 @@ meets all of it alike."""
 from __future__ import annotations
 
 import copy
+import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,10 @@ from tokred.engine.run import Reduction
 from tokred.host.host import Denoiser, Host
 from tokred.patching.denoising import Denoising
 from tokred.patching.patching import hang, remove
+
+SURE, PATIENCE = 0.03, 3
+"""The standard error of a speed-up that is good enough, and how many times as long as asked it is
+measured to get there."""
 
 
 @dataclass(frozen=True)
@@ -121,3 +126,29 @@ def measure(
         if on_round and number >= 0:
             on_round(number + 1, rounds)
     return {name: Arm(tuple(seconds[name]), memory[name]) for name in names}
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a side is.
+
+    Attributes:
+        seconds: for a batch.
+        error: standard error of its ratio to the dense model, as a share of it.
+    """
+
+    seconds: float
+    error: float = 0.0
+
+
+def _beside(dense: Sequence[float], arm: Sequence[float]) -> Pace:
+    """What the dense model took in a round is set against what the other side took in the same
+    round, so that a machine which is busy now and then slows down both; of these ratios the median
+    counts."""
+    ratios = [a / b for a, b in zip(arm, dense, strict=True)]
+    middle = statistics.median(ratios)
+    low, _, high = statistics.quantiles(ratios, n=4)
+    # Of a normal distribution, the quartiles are 1.349 standard deviations apart, and the median
+    # of n values has a standard error of 1.253 of them, by the square root of n.
+    error = 1.253 / 1.349 * (high - low) / math.sqrt(len(ratios)) / middle
+    return Pace(statistics.median(dense) * middle, error)
