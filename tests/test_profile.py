@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 import tokred
 from tokred.maps import Clusters, TokenMap
-from tokred.measure.profiling import PARTS, Clock, LayerTimes, clock_for, timed
+from tokred.measure.profile.clock import Clock, clock_for
+from tokred.measure.profile.stand_ins import timed
+from tokred.measure.profile.values import PARTS, LayerTimes
 from tokred.measure.race import Arm
 from tokred.patching.patching import hang, host_of, reduction_of
 from tokred.reducers import Tokens
@@ -39,7 +41,7 @@ class Nights:
 def nights(monkeypatch: pytest.MonkeyPatch) -> Nights:
     nights = Nights()
     clock = Clock(lambda: nights.now, lambda start, end: end - start)
-    monkeypatch.setattr("tokred.measure.profiling.clock_for", lambda device: clock)
+    monkeypatch.setattr("tokred.measure.profile.measuring.clock_for", lambda device: clock)
     monkeypatch.setattr("test_profile.time.sleep", nights.sleep)
     return nights
 

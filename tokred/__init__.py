@@ -15,7 +15,8 @@ from tokred.measure.cost import Bench, Flops, bench, flops
 from tokred.measure.evaluate import evaluate
 from tokred.measure.evaluation import Evaluation
 from tokred.measure.fidelity import Fidelity, fidelity
-from tokred.measure.profiling import Profile, profile
+from tokred.measure.profile.measuring import profile
+from tokred.measure.profile.values import Profile
 from tokred.measure.tracing import Trace, inspect
 from tokred.moved import former, keep_former_paths
 from tokred.patching.citing import cite

@@ -36,7 +36,7 @@ from tokred.data.samples import Transform
 from tokred.host.host import Host, UnsupportedModelError, module_of
 from tokred.measure.evaluation import Evaluation, Row
 from tokred.measure.fidelity import Fidelity
-from tokred.measure.profiling import profile
+from tokred.measure.profile.measuring import profile
 from tokred.measure.progress import Shown
 from tokred.measure.settings import Setting, settings_of
 from tokred.measure.subject import put_back
@@ -118,7 +118,7 @@ class Advice:
 
     __repr__ = __str__
 
-    def _repr_html_(self) -> str:
+    def _repr_html_(self) -> str | None:
         return self.evaluation._repr_html_()
 
 

@@ -13,11 +13,10 @@ import dataclasses
 import math
 import statistics
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any
 
+from tokred.measure.results import Result, drawn
 from tokred.optional import require
-from tokred.show import drawing
 
 BUSY = 1.3
 """How much slower the dense model may be in one row than in another, before that is told."""
@@ -113,7 +112,7 @@ class Row:
 
 
 @dataclass(frozen=True, repr=False)
-class Evaluation:
+class Evaluation(Result):
     """The table that `tokred.evaluate` has made.
 
     Attributes:
@@ -348,26 +347,7 @@ class Evaluation:
         Raises:
             ModuleNotFoundError: Matplotlib is not installed.
         """
-        if axes is None:
-            figure = require("matplotlib.figure", "plots").Figure((7, 4.5), layout="constrained")
-            axes = figure.add_subplot()
-        drawing.plot_front(
-            axes,
-            {
-                method: [(r.speed_up, self.score(r)) for r in self.settings if r.method == method]
-                for method in dict.fromkeys(row.method for row in self.settings)
-            },
-            self.score(self.dense),
-            [(row.speed_up, self.score(row)) for row in self.front()],
-            f"{self.leading}{', %' if self.unit == '%' else ''}",
-        )
-        axes.set_title(f"{self.model}, {self.dense.images} images")
-        return axes.figure
-
-    def _repr_html_(self) -> str:
-        # The report knows this file.
-        page: str = import_module("tokred.show.report").table(self)
-        return page
+        return drawn(self, "plot", axes)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, as JSON can hold it; `from_dict` makes it again."""
