@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 import tokred
 from tokred.cli.main import main
 from tokred.data import samples, zoo
-from tokred.measure import advising
-from tokred.measure.advising import Costs, _parabola, cheapest, neighbours, scaled, unrolled
+from tokred.measure.advise import advising, search
+from tokred.measure.advise.costs import Costs, _parabola
+from tokred.measure.advise.schedules import cheapest, neighbours, scaled, unrolled
 from tokred.measure.evaluation import Row
 from tokred.measure.race import Pace
 from tokred.measure.work import Work
@@ -213,7 +214,7 @@ def test_the_advice_can_be_pasted(
     clock(1.0)
     known = Costs((1.0, 1.0, 0.0), (0.0, 0.0, 0.0), 4 * 101.0, between=False)
     costs = property(lambda search: {m.method: known for m in search.methods})
-    monkeypatch.setattr(advising._Search, "costs", costs)
+    monkeypatch.setattr(search._Search, "costs", costs)
     model = timm.create_model("vit_tiny_patch16_224", img_size=160, depth=4).eval()
     images = images_for(model, 8)
     dense = model(images[:1])

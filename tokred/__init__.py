@@ -9,7 +9,8 @@ from types import ModuleType
 from tokred.data import zoo
 from tokred.engine.run import Reduction
 from tokred.host.host import UnsupportedModelError, hosts
-from tokred.measure.advising import Advice, advise
+from tokred.measure.advise.advising import advise
+from tokred.measure.advise.values import Advice
 from tokred.measure.calibration import calibrate
 from tokred.measure.cost import Bench, Flops, bench, flops
 from tokred.measure.evaluate import evaluate

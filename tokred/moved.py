@@ -14,7 +14,13 @@ from types import ModuleType
 from typing import Any
 
 MOVED: dict[str, tuple[str, ...]] = {
-    "advising": ("measure.advising",),
+    "advising": (
+        "measure.advise.advising",
+        "measure.advise.values",
+        "measure.advise.search",
+        "measure.advise.schedules",
+        "measure.advise.costs",
+    ),
     "calibration": ("measure.calibration",),
     "citing": ("patching.citing",),
     "cost": (

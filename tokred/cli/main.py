@@ -32,7 +32,8 @@ from tokred.data import (
     zoo,  # fmt: skip
 )
 from tokred.host import host
-from tokred.measure import advising, fid, metrics, settings, tracing
+from tokred.measure import fid, metrics, settings, tracing
+from tokred.measure.advise import advising
 from tokred.measure.processes import Processes
 from tokred.measure.suites import clustering, dense, diffusion, gates, vit
 from tokred.optional import require

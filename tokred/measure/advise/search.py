@@ -1,20 +1,4 @@
-"""`tokred.advise`: the method, the layers and the numbers of tokens for a budget.
-
-1. The dense model answers the calibration images; every method is tried at one keep rate, on some
-   of them, to see which disturb the model least.
-2. What a block costs as a function of its tokens, and what a method adds to it, is measured on this
-   machine (`tokred.profile`) and fitted by parabolas.
-3. Of the methods that disturb least, it is measured how much a reduction at one layer alone
-   disturbs the model, for several layers and shares: the mean divergence from the dense model's
-   answers. A schedule is taken to disturb as much as its steps together: a step from n to k tokens
-   at layer l as much as k tokens from there on more than n tokens from there on.
-4. Dynamic programming over layers and numbers of tokens finds the schedules that should disturb
-   least, for every time they may take. The one for the budget is compared with the uniform keep
-   rate, and the better of them improved by small changes, each of them tried.
-5. Those that should meet the budget, and uniform keep rates of the best methods that should, are
-   measured: on all of the images, and their time in turns with the dense model's. What misses the
-   budget is tried again, with fewer tokens. The best one is the advice.
-"""
+"""The search for the setting that is advised."""
 
 from __future__ import annotations
 
@@ -23,36 +7,28 @@ import dataclasses
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import cached_property, partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 
-from tokred.data import samples as sampling
-from tokred.data.samples import Transform
-from tokred.host.host import Host, UnsupportedModelError, module_of
-from tokred.measure.evaluation import Evaluation, Row
+from tokred.host.host import UnsupportedModelError
+from tokred.measure.advise.costs import Costs, _parabola
+from tokred.measure.advise.schedules import Stations, cheapest, neighbours, scaled, unrolled
+from tokred.measure.advise.values import Advice, Candidate, Family
+from tokred.measure.evaluation import Evaluation
 from tokred.measure.fidelity import Fidelity
 from tokred.measure.profile.measuring import profile
 from tokred.measure.progress import Shown
-from tokred.measure.settings import Setting, settings_of
-from tokred.measure.subject import put_back
+from tokred.measure.settings import Setting
 from tokred.measure.work import Work
-from tokred.patching.patching import remove, uncompiled
+from tokred.patching.patching import remove
 from tokred.patching.presets import Preset
-from tokred.reducers import Reducer
 from tokred.reducers.truncate import Truncate
 from tokred.schedule import Exactly
 
-METHODS = (
-    "tome", "atc", "atc:complete", "dpc_knn", "kmedoids", "pitome", "mutual",
-    "evit", "topk", "slic",
-)  # fmt: skip
-"""The methods that are tried if none are named: all that need no training and keep as many tokens
-of every image."""
 FINALISTS, UNIFORM = 3, 4
 """How many methods schedules are searched for, and how many are tried at uniform keep rates."""
 POLISHING = 16
@@ -74,149 +50,6 @@ RUINED = 1e6
 """How much a model is disturbed whose answers are no numbers any more."""
 WORTH = 1.03
 """A speed-up below which nothing is gained: within the noise of the measurement."""
-
-
-Stations: TypeAlias = tuple[tuple[int, int], ...]
-"""Where a schedule falls: layers, and the tokens that are left behind them."""
-
-
-@dataclass(frozen=True, repr=False)
-class Advice:
-    """What `tokred.advise` has found.
-
-    Attributes:
-        wanted: the budget, in words.
-        choice: the row that is advised; None if nothing helps.
-        sentences: what there is to say, and why.
-        evaluation: everything that was measured in full, the dense model first.
-        setting: method and schedule of the choice.
-    """
-
-    wanted: str
-    choice: Row | None
-    sentences: tuple[str, ...]
-    evaluation: Evaluation
-    setting: Setting | None = None
-
-    @property
-    def code(self) -> str:
-        """The line to paste; empty if nothing helps."""
-        return self.choice.code if self.choice else ""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it."""
-        return {
-            "wanted": self.wanted,
-            "choice": self.choice and dataclasses.asdict(self.choice),
-            "sentences": list(self.sentences),
-            "evaluation": self.evaluation.as_dict(),
-            "code": self.code,
-        }
-
-    def __str__(self) -> str:
-        return "\n".join([*self.sentences, *([f"\n    {self.code}"] if self.code else [])])
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str | None:
-        return self.evaluation._repr_html_()
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A setting that was tried on all of the images.
-
-    Attributes:
-        setting: what it is.
-        searched: whether its schedule was searched for, rather than a uniform keep rate.
-        row: what came of it. (Its speeds are the dense model's until it has been raced.)
-        raced: whether its speed was measured beside that of the others.
-    """
-
-    setting: Setting
-    searched: bool
-    row: Row
-    raced: bool = False
-
-
-@dataclass(frozen=True)
-class Family:
-    """Settings of which one should be as fast as is asked for: a method at uniform keep rates, or
-    with the schedules that were found for it.
-
-    Attributes:
-        searched: whether schedules were searched for.
-        propose: from a speed-up to the setting that should have it; None if there is none.
-        wrong: how many times too fast each of its settings was predicted to be.
-    """
-
-    searched: bool
-    propose: Callable[[float], Setting | None]
-    wrong: list[float] = field(default_factory=list)
-
-
-def advise(
-    model: Any,
-    data: Any,
-    *,
-    speedup: float | None = None,
-    max_drop: float | None = None,
-    methods: Iterable[str | Reducer | Preset] | Mapping[str, Reducer | Preset] = METHODS,
-    images: int = 256,
-    batch: int | None = None,
-    labelled: bool = True,
-    task: str | None = None,
-    transform: Transform | None = None,
-    seconds: float = 2.0,
-    workers: int = 0,
-    host: Host | None = None,
-    name: str | None = None,
-    progress: bool = True,
-) -> Advice:
-    """Finds method, layers and numbers of tokens for a budget, by trying them on some images.
-
-    >>> advice = tokred.advise(model, "flowers/val", speedup=1.5)
-    >>> print(advice)  # what it gains and costs, and the line of code
-    >>> eval(advice.code)
-
-    Args:
-        model: as for `tokred.evaluate`; left as it was.
-        data: as for `tokred.evaluate`: labelled if possible.
-        speedup: how many times as fast as the dense model it has to be; what loses least is
-            advised.
-        max_drop: how many points of the leading metric it may lose (without labels, of agreement
-            with the dense model); what is fastest is advised.
-        methods: as for `tokred.evaluate`.
-        images: how many are used, drawn evenly at random, always the same.
-        batch, labelled, task, transform, workers, host, name, progress: as for `tokred.evaluate`.
-        seconds: how long each candidate's speed is measured.
-
-    Raises:
-        ValueError: not one of `speedup` and `max_drop` is given, or one that cannot be; otherwise
-            as `tokred.evaluate`.
-        UnsupportedModelError: the model is not one we know, or it takes none of the methods.
-    """
-    if (speedup is None) == (max_drop is None):
-        raise ValueError(f"give one of speedup and max_drop, not {speedup} and {max_drop}")
-    if speedup is not None and speedup <= 1:
-        raise ValueError(f"speedup must be above 1, the dense model's own, not {speedup}")
-    if max_drop is not None and max_drop < 0:
-        raise ValueError(f"max_drop must be at least 0 points, not {max_drop}")
-    if images < 1:
-        raise ValueError(f"images must be at least 1, not {images}")
-    wanted = settings_of(methods, (0.5,))
-    model = uncompiled(module_of(model))
-    with put_back(model, host):
-        remove(model)
-        samples = sampling.of(data, model, transform, None, labelled)
-        samples = sampling.drawn(samples, min(images, len(samples)))
-        work = Work(model, samples, host, task, batch, images, seconds, workers)
-        if work.several.number > 1:
-            raise ValueError("advise runs in one process: start it without accelerate launch")
-        with Shown(0, progress) as shown:
-            work.told = shown.far
-            search = _Search(work, wanted, shown, name or type(model).__name__)
-            return search.faster(speedup) if speedup is not None else search.closest(max_drop or 0)
 
 
 class _Search:
@@ -720,142 +553,6 @@ class _Search:
             row, method=f"{row.method}, searched" if best.searched else row.method
         )
         return Advice(wanted, patched, tuple(told), table, best.setting)
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What a method costs, by what was measured.
-
-    Attributes:
-        block: seconds of a block as a parabola of its tokens.
-        added: seconds that the method adds to a block, of the tokens that enter it.
-        dense: seconds of the dense model.
-        between: whether attention still sees the tokens that enter.
-    """
-
-    block: tuple[float, float, float]
-    added: tuple[float, float, float]
-    dense: float
-    between: bool
-
-    def step(self, before: Any, after: Any, added: bool = True) -> Any:
-        """Seconds of one block that is entered by so many tokens and left by so many; arrays or
-        numbers."""
-        block = _at(self.block, after)
-        if self.between:
-            block = (block + _at(self.block, before)) / 2
-        return block + np.where(after < before, _at(self.added, before), 0.0) * added
-
-    def time(self, counts: Sequence[int], added: bool = True) -> float:
-        """Seconds of the model, with these tokens before the first layer and after each."""
-        steps = [float(self.step(a, b, added)) for a, b in itertools.pairwise(counts)]
-        full = float(_at(self.block, counts[0])) * len(steps)
-        return max(1e-9, self.dense - full + sum(steps))
-
-
-def cheapest(levels: Sequence[int], harms: Any, costs: Costs, price: float) -> tuple[int, ...]:
-    """The numbers of tokens after each layer for which harm + price * time is least.
-
-    Args:
-        levels: numbers of tokens to choose from, falling, all of them first.
-        harms: what it does to go on with so many from a layer on: [layers, levels].
-        costs: what time it takes.
-        price: of a second.
-    """
-    layers, many = harms.shape
-    n = np.array(levels)
-    before, after = n[:, None], n[None, :]
-    time = costs.step(before, after)  # [from, to]
-    # None grows, and none loses more than half at once, which is all that pairs can.
-    allowed = (after <= before) & (after >= before - before // 2)
-    best = np.full(many, np.inf)
-    best[0] = 0.0
-    came = np.zeros((layers, many), dtype=int)
-    for layer in range(layers):
-        harm = np.maximum(0, harms[layer][None, :] - harms[layer][:, None])
-        total = np.where(allowed, best[:, None] + harm + price * time, np.inf)
-        came[layer] = total.argmin(0)
-        best = total.min(0)
-    at = int(best.argmin())
-    counts = []
-    for layer in reversed(range(layers)):
-        counts.append(int(n[at]))
-        at = int(came[layer, at])
-    return tuple(reversed(counts))
-
-
-def _parabola(points: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
-    """The parabola through (tokens, seconds) that lies nearest, none of its parts below zero: a
-    start, so much for each token, and so much for each pair."""
-    from scipy.optimize import nnls  # whoever asks for no advice need not wait for it
-
-    tokens = np.array([p[0] for p in points], dtype=float)
-    seconds = np.array([p[1] for p in points], dtype=float)
-    scale = tokens.max()
-    columns = np.stack([np.ones_like(tokens), tokens / scale, (tokens / scale) ** 2], 1)
-    # In proportion: a small block counts as much as a large one.
-    weight = 1 / np.maximum(seconds, seconds.max() * 1e-3)
-    a, b, c = nnls(columns * weight[:, None], seconds * weight)[0]
-    return float(a), float(b / scale), float(c / scale**2)
-
-
-def _at(parabola: tuple[float, float, float], tokens: Any) -> Any:
-    start, each, pair = parabola
-    return start + each * tokens + pair * np.square(tokens, dtype=float)
-
-
-def unrolled(stations: Stations, tokens: int, layers: int) -> tuple[int, ...]:
-    """The numbers of tokens after each layer."""
-    counts, now, left = [], tokens, dict(stations)
-    for layer in range(layers):
-        now = left.get(layer, now)
-        counts.append(now)
-    return tuple(counts)
-
-
-def scaled(
-    stations: Stations, costs: Costs, tokens: int, layers: int, speed: float
-) -> Stations | None:
-    """The same reductions, all more or less of them by the same factor, so that the model should be
-    so many times as fast; None if there is no such factor."""
-
-    def at(factor: float) -> Stations:
-        kept, before = [], tokens
-        for layer, count in stations:
-            after = max(1, min(before, round(factor * count)))
-            if after < before:
-                kept.append((layer, after))
-            before = after
-        return tuple(kept)
-
-    def gain(factor: float) -> float:
-        return costs.dense / costs.time((tokens, *unrolled(at(factor), tokens, layers)))
-
-    low, high = 1e-3, tokens / min(count for _, count in stations)
-    if gain(low) < speed:
-        return None
-    for _ in range(24):
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if gain(middle) >= speed else (low, middle)
-    return at(low)
-
-
-def neighbours(stations: Stations, tokens: int, layers: int) -> list[Stations]:
-    """The same reductions with one of them a layer earlier or later, or a little stronger or
-    weaker."""
-    found = []
-    for i, (layer, count) in enumerate(stations):
-        taken = {other for other, _ in stations}
-        for step in (-1, 1):
-            if 0 <= layer + step < layers and layer + step not in taken:
-                found.append((*stations[:i], (layer + step, count), *stations[i + 1 :]))
-        before = stations[i - 1][1] if i else tokens
-        after = stations[i + 1][1] if i + 1 < len(stations) else 0
-        for factor in (0.88, 1.12):
-            changed = round(count * factor)
-            if after < changed < before:
-                found.append((*stations[:i], (layer, changed), *stations[i + 1 :]))
-    return found
 
 
 def _first(pair: tuple[float, Setting]) -> float:

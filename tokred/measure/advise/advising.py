@@ -1,0 +1,90 @@
+"""`tokred.advise`: checks what was asked, and starts the search."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tokred.data import samples as sampling
+from tokred.data.samples import Transform
+from tokred.host.host import Host, module_of
+from tokred.measure.advise.search import _Search
+from tokred.measure.advise.values import Advice
+from tokred.measure.progress import Shown
+from tokred.measure.settings import settings_of
+from tokred.measure.subject import put_back
+from tokred.measure.work import Work
+from tokred.patching.patching import remove, uncompiled
+from tokred.patching.presets import Preset
+from tokred.reducers import Reducer
+
+METHODS = (
+    "tome", "atc", "atc:complete", "dpc_knn", "kmedoids", "pitome", "mutual",
+    "evit", "topk", "slic",
+)  # fmt: skip
+"""The methods that are tried if none are named: all that need no training and keep as many tokens
+of every image."""
+
+
+def advise(
+    model: Any,
+    data: Any,
+    *,
+    speedup: float | None = None,
+    max_drop: float | None = None,
+    methods: Iterable[str | Reducer | Preset] | Mapping[str, Reducer | Preset] = METHODS,
+    images: int = 256,
+    batch: int | None = None,
+    labelled: bool = True,
+    task: str | None = None,
+    transform: Transform | None = None,
+    seconds: float = 2.0,
+    workers: int = 0,
+    host: Host | None = None,
+    name: str | None = None,
+    progress: bool = True,
+) -> Advice:
+    """Finds method, layers and numbers of tokens for a budget, by trying them on some images.
+
+    >>> advice = tokred.advise(model, "flowers/val", speedup=1.5)
+    >>> print(advice)  # what it gains and costs, and the line of code
+    >>> eval(advice.code)
+
+    Args:
+        model: as for `tokred.evaluate`; left as it was.
+        data: as for `tokred.evaluate`: labelled if possible.
+        speedup: how many times as fast as the dense model it has to be; what loses least is
+            advised.
+        max_drop: how many points of the leading metric it may lose (without labels, of agreement
+            with the dense model); what is fastest is advised.
+        methods: as for `tokred.evaluate`.
+        images: how many are used, drawn evenly at random, always the same.
+        batch, labelled, task, transform, workers, host, name, progress: as for `tokred.evaluate`.
+        seconds: how long each candidate's speed is measured.
+
+    Raises:
+        ValueError: not one of `speedup` and `max_drop` is given, or one that cannot be; otherwise
+            as `tokred.evaluate`.
+        UnsupportedModelError: the model is not one we know, or it takes none of the methods.
+    """
+    if (speedup is None) == (max_drop is None):
+        raise ValueError(f"give one of speedup and max_drop, not {speedup} and {max_drop}")
+    if speedup is not None and speedup <= 1:
+        raise ValueError(f"speedup must be above 1, the dense model's own, not {speedup}")
+    if max_drop is not None and max_drop < 0:
+        raise ValueError(f"max_drop must be at least 0 points, not {max_drop}")
+    if images < 1:
+        raise ValueError(f"images must be at least 1, not {images}")
+    wanted = settings_of(methods, (0.5,))
+    model = uncompiled(module_of(model))
+    with put_back(model, host):
+        remove(model)
+        samples = sampling.of(data, model, transform, None, labelled)
+        samples = sampling.drawn(samples, min(images, len(samples)))
+        work = Work(model, samples, host, task, batch, images, seconds, workers)
+        if work.several.number > 1:
+            raise ValueError("advise runs in one process: start it without accelerate launch")
+        with Shown(0, progress) as shown:
+            work.told = shown.far
+            search = _Search(work, wanted, shown, name or type(model).__name__)
+            return search.faster(speedup) if speedup is not None else search.closest(max_drop or 0)
