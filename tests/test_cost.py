@@ -12,8 +12,8 @@ from test_dense import DENSE
 from torch import nn
 
 import tokred
-from tokred.measure import cost
 from tokred.measure.limit import free_limit_of
+from tokred.measure.race import Arm
 from tokred.patching.patching import hang, host_of, reduction_of
 from tokred.reducers.truncate import Truncate
 
@@ -92,7 +92,7 @@ def test_the_free_limit_runs_on_as_many_tokens(deit: nn.Module) -> None:
 
 
 def test_spread_and_median_are_of_the_runs() -> None:
-    arm = cost.Arm((1.0, 2.0, 3.0, 4.0, 100.0), None)
+    arm = Arm((1.0, 2.0, 3.0, 4.0, 100.0), None)
     assert arm.median == 3
     assert arm.spread == pytest.approx((52 - 1.5) / 2 / 3)
     assert dataclasses.astuple(arm)[1] is None

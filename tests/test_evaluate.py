@@ -27,7 +27,7 @@ from tokred.measure.counting import peak_memory
 from tokred.measure.evaluation import Evaluation, Row, Speed
 from tokred.measure.fidelity import Decisions
 from tokred.measure.metrics import TASKS, Scores, task_of
-from tokred.measure.race import Arm, _beside
+from tokred.measure.race import Arm, beside
 from tokred.measure.settings import METHODS, settings_of
 from tokred.measure.work import Work
 
@@ -228,7 +228,9 @@ def test_more_images_than_memory_holds_and_processes_that_read_them(
     model = small("vit")
     options = {"transform": to_tensor, "labelled": False, "batch": 2}
     whole = evaluate(model, folder, ["tome"], [0.5], **options)
-    monkeypatch.setattr("tokred.measure.work.HELD", 2 * 3 * 64 * 64 * 4 + 1)  # one batch of three
+    monkeypatch.setattr(
+        "tokred.measure.batches.HELD", 2 * 3 * 64 * 64 * 4 + 1
+    )  # one batch of three
     read: list[list[int]] = []
     batch = samples.Samples.batch
 
@@ -436,9 +438,9 @@ def test_speed_is_measured_until_it_is_sure(monkeypatch: pytest.MonkeyPatch) -> 
     model = small("vit")
     samples_of = samples.of(torch.randn(2, 3, 64, 64), model)
     work = Work(model, samples_of, None, None, None, 8, 1.0)
-    assert work.batch == 32  # of a small model
+    assert work.batches.size == 32  # of a small model
     monkeypatch.setattr("tokred.measure.work.count", lambda *_: 4.6e9)  # that of a DeiT-S
-    assert Work(model, samples_of, None, None, None, 8, 1.0).batch == 4
+    assert Work(model, samples_of, None, None, None, 8, 1.0).batches.size == 4
     calls: list[tuple[int, float]] = []
     rounds = [[1.0, 2.0, 3.0, 2.0], [2.0] * 30]
 
@@ -449,7 +451,7 @@ def test_speed_is_measured_until_it_is_sure(monkeypatch: pytest.MonkeyPatch) -> 
         return {"dense": Arm(tuple(4.0 * x for x in range(1, len(taken) + 1)), None),
                 "tried": Arm(tuple(x * y for x, y in enumerate(taken, 1)), None)}  # fmt: skip
 
-    monkeypatch.setattr("tokred.measure.work.measure", measure)
+    monkeypatch.setattr("tokred.measure.race.measure", measure)
     pace = work.pace({"dense": None, "tried": None}, work.inputs, 0.5)
     assert calls == [(1, 0.5), (0, 0.5)]
     ratios = np.array(rounds[0] + rounds[1]) / 4
@@ -462,7 +464,7 @@ def test_speed_is_measured_until_it_is_sure(monkeypatch: pytest.MonkeyPatch) -> 
     low, high = 1.25 / 4, 2.75 / 4
     assert once["tried"].error == pytest.approx(1.253 * (high - low) / 1.349 / 2 / 0.5)
     sample = np.random.default_rng(0).normal(1.0, 0.1, (2000, 25))
-    errors = [_beside([1.0] * 25, list(row)).error for row in sample]
+    errors = [beside([1.0] * 25, list(row)).error for row in sample]
     assert np.mean(errors) == pytest.approx(np.median(sample, 1).std(), rel=0.1)
 
 

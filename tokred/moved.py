@@ -37,6 +37,8 @@ MOVED: dict[str, tuple[str, ...]] = {
         "measure.evaluate",
         "measure.settings",
         "measure.work",
+        "measure.batches",
+        "measure.answers",
         "measure.store",
         "measure.progress",
         "measure.processes",

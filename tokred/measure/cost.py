@@ -1,30 +1,26 @@
 """What a model costs, counted and measured, beside the dense model and the free limit.
 
-The free limit is the same model with its tokens cut off to the same numbers at the same layers,
-which needs no decision and no merging: no method can be faster on that machine, model and batch.
-Efficiency is a method's speed-up as a share of the free limit's.
+The free limit is the speed of the same model when tokens are simply cut off, to the same numbers at
+the same layers. That takes no decision and no merging, so no method can be faster with this model
+and batch on this machine. Efficiency is a method's speed-up divided by that of the free limit.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from tokred.data.inputs import Inputs, call, pixels
-from tokred.host.host import Host, find_host, module_of
-from tokred.measure.conditions import device_name, versions_of
+from tokred.data.inputs import Inputs
+from tokred.host.host import Host, module_of
 from tokred.measure.counting import count
-from tokred.measure.limit import counts_of, free_limit_of
 from tokred.measure.race import Arm, measure, sides
-from tokred.measure.subject import check_method, put_back
-from tokred.patching.denoising import Around, Denoising
-from tokred.patching.patching import apply, host_of, reduction_of, remove, uncompiled
+from tokred.measure.subject import check_method, check_rounds, put_back, subject
+from tokred.patching.denoising import Around
+from tokred.patching.patching import reduction_of, remove, uncompiled
 from tokred.patching.presets import Preset
 from tokred.reducers import Reducer
 from tokred.schedule import Schedule
@@ -32,8 +28,8 @@ from tokred.schedule import Schedule
 
 @dataclass(frozen=True)
 class Flops:
-    """Multiply-adds per image: of matrix products, convolutions and attention, those of the
-    method included; nothing else is counted (no norms, softmax, sorting or clustering).
+    """Multiply-adds per image: those of matrix products, convolutions and attention, including the
+    method's own. Nothing else is counted (no norms, softmax, sorting or clustering).
 
     Attributes:
         dense: without the reduction.
@@ -100,7 +96,7 @@ class Bench:
         return self.speed_up / self.free_limit
 
     def warnings(self) -> list[str]:
-        """What whoever wanted more speed should be told, in sentences."""
+        """Sentences for somebody who expected more speed; none if the model is faster."""
         if self.speed_up >= 1:
             return []
         if self.free_limit < 1.05:
@@ -172,11 +168,11 @@ def bench(
     compile: bool = False,
     on_round: Callable[[int, int], None] | None = None,
 ) -> Bench:
-    """Measures the model dense, reduced, and cut off (the free limit), in one run.
+    """Measures the speed of the dense model, of the reduced model and of the free limit, in turns.
 
-    Every round runs the batch once through each, in shuffled order; medians are compared. All
-    three call the model's own attention, fused where the host fuses it; only a model that was
-    patched with `attention="fastest"` is reduced with that. The model is left as it was.
+    Every round runs the batch once through each of the three, in shuffled order; their medians are
+    compared. All three call the model's own attention, fused if the model fuses it. (A model that
+    was patched with `attention="fastest"` keeps that.) The model is left as it was.
 
     Args:
         model: a supported model, with or without a reduction, or a diffusers pipeline.
@@ -188,60 +184,30 @@ def bench(
         host: as for `tokred.apply`.
         rounds: measured runs of each.
         warmup: runs of each before, which are not measured.
-        compile: measure copies of the model under `torch.compile`, one per side.
+        compile: measure compiled copies of the model (`torch.compile`), one for each of the three.
         on_round: called after every round with (rounds done, rounds in all), for progress bars.
 
     Raises:
-        ValueError: there is nothing to measure: no method given and none applied; a keep rate or a
-            schedule is given without a method; or the model is in training mode.
+        ValueError: no method is given and none is applied; a keep rate or a schedule is given
+            without a method; or the model is in training mode.
     """
-    if rounds < 1 or warmup < 0:
-        raise ValueError(f"rounds must be at least 1 and warmup 0, not {rounds} and {warmup}")
+    check_rounds(rounds, warmup)
     check_method(method, keep_rate, schedule)
     model = uncompiled(module_of(model))
     if model.training:
         raise ValueError("model must be in evaluation mode: call model.eval()")
-    patch = host_of(model, host)
-    with put_back(model, host):
-        if method is not None:
-            apply(model, method, keep_rate, schedule=schedule, host=host)
-        reduction = reduction_of(model)
-        if reduction is None:
-            raise ValueError("method must be given: no reduction is applied to the model")
-        height, width = pixels(images).shape[-2:]
-        if isinstance(reduction, Denoising):
-            tokens, counts = _entering(model, images, reduction)
-        else:
-            found, tower = find_host(model, host)
-            grid = found.layout(tower, (height, width)).grid
-            tokens, counts = grid[0] * grid[1], counts_of(model, found, images, reduction, grid)
-        arms = {
-            "dense": None,
-            "reduced": reduction,
-            "limit": free_limit_of(model, patch, images, reduction, counts),
-        }
-        measured = measure(sides(model, patch, arms, compile), images, rounds, warmup, on_round)
+    with subject(model, images, method, keep_rate, schedule, host) as what:
+        arms = {"dense": None, "reduced": what.reduction, "limit": what.limit}
+        racing = sides(model, what.host, arms, compile)
+        measured = measure(racing, images, rounds, warmup, on_round)
     return Bench(
         model=type(model).__name__,
-        method=str(reduction.reducer),
-        tokens=tokens,
-        counts=counts,
-        batch=len(pixels(images)),
-        image_size=(height, width),
-        device=device_name(pixels(images).device),
-        dtype=str(pixels(images).dtype).removeprefix("torch."),
-        threads=torch.get_num_threads(),
+        method=str(what.reduction.reducer),
+        tokens=what.tokens,
+        counts=what.counts,
         compiled=compile,
-        versions=versions_of(model),
-        **measured,
+        **what.conditions,
+        dense=measured["dense"],
+        reduced=measured["reduced"],
+        limit=measured["limit"],
     )
-
-
-def _entering(
-    model: nn.Module, images: Inputs, reduction: Denoising
-) -> tuple[int, tuple[int, ...]]:
-    """Tokens of the first block of a denoiser that is reduced, and of all as they are reduced."""
-    with torch.no_grad(), reduction.recording() as records:
-        call(model, images)
-    before = [math.prod(record.grid) for record in records]
-    return before[0] if before else 0, tuple(record.after for record in records)

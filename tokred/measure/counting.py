@@ -16,7 +16,7 @@ from tokred.data.inputs import Inputs, call, device_of, pixels
 
 
 class _Allocations(TorchDispatchMode):
-    """Counts the bytes of the tensors that operators have made, as long as they live."""
+    """Counts the bytes of the tensors that operators return, for as long as each of them lives."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -25,7 +25,7 @@ class _Allocations(TorchDispatchMode):
         self._known = weakref.WeakSet[Any]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for x in tree_leaves((args, kwargs)):  # what was there before is nobody's allocation
+        for x in tree_leaves((args, kwargs)):  # these were there before
             if isinstance(x, torch.Tensor):
                 self._known.add(x.untyped_storage())
         out = func(*args, **(kwargs or {}))
@@ -43,9 +43,9 @@ class _Allocations(TorchDispatchMode):
 
 
 def peak_memory(model: Callable[..., Any], images: Inputs) -> int:
-    """Bytes that tensors take at most during a pass without gradients, beyond what was there
-    before: on CUDA what the allocator says, elsewhere the tensors that operators return (not what
-    they hold for themselves while they run)."""
+    """The most bytes that tensors take during a pass without gradients, not counting what was there
+    before. On CUDA the allocator tells it. Elsewhere the tensors that operators return are counted,
+    but not the memory that an operator uses internally."""
     device = device_of(images)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -68,7 +68,7 @@ _FUSED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention
 
 
 def count(model: nn.Module, images: Inputs) -> float:
-    """Multiply-adds per image of one pass, as `Flops` has them."""
+    """Multiply-adds per image in one pass, counted as in `Flops`."""
     with FlopCounterMode(display=False, custom_mapping=_FUSED) as counter, torch.no_grad():
         call(model, images)
     return float(counter.get_total_flops()) / 2 / len(pixels(images))

@@ -112,7 +112,7 @@ def evaluate(
         remove(model)
         samples = sampling.of(data, model, transform, limit, labelled)
         work = Work(model, samples, host, task, batch, compared, seconds, workers)
-        if methods is None and work.dense_outputs:
+        if methods is None and work.answers.everywhere:
             wanted = settings_of(DENSE_METHODS, rates, schedule)
         several = work.several
         store = _Store(cache, fresh, work) if several.main else None
@@ -134,7 +134,7 @@ def _run(
     known = several.told([store.get(setting) for setting in what] if store else None)
     table = None
     with Shown(len(what), progress and several.main) as shown:
-        work.told = shown.far
+        work.batches.on_progress = shown.far
         for setting, row in zip(what, known, strict=True):
             if setting is not None:
                 reason = work.why_not(setting)

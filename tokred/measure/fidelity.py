@@ -140,6 +140,13 @@ class Seen:
     features: Float[Tensor, "batch tokens dim"]
     decisions: Decisions
 
+    @property
+    def bytes(self) -> int:
+        """The memory that the tensors take."""
+        d = self.decisions
+        tensors = (self.features, d.scores, d.chosen, d.depth)
+        return sum(x.numel() * x.element_size() for x in tensors if x is not None)
+
     def to(self, device: torch.device | str) -> Seen:
         """The same on another device."""
         d = self.decisions

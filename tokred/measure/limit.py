@@ -1,6 +1,7 @@
-"""The free limit: a model whose tokens are cut off to the same numbers at the same layers.
+"""The free limit: the same model with its tokens cut off, to the same numbers at the same layers.
 
-That needs no decision and no merging, so no method can be faster on that machine, model and batch.
+That takes no decision and no merging, so no method can be faster with this model and batch on this
+machine.
 """
 
 from __future__ import annotations
@@ -27,9 +28,18 @@ def free_limit_of(
     reduction: Reduction | Denoising,
     counts: tuple[int, ...],
 ) -> Reduction | Denoising:
-    """A reduction of the model to the same numbers of tokens, for nothing. Where what stands on the
-    last block has to have the full grid (dense models), it gets that; else not even that is paid
-    for."""
+    """A reduction that cuts the model's tokens off to the same numbers, at no cost.
+
+    If the head of the model needs the full grid (as those of dense models do), the full grid is
+    made for it; otherwise not even that is done.
+
+    Args:
+        model: without any reduction.
+        host: how the model is patched.
+        images: what the model takes; the first image is tried.
+        reduction: the reduction that is to be compared.
+        counts: its patch tokens after each layer, see `counts_of`.
+    """
     if isinstance(reduction, Denoising):
         return limit_of_denoiser(reduction)
     if isinstance(reduction.reducer, InWindows):
@@ -39,7 +49,7 @@ def free_limit_of(
     try:
         with torch.no_grad():
             call(model, first_of(images))
-    except Exception:  # whatever a head says to fewer tokens than it knows
+    except Exception:  # heads complain in many ways about fewer tokens than they expect
         cut.full_grid = True
     finally:
         remove(model)
@@ -58,9 +68,9 @@ def first_of(images: Inputs) -> Inputs:
 
 
 def cut_off(reduction: Reduction, counts: tuple[int, ...]) -> Reduction:
-    """A reduction to these numbers of tokens that costs nothing, where this one stands."""
+    """A reduction that cuts tokens off to these numbers, at the same place in the blocks."""
     cut = Truncate("between" if place(reduction.reducer) == "between" else "before")
-    # What reads features from layers in between gets its grids, whatever the last block gives.
+    # Whoever reads features from layers in between gets full grids, also without `full_grid`.
     return Reduction(
         cut, Exactly(counts), reduction.layout, full_grid=False, tapped_by=reduction.tapped_by
     )
@@ -69,9 +79,12 @@ def cut_off(reduction: Reduction, counts: tuple[int, ...]) -> Reduction:
 def counts_of(
     model: nn.Module, host: Host, images: Inputs, reduction: Reduction, grid: tuple[int, int]
 ) -> tuple[int, ...]:
-    """Patch tokens after each layer: what the schedule asks for, or, of a method whose images
-    vary, what came of it: of the image that has the most, where others are padded to that; of one
-    that gates blocks, on average (the layers with most tokens first: the cost is the same)."""
+    """Patch tokens after each layer, as far as the cost of a pass depends on them.
+
+    If all images keep the same number, these are the numbers of the schedule. Otherwise the batch
+    is run: images are padded to the one that keeps most tokens, so its numbers count. If the method
+    gates blocks, the mean over the images counts, in falling order, which costs the same.
+    """
     tokens = grid[0] * grid[1]
     if not varies(reduction.reducer):
         return reduction.counts(tokens, grid)
@@ -92,8 +105,8 @@ def counts_of(
 def through(
     model: nn.Module, host: Host, images: Inputs, reduction: Reduction, tokens: int
 ) -> list[int]:
-    """How many of the patch tokens go through each block, on average, of a method that gates
-    blocks. (At least 1.)"""
+    """How many patch tokens go through each block, if the method gates blocks: the mean over the
+    images, and at least 1."""
     hang(model, host, reduction)
     with torch.no_grad(), reduction.recording() as records:
         call(model, images)

@@ -44,6 +44,11 @@ class Task:
         """The score that settings are compared by."""
         return next(iter(self.metrics))
 
+    @property
+    def leads(self) -> tuple[str, bool, str]:
+        """The leading score, whether more of it is better, and its unit."""
+        return self.leading, self.metrics[self.leading], self.unit
+
 
 _DEPTH = MappingProxyType({"abs_rel": False, "rmse": False, "delta1": True})
 TASKS: Mapping[str, Task] = {

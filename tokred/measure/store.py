@@ -34,13 +34,13 @@ class _Store:
         self.fresh = fresh
         self.about = {
             "model": fingerprint(work.model),
-            "data": work.samples.fingerprint(),
-            "task": work.task.name if work.task else None,
-            "batch": work.batch,
+            "data": work.batches.samples.fingerprint(),
+            "task": work.answers.task.name if work.answers.task else None,
+            "batch": work.batches.size,
             "compared": work.compared,
             "seconds": work.seconds,
-            "device": device_name(work.device),
-            "dtype": str(work.dtype),
+            "device": device_name(work.batches.device),
+            "dtype": str(work.batches.dtype),
             "threads": torch.get_num_threads(),
             "versions": {
                 "tokred": __version__,

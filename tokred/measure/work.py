@@ -1,43 +1,55 @@
-"""What all settings are measured with: the model, the images, and the dense model's answers."""
+"""One model, some images, and everything that is measured for each setting."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tokred.data import samples as sampling
 from tokred.data.inputs import Inputs, call, pixels
-from tokred.data.samples import Samples
-from tokred.engine.run import Layout, Reduction
+from tokred.data.samples import Samples, sent
+from tokred.engine.run import Reduction
 from tokred.host.host import Denoiser, Host, UnsupportedModelError, find_host
+from tokred.measure.answers import Answers
+from tokred.measure.batches import Batches
 from tokred.measure.conditions import device_name, versions_of
 from tokred.measure.counting import count, peak_memory
 from tokred.measure.evaluation import Evaluation, Row, Speed
-from tokred.measure.fidelity import Difference, Fidelity, Seen, compare, seeing, total
+from tokred.measure.fidelity import Fidelity, total
 from tokred.measure.limit import counts_of, first_of, free_limit_of
-from tokred.measure.metrics import TASKS, Scores, Task, task_of
+from tokred.measure.metrics import TASKS
 from tokred.measure.processes import Processes
-from tokred.measure.race import PATIENCE, SURE, Pace, _beside, measure, sides
+from tokred.measure.race import PATIENCE, Pace, paces, sides
 from tokred.measure.settings import Setting
-from tokred.patching.patching import apply, hang, host_of, reduction_of, remove
+from tokred.patching.patching import apply, hang, host_of, remove
 from tokred.patching.presets import Preset
 from tokred.reducers import learned
 from tokred.version import __version__
 
 WORK, MOST = 20e9, 32
-"""Multiply-adds that a batch may take on the CPU, and images in it, if its size is not given: so
-that small models are busy with tokens, and many rounds of large ones can be measured."""
-HELD = 2**30
-"""Bytes of images, and of what the dense model made of them, that are kept in memory."""
+"""On the CPU, if the size of a batch is not given: multiply-adds that a batch may take, and the most
+images in it. So small models have enough to do, and large ones are still measured many times."""
 
 
 class Work:
-    """What all settings are measured with."""
+    """Measures settings on one model and the same images.
+
+    Attributes:
+        model: in which nothing is compiled, and which has no reduction between two calls.
+        host: as for `tokred.apply`.
+        batches: the images.
+        answers: the model's answers to them.
+        inputs: the batch on which speed is measured.
+        layout: how the model lays out its tokens for such images.
+        tokens: patch tokens that enter the first layer.
+        seconds: how long the speed of a setting is measured.
+        compared: images that were to be compared with the dense model.
+        several: the processes that share the work.
+    """
 
     def __init__(
         self,
@@ -58,76 +70,27 @@ class Work:
         if model.training:
             raise ValueError("model must be in evaluation mode: call model.eval()")
         parameter = next(p for p in model.parameters() if p.is_floating_point())
-        self.device, self.dtype = parameter.device, parameter.dtype
-        self.model, self.host, self.samples = model, host, samples
-        self.found = patch
+        device, dtype = parameter.device, parameter.dtype
+        self.model, self.host, self._patch = model, host, patch
         if batch is None:
-            batch = 64 if self.device.type == "cuda" else self._fitting()
-        if batch < 1 or compared < 1 or seconds <= 0:
-            raise ValueError(
-                "batch and compared must be at least 1 image and seconds above 0, not "
-                f"{batch}, {compared} and {seconds}"
-            )
-        if workers < 0:
-            raise ValueError(f"workers must be at least 0 processes, not {workers}")
-        if task is not None and task not in TASKS:
-            raise ValueError(f"task must be one of {', '.join(TASKS)}, not {task!r}")
-        self.batch, self.seconds, self.several = batch, seconds, Processes()
-        self.workers = workers
-        self.told: Callable[[str], None] = lambda _: None  # how far a pass over the images is
-        self._held: dict[int, Any] = {}
-        self._room = HELD
-        self._dense: dict[int, list[Seen]] = {}
-        first = samples.batch(range(min(batch, len(samples))))
-        self.inputs = self._sent(first[0][0])
-        with seeing(model, host) as see:
-            self.example = see(self.inputs)
-        targets = first[0][1]
-        self.task: Task | None = None
-        if targets is not None:
-            self.task = TASKS[task] if task else task_of(targets, self.example.decisions, model)
-        elif task is not None:
-            raise ValueError(f"{samples.name} has no labels for {task}")
-        self.multilabel = self.task is not None and self.task.name == "multilabel"
-        # So many batches' outputs of the dense model as there is room for.
-        size = sum(
-            x.numel() * x.element_size()
-            for x in (self.example.features, self.example.decisions.scores,
-                      self.example.decisions.chosen, self.example.decisions.depth)
-            if x is not None
-        )  # fmt: skip
-        room = max(1, HELD // max(1, size))
-        batches = -(-len(samples) // batch)
-        few = min(-(-compared // batch), room, batches)
-        # Spread, because folders come class by class.
-        self.compared = [i * batches // few for i in range(few)]
-        self.layout = self._layout(self.inputs)
+            batch = 64 if device.type == "cuda" else _fitting(model, samples, device, dtype)
+        _check(task, batch, compared, seconds, workers)
+        self.seconds, self.compared, self.several = seconds, compared, Processes()
+        self.batches = Batches(samples, batch, device, dtype, workers, self.several)
+        self.answers = Answers(model, host, self.batches, task, compared)
+        self.inputs = self.answers.inputs
+        height, width = pixels(self.inputs).shape[-2:]
+        self.layout = patch.layout(find_host(model, host)[1], (height, width))
         self.tokens = math.prod(self.layout.grid)
 
-    def _fitting(self) -> int:
-        """Images in a batch on the CPU."""
-        cost = count(self.model, self._sent(self.samples.batch([0])[0][0]))
-        return 1 << max(0, int(math.log2(min(MOST, WORK / max(1.0, cost)))))
-
-    def _layout(self, inputs: Inputs) -> Layout:
-        _, tower = find_host(self.model, self.host)
-        height, width = pixels(inputs).shape[-2:]
-        return self.found.layout(tower, (height, width))
-
-    @property
-    def dense_outputs(self) -> bool:
-        """Whether the model answers for every pixel."""
-        decided = self.example.decisions
-        return decided.depth is not None or (decided.chosen is not None and decided.chosen.ndim > 2)
-
     def why_not(self, setting: Setting) -> str | None:
-        """Why the model cannot be reduced so; None if it can."""
+        """Why the model cannot be reduced like this; None if it can."""
         reducer = setting.reducer
         if not isinstance(reducer, Preset) and learned(reducer) and reducer.gates is None:
             return "its gates are not trained: give them, as in tokred.SViT(gates=path)"
         try:
             self.applied(setting)
-            with torch.no_grad():  # some things only a pass can tell
+            with torch.no_grad():  # some things show in a pass only
                 call(self.model, first_of(self.inputs))
         except (UnsupportedModelError, ValueError) as error:
             return str(error)
@@ -136,7 +99,7 @@ class Work:
         return None
 
     def applied(self, setting: Setting) -> Reduction:
-        """Puts it into the model."""
+        """Applies a setting to the model."""
         with warnings.catch_warnings():
             # A keep rate of 1 is no mistake in a table of keep rates.
             warnings.filterwarnings("ignore", message=".*nothing is reduced")
@@ -145,28 +108,30 @@ class Work:
             )
         return reduction
 
+    def reduction(self, setting: Setting) -> Reduction:
+        """The reduction of a setting, which is not left on the model."""
+        reduction = self.applied(setting)
+        remove(self.model)
+        return reduction
+
     def row(self, setting: Setting | None, speeds: Mapping[str, Speed] | None = None) -> Row:
-        """Everything about one setting; of the dense model, if it is None.
+        """Everything about one setting, or about the dense model.
 
         Args:
-            setting: what to try.
-            speeds: of "dense", "reduced" and "limit", if they were measured already.
+            setting: what to try; None: the dense model.
+            speeds: those of "dense", "reduced" and "limit", if they were measured already.
         """
         reduction = None if setting is None else self.applied(setting)
         try:
-            metrics, images, difference = self.looked(reduction is None)
+            metrics, images, differences = self.answers.seen(dense=reduction is None)
         finally:
             remove(self.model)
         if speeds is None:
             arms: dict[str, Any] = {"dense": None}
             if reduction is not None:
                 arms |= {"reduced": reduction, "limit": self.free_limit(reduction)}
-            speeds = self.several.by_main(lambda: self.race(arms, self.seconds))
-        close = total(difference)
-
-        def percent(share: float | None) -> float | None:
-            return None if share is None else 100 * share
-
+            speeds = self.several.by_main(lambda: self.speeds(arms, self.seconds))
+        close = total(differences)
         return Row(
             method="dense" if setting is None else setting.method,
             keep_rate=None if setting is None else setting.keep_rate,
@@ -176,10 +141,10 @@ class Work:
             images=images,
             metrics=metrics,
             compared=close.images,
-            agreement=percent(close.agreement),
+            agreement=_percent(close.agreement),
             kl=close.divergence,
             cosine=close.cosine,
-            depth_error=percent(close.depth_error),
+            depth_error=_percent(close.depth_error),
             speed=speeds["reduced" if reduction else "dense"],
             dense=speeds["dense"],
             limit=speeds.get("limit"),
@@ -190,92 +155,23 @@ class Work:
         compared."""
         self.applied(setting)
         try:
-            return total(self.looked(False, batches)[2])
+            return total(self.answers.seen(dense=False, batches=batches)[2])
         finally:
             remove(self.model)
-
-    def looked(
-        self, dense: bool, batches: int | None = None
-    ) -> tuple[dict[str, float], int, list[Difference]]:
-        """Scores over all images, how many there were, and the differences from the dense model,
-        batch by batch. With `batches`, no scores, and only so many batches of those that are
-        compared."""
-        if not dense and not self._dense:
-            self._see_dense()
-        scores = None
-        if self.task is not None and batches is None:
-            scores = Scores(self.task, self.example.decisions, self.device)
-        few = self.compared if batches is None else self.compared[:batches]
-        differences: list[tuple[int, Difference]] = []
-        images = 0
-        with seeing(self.model, self.host) as see:
-            for number, groups in self._batches(None if batches is None else few):
-                parts = []
-                for inputs, targets in groups:
-                    seen = see(inputs)
-                    images += seen.images
-                    if scores is not None and targets is not None:
-                        scores.add(seen.decisions, targets)
-                    if number in few:
-                        parts.append(seen.to("cpu"))
-                if dense and parts:
-                    self._dense[number] = parts
-                differences += [
-                    (number, compare(ours, theirs, self.multilabel))
-                    for ours, theirs in zip(parts, self._dense.get(number, ()), strict=bool(parts))
-                ]
-        # In the order of batches, so that sums are the same for any number of processes.
-        gathered = sorted(self.several.gathered(differences), key=lambda pair: pair[0])
-        counted = sum(self.several.gathered([images]))
-        return scores.result() if scores else {}, counted, [d for _, d in gathered]
-
-    def _see_dense(self) -> None:
-        """What the dense model makes of the images that are compared; needed where its row was
-        known from another run."""
-        former = reduction_of(self.model)
-        remove(self.model)
-        with seeing(self.model, self.host) as see:
-            for number, groups in self._batches(self.compared):
-                self._dense[number] = [see(inputs).to("cpu") for inputs, _ in groups]
-        if former is not None:
-            hang(self.model, self.found, former)
-
-    def _batches(
-        self, numbers: Sequence[int] | None = None
-    ) -> Iterator[tuple[int, list[tuple[Inputs, list[Tensor] | None]]]]:
-        """This process's share of the batches, of these numbers or all; the first of them are kept
-        in memory, as many as there is room for."""
-        size, many = self.batch, len(self.samples)
-        every = range(-(-many // size)) if numbers is None else numbers
-        mine = [n for n in every if n % self.several.number == self.several.index]
-        wanted = [range(n * size, min(many, (n + 1) * size)) for n in mine if n not in self._held]
-        fresh = self.samples.batches(wanted, self.workers)
-        for done, number in enumerate(mine):
-            far = done * size * self.several.number
-            self.told(f"{far} of {min(many, len(every) * size)} images")
-            groups = self._held.get(number) or next(fresh)
-            if number not in self._held:
-                self._room -= sum(_bytes(inputs) for inputs, _ in groups)
-                if self._room >= 0:
-                    self._held[number] = groups
-            yield number, [(self._sent(inputs), targets) for inputs, targets in groups]
-
-    def _sent(self, inputs: Inputs) -> Inputs:
-        return sampling.sent(inputs, self.device, self.dtype)
 
     def counts(self, reduction: Reduction | None) -> tuple[int, ...]:
         """Patch tokens after each layer."""
         if reduction is None:
             return (self.tokens,) * self.layout.layers
-        return counts_of(self.model, self.found, self.inputs, reduction, self.layout.grid)
+        return counts_of(self.model, self._patch, self.inputs, reduction, self.layout.grid)
 
     def free_limit(self, reduction: Reduction) -> Any:
-        """The same numbers of tokens, for nothing."""
+        """The reduction that cuts tokens off to the same numbers, at no cost."""
         one = first_of(self.inputs)
-        return free_limit_of(self.model, self.found, one, reduction, self.counts(reduction))
+        return free_limit_of(self.model, self._patch, one, reduction, self.counts(reduction))
 
-    def race(self, arms: Mapping[str, Any], seconds: float) -> dict[str, Speed]:
-        """What several reductions cost to run (None: the dense model, which is "dense")."""
+    def speeds(self, arms: Mapping[str, Any], seconds: float) -> dict[str, Speed]:
+        """What several reductions cost to run (None: the dense model, which is called "dense")."""
         whole, one = self.inputs, first_of(self.inputs)
         alone = len(pixels(whole)) == 1
         many = self.pace(arms, whole, seconds * (1 if alone else 2 / 3))
@@ -285,7 +181,7 @@ class Work:
             for arm, reduction in arms.items():
                 remove(self.model)
                 if reduction is not None:
-                    hang(self.model, self.found, reduction)
+                    hang(self.model, self._patch, reduction)
                 found[arm] = Speed(
                     images_per_second=len(pixels(whole)) / many[arm].seconds,
                     latency=single[arm].seconds,
@@ -300,50 +196,68 @@ class Work:
     def pace(
         self, arms: Mapping[str, Any], inputs: Inputs, seconds: float, patience: int = PATIENCE
     ) -> dict[str, Pace]:
-        """How long several reductions (None: the dense model, which is "dense") take for a batch,
-        in turns; as often again, up to so many times in all, as that leaves a speed-up unsure."""
-        racing = sides(self.model, self.found, arms, compile=False)
-        rounds: dict[str, tuple[float, ...]] = dict.fromkeys(arms, ())
+        """How long several reductions take for a batch, in turns (None: the dense model, which is
+        called "dense"); see `tokred.measure.race.paces`."""
+        racing = sides(self.model, self._patch, arms, compile=False)
         try:
-            for again in range(patience):
-                taken = measure(racing, inputs, 1000, 0 if again else 1, limit=seconds)
-                rounds = {arm: rounds[arm] + taken[arm].seconds for arm in arms}
-                found = {arm: _beside(rounds["dense"], rounds[arm]) for arm in arms}
-                if max(pace.error for pace in found.values()) <= SURE:
-                    break
+            return paces(racing, inputs, seconds, patience)
         finally:
             remove(self.model)
-        return found
 
     def table(self, name: str, rows: Sequence[Row], refused: Mapping[str, str]) -> Evaluation:
-        """What is known so far."""
-        if self.task is not None:
-            leading, unit = self.task.leading, self.task.unit
-            better = self.task.metrics[leading]
-        else:
-            dense = rows[0]
-            leading, better, unit = "cosine", True, "%"
-            if dense.agreement is not None:
-                leading = "agreement"
-            elif dense.depth_error is not None:
-                leading, better = "depth_error", False
+        """The evaluation with the rows that are known so far.
+
+        Args:
+            name: of the model.
+            rows: the dense model first.
+            refused: settings that the model does not take, with the reason.
+        """
+        batches, task = self.batches, self.answers.task
+        leading, better, unit = _leading(rows[0]) if task is None else task.leads
         return Evaluation(
             model=name,
-            data=self.samples.name,
-            task=self.task.name if self.task else "unlabelled",
+            data=batches.samples.name,
+            task=task.name if task else "unlabelled",
             leading=leading,
             higher_is_better=better,
             unit=unit,
-            device=device_name(self.device),
-            dtype=str(self.dtype).removeprefix("torch."),
+            device=device_name(batches.device),
+            dtype=str(batches.dtype).removeprefix("torch."),
             threads=torch.get_num_threads(),
-            batch=min(self.batch, len(self.samples)),
+            batch=min(batches.size, len(batches.samples)),
             versions={"tokred": __version__, **versions_of(self.model)},
             rows=tuple(rows),
             refused=dict(refused),
         )
 
 
-def _bytes(inputs: Inputs) -> int:
-    parts = [inputs] if isinstance(inputs, Tensor) else inputs.values()
-    return sum(x.numel() * x.element_size() for x in parts if isinstance(x, Tensor))
+def _check(task: str | None, batch: int, compared: int, seconds: float, workers: int) -> None:
+    """Refuses options that are out of range."""
+    if batch < 1 or compared < 1 or seconds <= 0:
+        raise ValueError(
+            "batch and compared must be at least 1 image and seconds above 0, not "
+            f"{batch}, {compared} and {seconds}"
+        )
+    if workers < 0:
+        raise ValueError(f"workers must be at least 0 processes, not {workers}")
+    if task is not None and task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, not {task!r}")
+
+
+def _fitting(model: nn.Module, samples: Samples, device: torch.device, dtype: torch.dtype) -> int:
+    """How many images a batch has on the CPU: a power of two."""
+    cost = count(model, sent(samples.batch([0])[0][0], device, dtype))
+    return 1 << max(0, int(math.log2(min(MOST, WORK / max(1.0, cost)))))
+
+
+def _leading(dense: Row) -> tuple[str, bool, str]:
+    """The metric that settings are compared by without labels, whether more is better, its unit."""
+    if dense.agreement is not None:
+        return "agreement", True, "%"
+    if dense.depth_error is not None:
+        return "depth_error", False, "%"
+    return "cosine", True, "%"
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share

@@ -85,6 +85,6 @@ def advise(
         if work.several.number > 1:
             raise ValueError("advise runs in one process: start it without accelerate launch")
         with Shown(0, progress) as shown:
-            work.told = shown.far
+            work.batches.on_progress = shown.far
             search = _Search(work, wanted, shown, name or type(model).__name__)
             return search.faster(speedup) if speedup is not None else search.closest(max_drop or 0)

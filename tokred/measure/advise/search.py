@@ -394,7 +394,7 @@ class _Search:
         nothing = f"{wanted} is not to be had"
         if max(self.ceiling.values()) < speedup:
             return self._nothing(wanted, nothing, self._limits(speedup))
-        few = max(1, len(self.work.compared) // 2)
+        few = max(1, len(self.work.answers.compared) // 2)
         order = self._ordered(speedup * 1.02, few)
         families = self.families(order, speedup * 1.02, few)
         for margin in MARGINS:
@@ -424,7 +424,7 @@ class _Search:
         most = max(self.ceiling.values())
         if most < WORTH:
             return self._nothing(wanted, nothing, self._limits(WORTH))
-        few = max(1, len(self.work.compared) // 2)
+        few = max(1, len(self.work.answers.compared) // 2)
         middle = 1 + (most - 1) / 2
         for family in self.families(self._ordered(middle, few), middle, few):
             self._fastest(max_drop, most, family)
@@ -468,7 +468,7 @@ class _Search:
             arms[f"limit {number}"] = self.work.free_limit(reduction)
         self.shown.expect(1)
         self.shown.now(f"the last {len(racing)}, in turns")
-        speeds = self.work.race(arms, times * self.work.seconds * len(arms))
+        speeds = self.work.speeds(arms, times * self.work.seconds * len(arms))
         self.shown.step()
         for number, candidate in enumerate(racing):
             row = dataclasses.replace(
@@ -488,8 +488,8 @@ class _Search:
     def _limits(self, speedup: float | None = None) -> tuple[str, ...]:
         """What cutting tokens off at no cost would gain, and why that is not as much as asked."""
         work, most = self.work, max(self.ceiling.values())
-        where = f"batch {len(work.inputs) if isinstance(work.inputs, torch.Tensor) else work.batch}"
-        where += f" on {work.device.type}"
+        where = f"batch {len(work.inputs) if isinstance(work.inputs, torch.Tensor) else work.batches.size}"
+        where += f" on {work.batches.device.type}"
         told = [
             "Tokens cut off at no cost, which no method can beat, are worth here ("
             + where

@@ -1,4 +1,4 @@
-"""The clock of a profile: a pass, cut into parts of blocks."""
+"""The clock of a profile: it cuts passes into parts of blocks."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds by (layer, part), of every pass; what is outside of all blocks has layer None."""
+    """Seconds by (layer, part), for every pass. Outside of all blocks, the layer is None."""
 
     passes: list[dict[tuple[int | None, str], float]]
 
     def median(self, layer: int | None, part: str) -> float:
-        """Over the passes."""
+        """The median over the passes; 0 in passes without such a part."""
         return float(statistics.median(one.get((layer, part), 0.0) for one in self.passes))
 
 
 @dataclass
 class Clock:
-    """Cuts passes into pieces, each of which is one part of one block.
+    """Cuts passes into parts of blocks.
 
-    Parts may nest: the time of an inner one is not that of the outer one.
+    Parts may nest. The time of an inner part does not count for the outer one.
 
     Attributes:
         stamp: reads the clock.
-        between: seconds from one reading to another, once the pass is over.
-        passes: by side, the readings of each pass, with what begins there; None where nothing
-            that is asked for does.
+        between: the seconds from one reading to another; called when the pass is over.
+        passes: for every side the readings of each pass, and for each reading the (layer, part)
+            that begins there, or None if no part does.
     """
 
     stamp: Callable[[], Any]
@@ -65,7 +65,7 @@ class Clock:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """What happens inside is this part of the block that is running."""
+        """Inside of the `with` block, a part of the running block is timed."""
         self._open.append(name)
         self._mark()
         try:
@@ -75,12 +75,12 @@ class Clock:
             self._mark()
 
     def become(self, name: str) -> None:
-        """From here on the part that is running is another."""
+        """From here on, the time of the running part counts for another part."""
         self._open[-1] = name
         self._mark()
 
     def was(self, name: str) -> None:
-        """What has run since the last border was another part than it was said to be."""
+        """The time since the last reading counts for another part than was said."""
         stamp, _ = self._now[-1]
         self._now[-1] = stamp, (self._layer, name)
 
@@ -89,7 +89,7 @@ class Clock:
         self._now.append((self.stamp(), begins))
 
     def spent(self, side: str) -> list[dict[tuple[int | None, str], float]]:
-        """Seconds of each part of each pass."""
+        """The seconds of each part in each pass of a side."""
         found = []
         for marks in self.passes[side]:
             spent: dict[tuple[int | None, str], float] = {}
@@ -101,7 +101,7 @@ class Clock:
 
 
 def clock_for(device: torch.device) -> Clock:
-    """The clock of a device: events on the stream on CUDA, the processor's elsewhere."""
+    """A clock for a device: events on the current stream on CUDA, the processor's elsewhere."""
     if device.type != "cuda":
         return Clock(time.perf_counter, lambda start, end: end - start)
 
@@ -114,7 +114,7 @@ def clock_for(device: torch.device) -> Clock:
 
 
 def _hooks(block: nn.Module, layer: int, clock: Clock) -> tuple[Any, Any]:
-    """Reads the clock when a block begins, and when it ends."""
+    """Hooks that read the clock when a block begins and when it ends."""
     return (
         block.register_forward_pre_hook(lambda module, args: clock.enter(layer)),
         block.register_forward_hook(lambda module, args, output: clock.leave()),

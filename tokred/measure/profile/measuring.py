@@ -1,29 +1,28 @@
-"""`tokred.profile`: one model, one batch, and a clock that is read at the borders of every part.
+"""`tokred.profile`: runs a batch, and reads a clock where blocks and their parts begin and end.
 
-The clock is read at the borders of every block, and inside of the reduced ones around what the
-method adds. For that a stand-in of the reduction hangs on the model: the same numbers, by the same
-code, with a clock around its methods. Nothing of it is there in a pass that is not profiled.
+The clock is read where each block begins and ends, and in reduced blocks also around what the
+method adds. For that a stand-in of the reduction hangs on the model: it computes the same by the
+same code, with a clock around its methods. In a pass that is not profiled there is no clock.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tokred.data.inputs import Inputs, device_of, pixels
 from tokred.engine.run import Reduction
 from tokred.host.host import Denoiser, Host, UnsupportedModelError, find_host, module_of
-from tokred.measure.conditions import device_name, versions_of
-from tokred.measure.limit import counts_of, free_limit_of, through
-from tokred.measure.profile.clock import Spent, _hooks, clock_for
+from tokred.measure.limit import through
+from tokred.measure.profile.clock import Clock, Spent, _hooks, clock_for
 from tokred.measure.profile.stand_ins import timed
 from tokred.measure.profile.values import PARTS, LayerTimes, Profile
-from tokred.measure.race import measure
-from tokred.measure.subject import check_method, put_back
-from tokred.patching.patching import apply, hang, host_of, reduction_of, remove, uncompiled
+from tokred.measure.race import Arm, Side, measure
+from tokred.measure.subject import Subject, check_method, check_rounds, subject
+from tokred.patching.patching import hang, host_of, remove, uncompiled
 from tokred.patching.presets import Preset
 from tokred.reducers import Reducer, place
 from tokred.schedule import Schedule
@@ -44,16 +43,15 @@ def profile(
     """Measures what each block of the reduced model spends its time on, beside the dense model and
     the free limit.
 
-    Every round runs the batch through all three, once with the clock read at the borders of blocks
-    and parts, and once without, in shuffled order. On CUDA the borders are events on the current
-    stream, and nothing waits for them: time in which the device waits for Python counts for the
-    part in which it passes. Reading the clock takes time itself, and so does every border on a
-    device: `Profile.overhead` says how much, against the model that is not profiled. The model is
-    left as it was.
+    Every round runs the batch through all three, with the clock and without it, in shuffled order.
+    On CUDA the clock is read by events on the current stream, and nothing waits for them: the time
+    in which the device waits for Python belongs to the part in which it passes. Reading the clock
+    takes time, too: `Profile.overhead` says how much slower the profiled model is than the same
+    model without the clock. The model is left as it was.
 
     Args:
         model: a supported model in evaluation mode, with or without a reduction; not a denoiser.
-            Of a model that `torch.compile` has wrapped, what is inside is profiled, not compiled.
+            If `torch.compile` has wrapped it, the model inside is profiled, not compiled.
         images: one batch, on the model's device and in its dtype.
         method: what to profile; the reduction that is applied, if not given.
         keep_rate: as for `tokred.apply`; with `method` only.
@@ -64,16 +62,48 @@ def profile(
         on_round: called after every round with (rounds done, rounds in all), for progress bars.
 
     Raises:
-        ValueError: there is nothing to profile: no method given and none applied, or no images;
-            a keep rate or a schedule is given without a method; or the model is in training mode.
+        ValueError: no method is given and none is applied; there are no images; a keep rate or a
+            schedule is given without a method; or the model is in training mode.
         TypeError: the images are neither a tensor nor a mapping.
-        UnsupportedModelError: the model is a denoiser, or not known at all.
+        UnsupportedModelError: the model is a denoiser, or none that we know.
         RuntimeError: parts of the model were compiled in place, or some block is not called as a
             module.
     """
-    if rounds < 1 or warmup < 0:
-        raise ValueError(f"rounds must be at least 1 and warmup 0, not {rounds} and {warmup}")
+    # Longer than 60 lines by its documented arguments.
+    check_rounds(rounds, warmup)
     check_method(method, keep_rate, schedule)
+    _check_images(images)
+    model = uncompiled(module_of(model))
+    _check_model(model, host)
+    clock = clock_for(device_of(images))
+    with subject(model, images, method, keep_rate, schedule, host) as what:
+        assert isinstance(what.host, Host) and isinstance(what.reduction, Reduction)
+        after: Sequence[int] = what.counts
+        around = place(what.reduction.reducer) == "around"
+        if around:
+            after = through(model, what.host, images, what.reduction, what.tokens)
+        blocks = what.host.blocks(find_host(model, host)[1])
+        measured = _measured(what, blocks, images, clock, rounds, warmup, on_round)
+    spent = {name: Spent(clock.spent(name)[warmup:]) for name in ("dense", "reduced", "limit")}
+    _check_seen(spent["reduced"], len(blocks))
+    return Profile(
+        model=type(model).__name__,
+        method=str(what.reduction.reducer),
+        place=place(what.reduction.reducer),
+        proportional_attention=what.reduction.proportional_attention,
+        tokens=what.tokens,
+        layers=_layers(spent, what.tokens, after, around),
+        behind=spent["reduced"].median(None, "back"),
+        dense=measured["dense"],
+        reduced=measured["reduced"],
+        limit=measured["limit"],
+        profiled=measured["profiled reduced"],
+        **what.conditions,
+    )
+
+
+def _check_images(images: Any) -> None:
+    """Refuses what is not one batch of images."""
     if not isinstance(images, Tensor | Mapping):
         raise TypeError(
             "images must be one batch, a tensor or a mapping with one, not a "
@@ -81,12 +111,14 @@ def profile(
         )
     if len(pixels(images)) == 0:
         raise ValueError("images must hold one image at least, not 0")
-    model = uncompiled(module_of(model))
-    patch = host_of(model, host)
-    if isinstance(patch, Denoiser):
+
+
+def _check_model(model: nn.Module, host: Host | None) -> None:
+    """Refuses models in which the clock could not be read."""
+    if isinstance(host_of(model, host), Denoiser):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is a denoiser, around whose modules tokens are merged one by "
-            "one: there are no layers to profile; tokred.bench measures it as a whole"
+            f"{type(model).__name__} is a denoiser: tokens are merged around single modules, so "
+            "there are no layers to profile; tokred.bench measures it as a whole"
         )
     if model.training:
         raise ValueError("model must be in evaluation mode: call model.eval()")
@@ -94,81 +126,60 @@ def profile(
         if module._compiled_call_impl is not None:
             raise RuntimeError(
                 f"{name or type(model).__name__} was compiled in place, and the clock cannot be "
-                "read inside of compiled code: profile the model as it was before that"
+                "read inside of compiled code: profile a model that is not compiled"
             )
-    clock = clock_for(device_of(images))
-    handles: list[Any] = []
-    with put_back(model, host):
-        if method is not None:
-            apply(model, method, keep_rate, schedule=schedule, host=host)
-        reduction = reduction_of(model)
-        if reduction is None:
-            raise ValueError("method must be given: no reduction is applied to the model")
-        height, width = pixels(images).shape[-2:]
-        found, tower = find_host(model, host)
-        blocks = found.blocks(tower)
-        grid = found.layout(tower, (height, width)).grid
-        counts = counts_of(model, found, images, reduction, grid)
-        around = place(reduction.reducer) == "around"
-        if around:
-            after = through(model, found, images, reduction, grid[0] * grid[1])
-        else:
-            after = list(counts)
-        limit = free_limit_of(model, found, images, reduction, counts)
 
-        def become(hung: Reduction | None, profiled: str | None) -> None:
-            for handle in handles:
-                handle.remove()
-            handles.clear()
-            if hung is None:
-                remove(model)
-            else:
-                hang(model, found, hung)
-            if profiled is not None:
-                clock.begin(profiled)
-                for layer, block in enumerate(blocks):
-                    handles.extend(_hooks(block, layer, clock))
 
-        arms = {"dense": None, "reduced": reduction, "limit": limit}
-        clocked = {"dense": None, "reduced": timed(reduction, clock), "limit": limit}
-        sides: dict[str, tuple[nn.Module, Callable[[], None]]] = {}
-        for name in arms:
-            sides[name] = (model, lambda hung=arms[name]: become(hung, None))  # type: ignore[misc]
-            sides[f"profiled {name}"] = (
-                model,
-                lambda hung=clocked[name], name=name: become(hung, name),  # type: ignore[misc]
-            )
-        try:
-            measured = measure(sides, images, rounds, warmup, on_round)
-        finally:
-            for handle in handles:
-                handle.remove()
-    spent = {name: Spent(clock.spent(name)[warmup:]) for name in arms}
-    for layer in range(len(blocks)):
-        if any((layer, "rest") not in one for one in spent["reduced"].passes):
+def _check_seen(reduced: Spent, blocks: int) -> None:
+    """Refuses models with blocks whose hooks were not called."""
+    for layer in range(blocks):
+        if any((layer, "rest") not in one for one in reduced.passes):
             raise RuntimeError(
-                f"block {layer} was not seen to run: it is called otherwise than as a module, past "
-                "its hooks; tokred.bench measures the model as a whole"
+                f"block {layer} was not seen to run: the model does not call it as a module, so "
+                "its hooks are not called either; tokred.bench measures the model as a whole"
             )
-    return Profile(
-        model=type(model).__name__,
-        method=str(reduction.reducer),
-        place=place(reduction.reducer),
-        proportional_attention=reduction.proportional_attention,
-        tokens=grid[0] * grid[1],
-        layers=_layers(spent, grid[0] * grid[1], after, around),
-        behind=spent["reduced"].median(None, "back"),
-        batch=len(pixels(images)),
-        image_size=(height, width),
-        device=device_name(pixels(images).device),
-        dtype=str(pixels(images).dtype).removeprefix("torch."),
-        threads=torch.get_num_threads(),
-        versions=versions_of(model),
-        dense=measured["dense"],
-        reduced=measured["reduced"],
-        limit=measured["limit"],
-        profiled=measured["profiled reduced"],
-    )
+
+
+def _measured(
+    what: Subject,
+    blocks: Sequence[nn.Module],
+    images: Inputs,
+    clock: Clock,
+    rounds: int,
+    warmup: int,
+    on_round: Callable[[int, int], None] | None,
+) -> dict[str, Arm]:
+    """Runs the dense model, the reduced one and the free limit in turns, each of them with the
+    clock ("profiled ...") and without it."""
+    model, handles = what.model, list[Any]()
+
+    def unclocked() -> None:
+        for handle in handles:
+            handle.remove()
+        handles.clear()
+
+    def become(reduction: Any, profiled: str = "") -> None:
+        unclocked()
+        if reduction is None:
+            remove(model)
+        else:
+            hang(model, what.host, reduction)
+        if profiled:
+            clock.begin(profiled)
+            for layer, block in enumerate(blocks):
+                handles.extend(_hooks(block, layer, clock))
+
+    assert isinstance(what.reduction, Reduction)
+    arms = {"dense": None, "reduced": what.reduction, "limit": what.limit}
+    clocked = {**arms, "reduced": timed(what.reduction, clock)}
+    sides: dict[str, Side] = {}
+    for name in arms:
+        sides[name] = (model, partial(become, arms[name]))
+        sides[f"profiled {name}"] = (model, partial(become, clocked[name], name))
+    try:
+        return measure(sides, images, rounds, warmup, on_round)
+    finally:
+        unclocked()
 
 
 def _layers(

@@ -1,4 +1,4 @@
-"""Where the time of a pass goes, as values: the times of every block, and what they say."""
+"""The values of a profile: the times of every block, and what follows from them."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ _LETTERS = {"rest": "#", "matching": "m", "merging": "+", "back": "<", "bias": "
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """Seconds of one block for the whole batch, medians over the rounds.
+    """Seconds of one block for the whole batch: medians over the rounds.
 
     Attributes:
-        layer: the block, from 0.
-        before: patch tokens that enter it, and
-        after: that leave it. Of a method that stands around blocks: those that go through it, on
-            average; behind it there are all of them again.
-        rest: attention, MLP and all else that the block does anyway.
-        matching: the method's decision, and reading what it decides by.
-        merging: making few tokens of many, and adding up what they stand for.
-        back: making many tokens of few again: where the schedule rises, and where features are
-            handed out on the full grid.
-        bias: what attention is given for the tokens that are left: masks, and the logarithm of
-            sizes where attention is proportional. (That attention may be slower with it shows in
+        layer: the number of the block, from 0.
+        before: patch tokens that enter the block.
+        after: patch tokens that leave it. If the method stands around blocks: the mean number that
+            goes through the block, behind which all tokens are there again.
+        rest: attention, MLP and everything else that the block does without a method, too.
+        matching: the method's decision, including its signals (keys, attention).
+        merging: making few tokens out of many, and adding up their sizes.
+        back: making many tokens out of few: where the schedule rises, and where the model hands out
+            features on the full grid.
+        bias: making what attention is given for the remaining tokens: masks, and the logarithm of
+            sizes if attention is proportional. (If attention is slower because of it, that shows in
             `rest`.)
-        dense: the same block of the dense model.
+        dense: the same block in the dense model.
         limit: the same block in the free limit, with tokens cut off to the same numbers.
     """
 
@@ -55,7 +55,7 @@ class LayerTimes:
 
     @property
     def added(self) -> float:
-        """What the reduction adds to the block: matching, merging, the way back and the bias."""
+        """What the reduction adds to the block: matching, merging, way back and bias."""
         return self.matching + self.merging + self.back + self.bias
 
     @property
@@ -71,14 +71,15 @@ class Profile(Result):
     Attributes:
         model: class of the model.
         method: the method and its options.
-        place: where it stands: "between" attention and MLP, "before" the block or "around" it.
+        place: where the method stands: "between" attention and MLP, "before" the block or "around"
+            it.
         proportional_attention: whether sizes are added to attention.
         tokens: patch tokens that enter the first layer.
-        layers: the times of each.
-        behind: seconds of making the full grid again behind the last block, for pooling.
+        layers: the times of each block.
+        behind: seconds that making the full grid takes behind the last block, for pooling.
         batch, image_size, device, dtype, threads, versions: what it was measured on.
-        dense, reduced, limit: the whole model, not profiled, in the same rounds.
-        profiled: the reduced model while it was profiled.
+        dense, reduced, limit: the whole model without the clock, in the same rounds.
+        profiled: the reduced model with the clock.
     """
 
     model: str
@@ -106,7 +107,7 @@ class Profile(Result):
 
     @property
     def speed_up(self) -> float:
-        """Of the whole model over the dense one."""
+        """The speed-up of the whole model over the dense one."""
         return self.dense.median / self.reduced.median
 
     @property
@@ -116,7 +117,7 @@ class Profile(Result):
 
     @property
     def overhead(self) -> float:
-        """By which part profiling itself has slowed the reduced model down."""
+        """How much longer the reduced model takes with the clock, as a share."""
         return self.profiled.median / self.reduced.median - 1
 
     def total(self, part: str) -> float:
@@ -125,12 +126,13 @@ class Profile(Result):
         return float(sum(getattr(times, part) for times in self.layers))
 
     def saved(self, part: str = "block") -> dict[int, float]:
-        """What each reduction saves, over all layers from its own on; by its layer.
+        """The seconds that each reduction saves in all layers from its own on, by its layer.
 
-        What a layer saves over the dense model's is divided among the reductions that are in force
-        there (not undone by a rise), by how many tokens each has taken away; in its own layer one
-        that stands between attention and MLP counts half. Its own matching and merging are not
-        taken off; biases and ways back are.
+        A layer saves the time of the same layer in the dense model minus its own. This is divided
+        among the reductions that hold there (those that no rise has undone), in proportion to the
+        number of tokens that each has taken away. In its own layer, a reduction that stands between
+        attention and MLP counts half. Bias and way back are subtracted, matching and merging are
+        not.
 
         Args:
             part: "block" for what was saved, "limit" for what the free limit saves.
@@ -159,7 +161,7 @@ class Profile(Result):
         return saved
 
     def losses(self) -> list[str]:
-        """The reductions that cost more than they save, in sentences."""
+        """A sentence for each reduction that costs more than it saves."""
         saved, free = self.saved(), self.saved("limit")
         told = []
         for times in self.layers:
@@ -196,7 +198,7 @@ class Profile(Result):
         return told
 
     def warnings(self) -> list[str]:
-        """What whoever wanted more speed should be told of the whole, in sentences."""
+        """Sentences for somebody who reads the times, or expected more speed."""
         told = []
         if self.speed_up < 1:
             if self.free_limit < 1.05:
@@ -272,7 +274,7 @@ class Profile(Result):
 
     @property
     def conditions(self) -> str:
-        """What it was measured on, and what measuring has cost, in words."""
+        """What the profile was measured on, and how much slower the clock makes the model."""
         cost = f"{self.overhead:.1%}" if self.overhead > 0 else "nothing that could be measured"
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return (
@@ -291,7 +293,7 @@ class Profile(Result):
         return f"{bar[:dense]:{dense}s}|{bar[dense:]}"
 
     def plot(self) -> Figure:
-        """A bar for each layer, of what it spends its time on, and one beside it of the dense
+        """A bar for each layer that shows what it spends its time on, beside a bar of the dense
         model.
 
         Raises:
@@ -302,7 +304,7 @@ class Profile(Result):
 
 
 def _divide(amount: float, among: dict[int, float], into: dict[int, float]) -> None:
-    """Divides an amount in proportion, and adds the shares to what is there."""
+    """Divides an amount in proportion to weights, and adds each share to what is there."""
     for key, weight in among.items():
         into[key] += amount * weight / sum(among.values())
 
