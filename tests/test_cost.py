@@ -14,7 +14,7 @@ from torch import nn
 import tokred
 from tokred.measure.limit import free_limit_of
 from tokred.measure.race import Arm
-from tokred.patching.patching import hang, host_of, reduction_of
+from tokred.patching import hang, host_of, reduction_of
 from tokred.reducers.truncate import Truncate
 
 

@@ -31,13 +31,13 @@ from tokred.data import (
     samples,
     zoo,  # fmt: skip
 )
+from tokred.engine.denoising import MODULES
 from tokred.host import host
 from tokred.measure import fid, metrics, settings, tracing
 from tokred.measure.advise import advising
 from tokred.measure.processes import Processes
 from tokred.measure.suites import clustering, dense, diffusion, gates, vit
 from tokred.optional import require
-from tokred.patching.denoising import MODULES
 from tokred.reducers import Reducer
 from tokred.reducers.truncate import Truncate
 from tokred.show import drawing, report

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from tokred.host.host import Host
+from tokred.host import Host
 from tokred.measure.batches import Batches
 from tokred.measure.fidelity import Difference, Seen, compare, seeing
 from tokred.measure.metrics import TASKS, Scores, Task, task_of
-from tokred.patching.patching import hang, host_of, reduction_of, remove
+from tokred.patching import hang, host_of, reduction_of, remove
 
 
 class Answers:

@@ -15,12 +15,12 @@ from typing import Any
 from torch import nn
 
 from tokred.data.inputs import Inputs
-from tokred.host.host import Host, module_of
+from tokred.engine.denoising import Around
+from tokred.host import Host, module_of
 from tokred.measure.counting import count
 from tokred.measure.race import Arm, measure, sides
 from tokred.measure.subject import check_method, check_rounds, put_back, subject
-from tokred.patching.denoising import Around
-from tokred.patching.patching import reduction_of, remove, uncompiled
+from tokred.patching import reduction_of, remove, uncompiled
 from tokred.patching.presets import Preset
 from tokred.reducers import Reducer
 from tokred.schedule import Schedule

@@ -15,14 +15,14 @@ from typing import Any
 
 from tokred.data import samples as sampling
 from tokred.data.samples import Transform
-from tokred.host.host import Host, module_of
+from tokred.host import Host, module_of
 from tokred.measure.evaluation import Evaluation, Row
 from tokred.measure.progress import Shown
 from tokred.measure.settings import DENSE_METHODS, KEEP_RATES, METHODS, Setting, settings_of
 from tokred.measure.store import _Store
 from tokred.measure.subject import put_back
 from tokred.measure.work import Work
-from tokred.patching.patching import remove, uncompiled
+from tokred.patching import remove, uncompiled
 from tokred.patching.presets import Preset
 from tokred.reducers import Reducer
 from tokred.schedule import Schedule

@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokred.data.inputs import Inputs, call, pixels
-from tokred.host.host import Host, find_host
-from tokred.patching.denoising import Denoising
-from tokred.patching.patching import hang, reduction_of, remove, uncompiled
+from tokred.engine.denoising import Denoising
+from tokred.host import Host, Stage, find_host
+from tokred.patching import hang, reduction_of, remove, uncompiled
 
 
 @dataclass(frozen=True)
@@ -317,8 +317,9 @@ def total(differences: Sequence[Difference]) -> Fidelity:
     )
 
 
-def _channels_last(y: Tensor, host: Host) -> Tensor:
-    return y.movedim(1, -1) if host.channels_first else y
+def _channels_last(y: Tensor, host: Host | Stage) -> Tensor:
+    first = isinstance(host, Stage) and host.family.channels_first
+    return y.movedim(1, -1) if first else y
 
 
 def _batches(given: Inputs | Iterable[Inputs]) -> Iterable[Inputs]:

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from tokred.data.inputs import Inputs, call, pixels
-from tokred.engine.run import Reduction
+from tokred.engine.denoising import Denoising
+from tokred.engine.denoising import limit as limit_of_denoiser
+from tokred.engine.reduction import Reduction
 from tokred.engine.windows import InWindows, limit
-from tokred.host.host import Denoiser, Host
-from tokred.patching.denoising import Denoising
-from tokred.patching.denoising import limit as limit_of_denoiser
-from tokred.patching.patching import hang, remove
+from tokred.host import Denoiser, Host, Stage
+from tokred.patching import hang, remove
 from tokred.reducers import place, varies
 from tokred.reducers.truncate import Truncate
 from tokred.schedule import Exactly
@@ -23,7 +23,7 @@ from tokred.schedule import Exactly
 
 def free_limit_of(
     model: nn.Module,
-    host: Host | Denoiser,
+    host: Host | Stage | Denoiser,
     images: Inputs,
     reduction: Reduction | Denoising,
     counts: tuple[int, ...],
@@ -77,7 +77,11 @@ def cut_off(reduction: Reduction, counts: tuple[int, ...]) -> Reduction:
 
 
 def counts_of(
-    model: nn.Module, host: Host, images: Inputs, reduction: Reduction, grid: tuple[int, int]
+    model: nn.Module,
+    host: Host | Stage,
+    images: Inputs,
+    reduction: Reduction,
+    grid: tuple[int, int],
 ) -> tuple[int, ...]:
     """Patch tokens after each layer, as far as the cost of a pass depends on them.
 
@@ -103,7 +107,7 @@ def counts_of(
 
 
 def through(
-    model: nn.Module, host: Host, images: Inputs, reduction: Reduction, tokens: int
+    model: nn.Module, host: Host | Stage, images: Inputs, reduction: Reduction, tokens: int
 ) -> list[int]:
     """How many patch tokens go through each block, if the method gates blocks: the mean over the
     images, and at least 1."""

@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from tokred.data.inputs import Inputs, call, device_of
-from tokred.engine.run import Reduction
-from tokred.host.host import Denoiser, Host
-from tokred.patching.denoising import Denoising
-from tokred.patching.patching import hang, remove
+from tokred.engine.denoising import Denoising
+from tokred.engine.reduction import Reduction
+from tokred.host import Denoiser, Host, Stage
+from tokred.patching import hang, remove
 
 SURE, PATIENCE = 0.03, 3
 """Measuring stops early when the standard error of every speed-up is at most `SURE`, and at the
@@ -131,7 +131,7 @@ class Arm:
 
 def sides(
     model: nn.Module,
-    host: Host | Denoiser,
+    host: Host | Stage | Denoiser,
     arms: Mapping[str, Reduction | Denoising | None],
     compile: bool,
 ) -> dict[str, Side]:

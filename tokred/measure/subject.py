@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from tokred.data.inputs import Inputs, call, pixels
-from tokred.engine.run import Reduction
-from tokred.host.host import Denoiser, Host, find_host
+from tokred.engine.denoising import Denoising
+from tokred.engine.reduction import Reduction
+from tokred.host import Denoiser, Host, Stage, find_host
 from tokred.measure.conditions import device_name, versions_of
 from tokred.measure.limit import counts_of, free_limit_of
-from tokred.patching.denoising import Denoising
-from tokred.patching.patching import apply, hang, host_of, reduction_of, remove
+from tokred.patching import apply, hang, host_of, reduction_of, remove
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Subject:
     """
 
     model: nn.Module
-    host: Host | Denoiser
+    host: Host | Stage | Denoiser
     reduction: Reduction | Denoising
     limit: Reduction | Denoising
     tokens: int

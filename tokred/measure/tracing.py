@@ -11,10 +11,10 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from tokred.data.inputs import Inputs, call, pixels
-from tokred.host.host import Host, find_host, module_of
+from tokred.engine.denoising import DenoiserTrace, Denoising
+from tokred.host import Host, find_host, module_of
 from tokred.maps import Clusters, TokenMap
-from tokred.patching.denoising import DenoiserTrace, Denoising
-from tokred.patching.patching import reduction_of, uncompiled
+from tokred.patching import reduction_of, uncompiled
 from tokred.reducers import Reducer
 
 
@@ -166,8 +166,8 @@ def inspect(model: Any, images: Inputs, host: Host | None = None) -> Trace | Den
         return DenoiserTrace(method, modules, tuple(merged), reduction.total)
     batch = pixels(images)
     height, width = batch.shape[-2:]
-    host, tower = find_host(model, host)
-    layout = host.layout(tower, (height, width))
+    found, tower = find_host(model, host)
+    layout = found.layout(tower, (height, width))
     if not layout.raster:
         raise ValueError(
             f"{type(tower).__qualname__} shuffles its patches, so that what became of them cannot "

@@ -12,8 +12,8 @@ from torch import nn
 
 from tokred.data.inputs import Inputs, call, pixels
 from tokred.data.samples import Samples, sent
-from tokred.engine.run import Reduction
-from tokred.host.host import Denoiser, Host, UnsupportedModelError, find_host
+from tokred.engine.reduction import Reduction
+from tokred.host import Denoiser, Host, UnsupportedModelError, find_host
 from tokred.measure.answers import Answers
 from tokred.measure.batches import Batches
 from tokred.measure.conditions import device_name, versions_of
@@ -25,14 +25,14 @@ from tokred.measure.metrics import TASKS
 from tokred.measure.processes import Processes
 from tokred.measure.race import PATIENCE, Pace, paces, sides
 from tokred.measure.settings import Setting
-from tokred.patching.patching import apply, hang, host_of, remove
+from tokred.patching import apply, hang, host_of, remove
 from tokred.patching.presets import Preset
 from tokred.reducers import learned
 from tokred.version import __version__
 
 WORK, MOST = 20e9, 32
-"""On the CPU, if the size of a batch is not given: multiply-adds that a batch may take, and the most
-images in it. So small models have enough to do, and large ones are still measured many times."""
+"""Of a batch on the CPU, if its size is not given: the most multiply-adds it may take, and the most
+images. So small models have enough to do, and large ones are still measured many times."""
 
 
 class Work:

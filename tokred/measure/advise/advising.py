@@ -7,14 +7,14 @@ from typing import Any
 
 from tokred.data import samples as sampling
 from tokred.data.samples import Transform
-from tokred.host.host import Host, module_of
+from tokred.host import Host, module_of
 from tokred.measure.advise.search import _Search
 from tokred.measure.advise.values import Advice
 from tokred.measure.progress import Shown
 from tokred.measure.settings import settings_of
 from tokred.measure.subject import put_back
 from tokred.measure.work import Work
-from tokred.patching.patching import remove, uncompiled
+from tokred.patching import remove, uncompiled
 from tokred.patching.presets import Preset
 from tokred.reducers import Reducer
 

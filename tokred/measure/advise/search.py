@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tokred.host.host import UnsupportedModelError
+from tokred.host import UnsupportedModelError
 from tokred.measure.advise.costs import Costs, _parabola
 from tokred.measure.advise.schedules import Stations, cheapest, neighbours, scaled, unrolled
 from tokred.measure.advise.values import Advice, Candidate, Family
@@ -24,7 +24,7 @@ from tokred.measure.profile.measuring import profile
 from tokred.measure.progress import Shown
 from tokred.measure.settings import Setting
 from tokred.measure.work import Work
-from tokred.patching.patching import remove
+from tokred.patching import remove
 from tokred.patching.presets import Preset
 from tokred.reducers.truncate import Truncate
 from tokred.schedule import Exactly
@@ -488,8 +488,8 @@ class _Search:
     def _limits(self, speedup: float | None = None) -> tuple[str, ...]:
         """What cutting tokens off at no cost would gain, and why that is not as much as asked."""
         work, most = self.work, max(self.ceiling.values())
-        where = f"batch {len(work.inputs) if isinstance(work.inputs, torch.Tensor) else work.batches.size}"
-        where += f" on {work.batches.device.type}"
+        many = len(work.inputs) if isinstance(work.inputs, torch.Tensor) else work.batches.size
+        where = f"batch {many} on {work.batches.device.type}"
         told = [
             "Tokens cut off at no cost, which no method can beat, are worth here ("
             + where

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tokred.engine.observing import Observer
+
 
 @dataclass(frozen=True)
 class Spent:
@@ -26,8 +28,9 @@ class Spent:
 
 
 @dataclass
-class Clock:
-    """Cuts passes into parts of blocks.
+class Clock(Observer):
+    """Cuts passes into parts of blocks. It is told of blocks by their hooks, and of what a method
+    adds by the reduction that it observes.
 
     Parts may nest. The time of an inner part does not count for the outer one.
 
@@ -73,16 +76,6 @@ class Clock:
         finally:
             self._open.pop()
             self._mark()
-
-    def become(self, name: str) -> None:
-        """From here on, the time of the running part counts for another part."""
-        self._open[-1] = name
-        self._mark()
-
-    def was(self, name: str) -> None:
-        """The time since the last reading counts for another part than was said."""
-        stamp, _ = self._now[-1]
-        self._now[-1] = stamp, (self._layer, name)
 
     def _mark(self) -> None:
         begins = (self._layer, self._open[-1]) if self._open else None

@@ -1,28 +1,28 @@
 """`tokred.profile`: runs a batch, and reads a clock where blocks and their parts begin and end.
 
-The clock is read where each block begins and ends, and in reduced blocks also around what the
-method adds. For that a stand-in of the reduction hangs on the model: it computes the same by the
-same code, with a clock around its methods. In a pass that is not profiled there is no clock.
+Hooks read the clock where each block begins and ends. Within reduced blocks, the clock observes the
+reduction (`tokred.engine.observing`), which tells it where the parts begin and end that the method
+adds. In a pass that is not profiled there are neither hooks nor an observer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from tokred.data.inputs import Inputs, device_of, pixels
-from tokred.engine.run import Reduction
-from tokred.host.host import Denoiser, Host, UnsupportedModelError, find_host, module_of
+from tokred.engine.reduction import Reduction
+from tokred.host import Denoiser, Host, Stage, UnsupportedModelError, find_host, module_of
 from tokred.measure.limit import through
 from tokred.measure.profile.clock import Clock, Spent, _hooks, clock_for
-from tokred.measure.profile.stand_ins import timed
 from tokred.measure.profile.values import PARTS, LayerTimes, Profile
 from tokred.measure.race import Arm, Side, measure
 from tokred.measure.subject import Subject, check_method, check_rounds, subject
-from tokred.patching.patching import hang, host_of, remove, uncompiled
+from tokred.patching import hang, host_of, remove, uncompiled
 from tokred.patching.presets import Preset
 from tokred.reducers import Reducer, place
 from tokred.schedule import Schedule
@@ -77,7 +77,7 @@ def profile(
     _check_model(model, host)
     clock = clock_for(device_of(images))
     with subject(model, images, method, keep_rate, schedule, host) as what:
-        assert isinstance(what.host, Host) and isinstance(what.reduction, Reduction)
+        assert isinstance(what.host, Host | Stage) and isinstance(what.reduction, Reduction)
         after: Sequence[int] = what.counts
         around = place(what.reduction.reducer) == "around"
         if around:
@@ -171,7 +171,7 @@ def _measured(
 
     assert isinstance(what.reduction, Reduction)
     arms = {"dense": None, "reduced": what.reduction, "limit": what.limit}
-    clocked = {**arms, "reduced": timed(what.reduction, clock)}
+    clocked = {**arms, "reduced": replace(what.reduction, observer=clock)}
     sides: dict[str, Side] = {}
     for name in arms:
         sides[name] = (model, partial(become, arms[name]))

@@ -31,7 +31,8 @@ class LayerTimes:
         after: patch tokens that leave it. If the method stands around blocks: the mean number that
             goes through the block, behind which all tokens are there again.
         rest: attention, MLP and everything else that the block does without a method, too.
-        matching: the method's decision, including its signals (keys, attention).
+        matching: the method's decision, including its signals (keys, attention) and, where blocks
+            attend in windows, cutting the feature map into them.
         merging: making few tokens out of many, and adding up their sizes.
         back: making many tokens out of few: where the schedule rises, and where the model hands out
             features on the full grid.

@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokred.engine.denoising import Around, Denoising, limit
 from tokred.measure.conditions import device_name, versions_of
 from tokred.measure.race import Arm, measure, seconds_in_turns, sides
 from tokred.optional import require
-from tokred.patching.denoising import Around, Denoising, limit
-from tokred.patching.patching import apply, hang, host_of, remove
+from tokred.patching import apply, hang, host_of, remove
 from tokred.reducers import Tokens
 from tokred.reducers.tome2d import ToMe2d
 

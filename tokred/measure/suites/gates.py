@@ -21,14 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokred.data import zoo
-from tokred.host.host import find_host
+from tokred.host import find_host
 from tokred.measure.calibration import calibrate
 from tokred.measure.conditions import device_name, versions_of
 from tokred.measure.limit import counts_of, cut_off
 from tokred.measure.race import measure, sides
 from tokred.measure.tracing import Trace, inspect
 from tokred.optional import require
-from tokred.patching.patching import apply, remove
+from tokred.patching import apply, remove
 from tokred.reducers.svit import SViT
 
 MODELS = ("deit_small_patch16_224",)

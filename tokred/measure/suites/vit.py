@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokred.engine.run import Reduction
-from tokred.host.host import find_host
+from tokred.engine.reduction import Reduction
+from tokred.host import find_host
 from tokred.measure.conditions import device_name, versions_of
 from tokred.measure.limit import counts_of, cut_off
 from tokred.measure.race import Arm, measure, seconds_of, sides
