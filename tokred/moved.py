@@ -20,6 +20,8 @@ MOVED: dict[str, tuple[str, ...]] = {
         "measure.advise.search",
         "measure.advise.schedules",
         "measure.advise.costs",
+        "measure.advise.harm",
+        "measure.advise.families",
     ),
     "calibration": ("measure.calibration",),
     "citing": ("patching.citing",),
@@ -84,6 +86,9 @@ MOVED: dict[str, tuple[str, ...]] = {
 }
 """Former modules of `tokred`, and the modules in which their names are now."""
 
+RENAMED: dict[str, str] = {"evaluating.Shown": "measure.progress.Progress"}
+"""Names that are others now, by the former module."""
+
 
 class Former(ModuleType):
     """Stands in for a module that was moved, and takes its names from where they are now."""
@@ -94,6 +99,10 @@ class Former(ModuleType):
         if part in sys.modules:  # of a folder
             return sys.modules[part]
         if not name.startswith("__"):
+            former = self.__name__.removeprefix("tokred.")
+            if f"{former}.{name}" in RENAMED:
+                module, _, now = RENAMED[f"{former}.{name}"].rpartition(".")
+                return getattr(import_module(f"tokred.{module}"), now)
             for place in self._places():
                 if hasattr(place, name):
                     return getattr(place, name)

@@ -17,7 +17,7 @@ from tokred.data import samples as sampling
 from tokred.data.samples import Transform
 from tokred.host import Host, module_of
 from tokred.measure.evaluation import Evaluation, Row
-from tokred.measure.progress import Shown
+from tokred.measure.progress import Progress
 from tokred.measure.settings import DENSE_METHODS, KEEP_RATES, METHODS, Setting, settings_of
 from tokred.measure.store import _Store
 from tokred.measure.subject import put_back
@@ -133,23 +133,23 @@ def _run(
     what: list[Setting | None] = [None, *wanted]
     known = several.told([store.get(setting) for setting in what] if store else None)
     table = None
-    with Shown(len(what), progress and several.main) as shown:
-        work.batches.on_progress = shown.far
+    with Progress(len(what), progress and several.main) as bar:
+        work.batches.on_progress = bar.detail
         for setting, row in zip(what, known, strict=True):
             if setting is not None:
                 reason = work.why_not(setting)
                 if reason is not None:
                     refused[setting.name] = reason
-                    shown.step()
+                    bar.step()
                     continue
             if row is None:
-                shown.now(setting.name if setting else "dense")
+                bar.now(setting.name if setting else "dense")
                 row = work.row(setting)
                 if store:
                     store.put(setting, row)
             rows.append(row)
             table = work.table(name, rows, refused)
-            shown.row(table)
+            bar.row(table)
             if on_row and several.main:
                 on_row(table)
     assert table is not None

@@ -1,4 +1,4 @@
-"""What is seen while settings are measured."""
+"""What somebody sees while settings are measured."""
 
 from __future__ import annotations
 
@@ -10,60 +10,76 @@ from tokred.measure.evaluation import Evaluation
 from tokred.optional import require
 
 
-class Shown:
-    """A bar, and the table as it grows: in a notebook one that is drawn anew, else line by line."""
+class Progress:
+    """A progress bar, and the table as it grows: in a notebook the whole table, drawn again after
+    every row; elsewhere line by line.
 
-    def __init__(self, many: int, wanted: bool) -> None:
-        self.bar: Any = None
-        self._handle: Any = None
+    Args:
+        many: how many steps there are.
+        visible: whether anything is shown.
+    """
+
+    def __init__(self, many: int, visible: bool) -> None:
+        self._bar: Any = None
+        self._notebook: Any = None
+        self._drawn: Any = None
         self._lines = 0
         self._what, self._told = "", time.monotonic()
-        if wanted:
-            self.bar = require("tqdm.auto", "evaluate").tqdm(
+        if visible:
+            self._bar = require("tqdm.auto", "evaluate").tqdm(
                 total=many, desc="measuring", leave=False, file=sys.stderr
             )
             if _in_notebook():
-                self._handle = require("IPython.display", "evaluate")
+                self._notebook = require("IPython.display", "evaluate")
 
-    def __enter__(self) -> Shown:
+    def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def expect(self, many: int) -> None:
-        if self.bar is not None:
-            self.bar.total += many
-            self.bar.refresh()
+        """There are so many more steps."""
+        if self._bar is not None:
+            self._bar.total += many
+            self._bar.refresh()
 
     def now(self, what: str) -> None:
+        """Says what is being done."""
         self._what = what
-        if self.bar is not None:
-            self.bar.set_postfix_str(what)
+        if self._bar is not None:
+            self._bar.set_postfix_str(what)
 
-    def far(self, how: str) -> None:
-        """How far it is with that, told once a second."""
-        if self.bar is not None and time.monotonic() - self._told >= 1:
+    def detail(self, how: str) -> None:
+        """Says how far that is; shown at most once a second."""
+        if self._bar is not None and time.monotonic() - self._told >= 1:
             self._told = time.monotonic()
-            self.bar.set_postfix_str(f"{self._what}, {how}")
+            self._bar.set_postfix_str(f"{self._what}, {how}")
 
     def step(self) -> None:
-        if self.bar is not None:
-            self.bar.update()
+        """A step is done."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def write(self, text: str) -> None:
+        """Prints a text above the bar."""
+        if self._bar is not None:
+            self._bar.write(text)
 
     def row(self, table: Evaluation) -> None:
-        if self.bar is None:
+        """A step is done, and the table has one more row."""
+        if self._bar is None:
             return
-        if self._handle is not None:
-            if self._lines == 0:
-                self._shown = self._handle.display(table, display_id=True)
+        if self._notebook is not None:
+            if self._drawn is None:
+                self._drawn = self._notebook.display(table, display_id=True)
             else:
-                self._shown.update(table)
+                self._drawn.update(table)
         else:
             lines = table.lines()
             for line in lines if self._lines == 0 else lines[-1:]:
-                self.bar.write(line, file=sys.stderr)
+                self._bar.write(line, file=sys.stderr)
         self._lines += 1
         self.step()
 

@@ -1,7 +1,8 @@
-"""Schedules as a search sees them: the cheapest ones, and small changes of one."""
+"""Schedules as numbers of tokens: the cheapest ones, and small changes of one."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -10,24 +11,50 @@ import numpy as np
 
 from tokred.measure.advise.costs import Costs
 
+LEVELS = 40
+"""How many numbers of tokens the search chooses from."""
+
 Stations: TypeAlias = tuple[tuple[int, int], ...]
-"""Where a schedule falls: layers, and the tokens that are left behind them."""
+"""The reductions of a schedule: layers, and the tokens that are left behind each of them."""
+
+
+def levels_of(tokens: int) -> list[int]:
+    """The numbers of tokens that the search chooses from, falling from all to a sixteenth."""
+    least = max(1, tokens // 16)
+    steps = [tokens * (least / tokens) ** (i / (LEVELS - 1)) for i in range(LEVELS)]
+    return sorted({round(step) for step in steps}, reverse=True)
+
+
+def best_schedules(
+    levels: Sequence[int], harms: Any, costs: Costs
+) -> list[tuple[float, tuple[int, ...]]]:
+    """The schedules that disturb least for their time, with their predicted speed-ups, the slowest
+    first. For the arguments see `cheapest`."""
+    found: dict[tuple[int, ...], float] = {}
+    # If nothing disturbs the model, any price finds the fastest schedule.
+    there = harms[harms > 0] if (harms > 0).any() else np.ones(1)
+    least, most = there.min() / costs.dense / 100, there.max() / costs.dense * 100
+    for price in np.geomspace(least, most, 60):
+        counts = cheapest(levels, harms, costs, float(price))
+        found[counts] = costs.speed_up((levels[0], *counts))
+    return sorted((speed, counts) for counts, speed in found.items())
 
 
 def cheapest(levels: Sequence[int], harms: Any, costs: Costs, price: float) -> tuple[int, ...]:
-    """The numbers of tokens after each layer for which harm + price * time is least.
+    """The schedule for which disturbance + price * seconds is least: tokens after each layer.
 
     Args:
-        levels: numbers of tokens to choose from, falling, all of them first.
-        harms: what it does to go on with so many from a layer on: [layers, levels].
-        costs: what time it takes.
+        levels: numbers of tokens to choose from, falling; the first is that of all tokens.
+        harms: how much it disturbs the model to go on with a level from a layer on: [layers,
+            levels].
+        costs: the seconds of blocks.
         price: of a second.
     """
     layers, many = harms.shape
     n = np.array(levels)
     before, after = n[:, None], n[None, :]
     time = costs.step(before, after)  # [from, to]
-    # None grows, and none loses more than half at once, which is all that pairs can.
+    # Tokens never become more, and at most half of them go at once: no more can be paired.
     allowed = (after <= before) & (after >= before - before // 2)
     best = np.full(many, np.inf)
     best[0] = 0.0
@@ -45,8 +72,14 @@ def cheapest(levels: Sequence[int], harms: Any, costs: Costs, price: float) -> t
     return tuple(reversed(counts))
 
 
+def stations_of(tokens: int, counts: Sequence[int]) -> Stations:
+    """The reductions of a schedule, given its tokens after each layer."""
+    steps = enumerate(itertools.pairwise((tokens, *counts)))
+    return tuple((layer, after) for layer, (before, after) in steps if after < before)
+
+
 def unrolled(stations: Stations, tokens: int, layers: int) -> tuple[int, ...]:
-    """The numbers of tokens after each layer."""
+    """The tokens after each layer."""
     counts, now, left = [], tokens, dict(stations)
     for layer in range(layers):
         now = left.get(layer, now)
@@ -54,11 +87,22 @@ def unrolled(stations: Stations, tokens: int, layers: int) -> tuple[int, ...]:
     return tuple(counts)
 
 
+def straight(tokens: int, layers: int, layer: int, few: int) -> tuple[int, ...]:
+    """The schedule with all tokens before a layer, and few tokens from it on. If these are less
+    than half, they are reached in several layers."""
+    counts, now = [], tokens
+    for each in range(layers):
+        if each >= layer:
+            now = max(few, now - now // 2)
+        counts.append(now)
+    return tuple(counts)
+
+
 def scaled(
     stations: Stations, costs: Costs, tokens: int, layers: int, speed: float
 ) -> Stations | None:
-    """The same reductions, all more or less of them by the same factor, so that the model should be
-    so many times as fast; None if there is no such factor."""
+    """The same reductions, with all numbers of tokens multiplied by the one factor that should give
+    the model this speed-up; None if there is no such factor."""
 
     def at(factor: float) -> Stations:
         kept, before = [], tokens
@@ -70,7 +114,7 @@ def scaled(
         return tuple(kept)
 
     def gain(factor: float) -> float:
-        return costs.dense / costs.time((tokens, *unrolled(at(factor), tokens, layers)))
+        return costs.speed_up((tokens, *unrolled(at(factor), tokens, layers)))
 
     low, high = 1e-3, tokens / min(count for _, count in stations)
     if gain(low) < speed:
@@ -82,7 +126,7 @@ def scaled(
 
 
 def neighbours(stations: Stations, tokens: int, layers: int) -> list[Stations]:
-    """The same reductions with one of them a layer earlier or later, or a little stronger or
+    """The same reductions, with one of them a layer earlier or later, or a little stronger or
     weaker."""
     found = []
     for i, (layer, count) in enumerate(stations):

@@ -2,61 +2,49 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import itertools
-import math
 import statistics
 from collections.abc import Sequence
 from functools import cached_property, partial
 from typing import Any
 
-import numpy as np
-import torch
-
 from tokred.host import UnsupportedModelError
-from tokred.measure.advise.costs import Costs, _parabola
-from tokred.measure.advise.schedules import Stations, cheapest, neighbours, scaled, unrolled
+from tokred.measure.advise import words
+from tokred.measure.advise.costs import Costs, free_speed_ups, measured
+from tokred.measure.advise.families import Proposals
+from tokred.measure.advise.harm import screened
 from tokred.measure.advise.values import Advice, Candidate, Family
-from tokred.measure.evaluation import Evaluation
-from tokred.measure.fidelity import Fidelity
-from tokred.measure.profile.measuring import profile
-from tokred.measure.progress import Shown
+from tokred.measure.evaluation import Evaluation, Row
+from tokred.measure.progress import Progress
 from tokred.measure.settings import Setting
 from tokred.measure.work import Work
-from tokred.patching import remove
-from tokred.patching.presets import Preset
-from tokred.reducers.truncate import Truncate
-from tokred.schedule import Exactly
 
-FINALISTS, UNIFORM = 3, 4
-"""How many methods schedules are searched for, and how many are tried at uniform keep rates."""
-POLISHING = 16
-"""How many changes of a schedule are tried."""
 RACING = 8
 """How many candidates are measured in turns with each other."""
 TRIES, CLOSE = 3, 0.03
-"""How often predictions are corrected, and how much faster than asked a setting is to be."""
-SHARES = (0.85, 0.65, 0.45, 0.3, 0.15)
-"""Of the tokens, to which they are reduced at one layer to see what that does."""
-SOUNDED = 6
-"""Layers at which that is done."""
-LEVELS = 40
-"""Numbers of tokens that the search may choose from."""
+"""How often predictions are corrected, and by how much proposals should exceed the speed-up."""
 MARGINS = (1.0, 1.03, 1.08)
-"""How many times as fast as asked settings are to be, at first and if none of them was, measured
-for longer, as fast as asked."""
-RUINED = 1e6
-"""How much a model is disturbed whose answers are no numbers any more."""
+"""What the asked speed-up is multiplied by: at first, and when no setting turned out as fast as was
+asked."""
 WORTH = 1.03
-"""A speed-up below which nothing is gained: within the noise of the measurement."""
+"""A speed-up below this counts as none: it is within the noise of the measurement."""
 
 
-class _Search:
-    """What all steps of the search have in common."""
+class Search:
+    """The steps of the search, and what is known so far.
 
-    def __init__(self, work: Work, methods: list[Setting], shown: Shown, name: str) -> None:
-        self.work, self.shown, self.name = work, shown, name
+    Args:
+        work: what is measured.
+        methods: each at some keep rate. Those that the model does not take are left out.
+        progress: to tell.
+        name: of the model.
+
+    Raises:
+        UnsupportedModelError: the model takes none of the methods.
+    """
+
+    def __init__(self, work: Work, methods: list[Setting], progress: Progress, name: str) -> None:
+        self.work, self.progress, self.name = work, progress, name
         self.refused: dict[str, str] = {}
         self.methods: list[Setting] = []
         for setting in methods:
@@ -70,406 +58,183 @@ class _Search:
                 f"{name} takes none of the methods: "
                 + "; ".join(f"{method}: {why}" for method, why in self.refused.items())
             )
-        shown.expect(1)
-        shown.now("dense")
+        progress.expect(1)
+        progress.now("dense")
         self.dense = work.row(None)
-        shown.step()
+        progress.step()
         self.candidates: dict[str, Candidate] = {}
 
-    # --- what it costs ----------------------------------------------------------------------------
-
     @cached_property
-    def ceiling(self) -> dict[float, float]:
-        """The speed-up of cutting tokens off at no cost behind a quarter, a half and three quarters
-        of the layers, by keep rate."""
-        arms: dict[str, Any] = {"dense": None}
-        rates = (0.9, 0.6, 0.3, 0.1)
-        cut = Setting("limit", Truncate(), 0.5)
-        # Where blocks attend in windows, tokens are cut off as the method would have them.
-        reducer = cut.reducer if self.work.why_not(cut) is None else self.methods[0].reducer
-        for rate in rates:
-            reduction = self.work.applied(Setting("limit", reducer, rate))
-            remove(self.work.model)
-            arms[str(rate)] = self.work.free_limit(reduction)
-        taken = self.work.pace(arms, self.work.inputs, self.work.seconds)
-        dense = taken.pop("dense")
-        return {float(rate): dense.seconds / pace.seconds for rate, pace in taken.items()}
+    def free(self) -> dict[float, float]:
+        """The speed-ups of the free limit, by keep rate."""
+        return free_speed_ups(self.work, self.methods[0].reducer)
 
     @cached_property
     def costs(self) -> dict[str, Costs]:
-        """What blocks and methods cost, by method; methods that cannot be profiled are left out."""
-        work, tokens, layers = self.work, self.work.tokens, self.work.layout.layers
-        # Falling in every block, so that one pass tells of as many numbers of tokens.
-        falling = [max(1, round(tokens * 0.25 ** ((i + 1) / layers))) for i in range(layers)]
-        for i, (before, after) in enumerate(itertools.pairwise([tokens, *falling])):
-            falling[i] = max(after, before - before // 2)
-        profiles = {}
-        self.shown.expect(len(self.methods))
-        for setting in self.methods:
-            self.shown.now(f"what {setting.method} costs")
-            if isinstance(setting.reducer, Preset) or hasattr(setting.reducer, "schedule"):
-                self.shown.step()
-                continue
-            # Of what cannot be profiled, uniform keep rates are measured all the same.
-            with contextlib.suppress(ValueError, UnsupportedModelError, RuntimeError):
-                profiles[setting.method] = profile(
-                    work.model, work.inputs, setting.reducer, schedule=Exactly(tuple(falling)),
-                    host=work.host, rounds=3, warmup=1,
-                )  # fmt: skip
-            self.shown.step()
-        points = [
-            (times.before, times.limit) for one in profiles.values() for times in one.layers
-        ] + [(tokens, times.dense) for one in profiles.values() for times in one.layers]
-        if not points:
-            return {}
-        block = _parabola(points)
-        found = {}
-        for method, one in profiles.items():
-            added = _parabola([(times.before, times.added) for times in one.layers])
-            found[method] = Costs(block, added, one.dense.median, one.place == "between")
-        return found
-
-    def predicted(self, setting: Setting) -> float:
-        """The speed-up that a setting should have."""
-        costs = self.costs.get(setting.method)
-        reduction = self.work.applied(setting)
-        counts = self.work.counts(reduction)
-        remove(self.work.model)
-        if costs is None:
-            # Not profiled: as much as its tokens say, to begin with.
-            costs = next(iter(self.costs.values()), None)
-            if costs is None:
-                return self.work.tokens * len(counts) / sum(counts)
-            return costs.dense / costs.time((self.work.tokens, *counts), False)
-        return costs.dense / costs.time((self.work.tokens, *counts))
-
-    # --- what it does to the answers --------------------------------------------------------------
-
-    def harm(self, close: Fidelity) -> float:
-        """How much a reduction disturbs the model: the divergence, or what else can be told."""
-        harm = 1 - close.cosine
-        if close.divergence is not None:
-            harm = close.divergence
-        elif close.depth_error is not None:
-            harm = close.depth_error
-        return min(harm, RUINED) if math.isfinite(harm) else RUINED
-
-    def screened(self, uniform: Sequence[Setting], few: int) -> list[Setting]:
-        """Settings by how little they disturb the model on a few batches, the least first."""
-        self.shown.expect(len(uniform))
-        harms = []
-        for setting in uniform:
-            self.shown.now(setting.name)
-            harms.append(self.harm(self.work.difference(setting, few)))
-            self.shown.step()
-        return [setting for _, setting in sorted(zip(harms, uniform, strict=True), key=_first)]
-
-    def sensitivity(self, method: Setting, few: int) -> Any:
-        """How much it disturbs the model to go on with so many tokens from a layer on: [layers,
-        levels], NaN where it was not tried, filled in between."""
-        tokens, layers = self.work.tokens, self.work.layout.layers
-        steps = min(SOUNDED, layers) - 1
-        tried = sorted({round(i * (layers - 1) / max(1, steps)) for i in range(steps + 1)})
-        levels = self.levels
-        self.shown.expect(len(tried) * len(SHARES))
-        table = np.zeros((len(tried), len(levels)))
-        for row, layer in enumerate(tried):
-            known = [(1.0, 0.0)]
-            for share in SHARES:
-                self.shown.now(f"{method.method}, {share:.0%} of the tokens from layer {layer} on")
-                counts = self._straight(layer, max(1, round(tokens * share)))
-                setting = Setting(method.method, method.reducer, Exactly(counts))
-                known.append((share, self.harm(self.work.difference(setting, few))))
-                self.shown.step()
-            known.append((0.0, 2 * known[-1][1]))  # of none at all: guessed, and rarely asked for
-            # What takes away more disturbs more; what says otherwise is noise.
-            harms = np.maximum.accumulate([max(0.0, harm) for _, harm in known])
-            # A divergence grows with the square of what disturbs.
-            roots = np.sqrt(harms)[::-1]
-            shares = [share for share, _ in reversed(known)]
-            table[row] = np.interp([n / tokens for n in levels], shares, roots)
-        every = np.arange(layers)
-        roots = np.stack([np.interp(every, tried, column) for column in table.T], axis=1)
-        return roots**2
-
-    def _straight(self, layer: int, few: int) -> tuple[int, ...]:
-        """All tokens before a layer, and few from it on, halved in several layers if need be."""
-        counts, now = [], self.work.tokens
-        for each in range(self.work.layout.layers):
-            if each >= layer:
-                now = max(few, now - now // 2)
-            counts.append(now)
-        return tuple(counts)
+        """The costs by method; methods that cannot be profiled are missing."""
+        return measured(self.work, self.methods, self.progress)
 
     @cached_property
-    def levels(self) -> list[int]:
-        """The numbers of tokens that the search chooses from, falling."""
-        tokens = self.work.tokens
-        least = max(1, tokens // 16)
-        steps = [tokens * (least / tokens) ** (i / (LEVELS - 1)) for i in range(LEVELS)]
-        return sorted({round(step) for step in steps}, reverse=True)
+    def proposals(self) -> Proposals:
+        """Proposes settings."""
+        return Proposals(self.work, self.costs, self.progress)
 
-    def schedules(self, method: Setting, harms: Any) -> list[tuple[float, tuple[int, ...]]]:
-        """The schedules that disturb least, with the speed-ups that they should have, the slowest
-        first."""
-        costs, levels = self.costs[method.method], self.levels
-        found: dict[tuple[int, ...], float] = {}
-        # If nothing disturbs the model, any price finds the fastest.
-        there = harms[harms > 0] if (harms > 0).any() else np.ones(1)
-        least, most = there.min() / costs.dense / 100, there.max() / costs.dense * 100
-        for price in np.geomspace(least, most, 60):
-            counts = cheapest(levels, harms, costs, float(price))
-            found[counts] = costs.dense / costs.time((levels[0], *counts))
-        return sorted((speed, counts) for counts, speed in found.items())
+    @property
+    def few(self) -> int:
+        """On how many batches disturbance is measured: half of those that are compared."""
+        return max(1, len(self.work.answers.compared) // 2)
 
-    # --- candidates -------------------------------------------------------------------------------
+    # --- the two questions ------------------------------------------------------------------------
 
-    def judge(self, setting: Setting, searched: bool) -> Candidate:
-        """A candidate, tried on all of the images, once."""
-        known = self.candidates.get(setting.name)
-        if known is not None:
-            return known
-        self.shown.expect(1)
-        self.shown.now(f"{setting.method} on all images")
-        dense = self.dense.speed
-        row = self.work.row(setting, {"dense": dense, "reduced": dense})
-        self.candidates[setting.name] = Candidate(setting, searched, row)
-        self.shown.step()
-        return self.candidates[setting.name]
+    def faster(self, speed_up: float) -> Advice:
+        """The setting that loses least among those with this speed-up."""
+        wanted = f"{speed_up:g} times as fast"
+        nothing = f"no setting reaches a {speed_up:g}x speed-up"
+        if max(self.free.values()) < speed_up:
+            return self._nothing(wanted, nothing, words.limits(self.work, self.free, speed_up))
+        order = self._ordered(speed_up * 1.02)
+        families = self.proposals.families(order, speed_up * 1.02, self.few)
+        good: list[Candidate] = []
+        for margin in MARGINS:
+            for number, setting in self.meeting(speed_up * margin, families).items():
+                self.judge(setting, families[number].searched)
+            # All in turns with each other, and for longer: so one race decides.
+            self.race(list(self.candidates.values()), 2)
+            good = [c for c in self._raced() if c.row.speed_up >= speed_up]
+            if good:
+                break
+        if not good:
+            told = words.limits(self.work, self.free, speed_up)
+            nearest = max(self.candidates.values(), key=lambda c: c.row.speed_up, default=None)
+            if nearest is not None:
+                measured = words.measured(self.table(), nearest)
+                told += (f"The fastest setting that was measured: {measured}.",)
+            return self._nothing(wanted, nothing, told)
+        # Among those that lose the same, the fastest comes first.
+        good.sort(key=lambda c: (round(self.drop(c), 6), -c.row.speed_up))
+        return self._advice(wanted, good)
 
-    def table(self) -> Evaluation:
-        """The dense model, and all that was measured in full."""
-        rows = [
-            dataclasses.replace(c.row, method=f"{c.row.method}, searched") if c.searched else c.row
-            for c in self.candidates.values()
-            if c.raced
-        ]
-        return self.work.table(self.name, [self.dense, *rows], self.refused)
+    def closest(self, max_drop: float) -> Advice:
+        """The fastest setting among those that lose at most this much."""
+        leading = self.table().leading
+        wanted = f"at most {max_drop:g} points of {leading} lost"
+        nothing = f"no measurably faster setting loses at most {max_drop:g} points of {leading}"
+        most = max(self.free.values())
+        if most < WORTH:
+            return self._nothing(wanted, nothing, words.limits(self.work, self.free, WORTH))
+        middle = 1 + (most - 1) / 2
+        for family in self.proposals.families(self._ordered(middle), middle, self.few):
+            self._approach(max_drop, most, family)
+        self.race([c for c in self.candidates.values() if self.drop(c) <= max_drop])
+        good = [c for c in self._raced() if self.drop(c) <= max_drop and c.row.speed_up >= WORTH]
+        if not good:
+            told = words.limits(self.work, self.free)
+            if self.candidates:
+                self.race([min(self.candidates.values(), key=self.drop)])
+                least = words.measured(self.table(), min(self._raced(), key=self.drop))
+                told += (f"The setting that loses least: {least}.",)
+            return self._nothing(wanted, nothing, told)
+        good.sort(key=lambda c: (-c.row.speed_up, self.drop(c)))
+        return self._advice(wanted, good)
 
-    def drop(self, candidate: Candidate) -> float:
-        """By how much it is worse than the dense model in the leading metric."""
-        return self.table().drop(candidate.row)
+    # --- the steps --------------------------------------------------------------------------------
 
-    def uniform(self, method: Setting, speed: float) -> Setting:
-        """A method at the keep rate that should be so many times as fast."""
-        low, high = 0.02, 1.0
-        for _ in range(8):
-            rate = (low + high) / 2
-            if self._predicted_at(method, rate) < speed:
-                high = rate
-            else:
-                low = rate
-        return Setting(method.method, method.reducer, round(low, 3))
+    def _ordered(self, speed_up: float) -> list[Setting]:
+        """The methods, the one that disturbs least at this speed-up first."""
+        # What could not be profiled has to be timed, or the comparison is not fair.
+        unknown = [method for method in self.methods if method.method not in self.costs]
+        uniform = self.proposals.uniform
+        timed: dict[int, Setting] = {}
+        if unknown:
+            timed = self.meeting(speed_up, [Family(False, partial(uniform, m)) for m in unknown])
+        met = {setting.method: setting for setting in timed.values()}
+        settings = [met.get(m.method) or uniform(m, speed_up) for m in self.methods]
+        order = screened(self.work, settings, self.few, self.progress)
+        return [self.methods[position] for position in order]
 
-    def _predicted_at(self, method: Setting, rate: float) -> float:
-        try:
-            return self.predicted(Setting(method.method, method.reducer, round(rate, 3)))
-        except ValueError:  # fewer tokens than the method can make
-            return math.inf
-
-    def meeting(self, speed: float, families: Sequence[Family]) -> dict[int, Setting]:
-        """Of each family the slowest setting that is measured to be so many times as fast, if it
-        can be had in a few tries, else the fastest that was tried; all of them timed in turns.
-        Predictions are corrected by what was measured."""
+    def meeting(self, speed_up: float, families: Sequence[Family]) -> dict[int, Setting]:
+        """One setting of each family, by the family's number: the slowest one that was measured to
+        have the speed-up, or else the fastest one. A few are tried, in turns with those of the
+        other families, and predictions are corrected by what was measured."""
         tried: list[dict[str, tuple[Setting, list[float]]]] = [{} for _ in families]
         for _ in range(TRIES):
             now: dict[int, Setting] = {}
             for number, family in enumerate(families):
                 wrong = statistics.median(family.wrong) if family.wrong else 1.0
-                # Within reason: a busy machine says all sorts of things.
-                asked = speed * (1 + CLOSE / 2) * min(1.4, max(0.7, wrong))
+                # Within bounds, because measurements on a busy machine may be far off.
+                asked = speed_up * (1 + CLOSE / 2) * min(1.4, max(0.7, wrong))
                 setting = family.propose(asked)
                 if setting is not None:
                     now[number] = setting
-            arms: dict[str, Any] = {"dense": None}
-            for number, setting in now.items():
-                arms[str(number)] = self.work.applied(setting)
-                remove(self.work.model)
-            self.shown.expect(1)
-            self.shown.now(f"{len(now)} settings, in turns")
-            seconds = self.work.seconds * len(arms) / 2
-            taken = self.work.pace(arms, self.work.inputs, seconds, patience=1)
-            self.shown.step()
-            for number, setting in now.items():
-                ratio = taken["dense"].seconds / taken[str(number)].seconds
-                families[number].wrong.append(self.predicted(setting) / ratio)
+            for number, ratio in self._timed(now).items():
+                setting = now[number]
+                families[number].wrong.append(self.proposals.predicted(setting) / ratio)
                 tried[number].setdefault(setting.name, (setting, []))[1].append(ratio)
-        found = {}
-        for number, settings in enumerate(tried):
-            gains = [(statistics.median(ratios), one) for one, ratios in settings.values()]
-            fast = [pair for pair in gains if pair[0] >= speed]
-            if gains:
-                found[number] = (min(fast, key=_first) if fast else max(gains, key=_first))[1]
-        return found
+        return {
+            number: _slowest(settings, speed_up)
+            for number, settings in enumerate(tried)
+            if settings
+        }
 
-    def families(self, chosen: Sequence[Setting], speed: float, few: int) -> list[Family]:
-        """The methods that disturb least: at uniform keep rates, and the first of them with
-        schedules that are searched for at such a speed, and scaled to others."""
-        found = [Family(False, partial(self.uniform, method)) for method in chosen[:UNIFORM]]
-        for method in [m for m in chosen if m.method in self.costs][:FINALISTS]:
-            seeds = self.seeds(method, speed, few)
-            if seeds:  # else it should never be so fast
-                best = self.polished(method, seeds, few)
-                found.append(Family(True, partial(self._scaled, method, best)))
-        return found
+    def _timed(self, settings: dict[int, Setting]) -> dict[int, float]:
+        """The measured speed-ups of settings, all in turns with the dense model."""
+        arms: dict[str, Any] = {"dense": None}
+        for number, setting in settings.items():
+            arms[str(number)] = self.work.reduction(setting)
+        self.progress.expect(1)
+        self.progress.now(f"{len(settings)} settings, in turns")
+        seconds = self.work.seconds * len(arms) / 2
+        taken = self.work.pace(arms, self.work.inputs, seconds, patience=1)
+        self.progress.step()
+        dense = taken["dense"].seconds
+        return {number: dense / taken[str(number)].seconds for number in settings}
 
-    def seeds(self, method: Setting, speed: float, few: int) -> list[Stations]:
-        """Where to begin: the schedule that should disturb least, and the uniform keep rate."""
-        levels, costs = self.levels, self.costs[method.method]
-        schedules = self.schedules(method, self.sensitivity(method, few))
-        searched = next((counts for gain, counts in schedules if gain >= speed), schedules[-1][1])
-        reduction = self.work.applied(self.uniform(method, speed))
-        remove(self.work.model)
-        found = []
-        for counts in (searched, self.work.counts(reduction)):
-            before = (levels[0], *counts)
-            stations = tuple(
-                (layer, after)
-                for layer, (now, after) in enumerate(itertools.pairwise(before))
-                if after < now
-            )
-            if not stations:
-                continue
-            fitted = scaled(stations, costs, levels[0], len(counts), speed)
-            if fitted is not None and fitted not in found:
-                found.append(fitted)
-        return found
+    def judge(self, setting: Setting, searched: bool) -> Candidate:
+        """A candidate, tried on all of the images; each setting only once."""
+        known = self.candidates.get(setting.name)
+        if known is not None:
+            return known
+        self.progress.expect(1)
+        self.progress.now(f"{setting.method} on all images")
+        dense = self.dense.speed
+        row = self.work.row(setting, {"dense": dense, "reduced": dense})
+        self.candidates[setting.name] = Candidate(setting, searched, row)
+        self.progress.step()
+        return self.candidates[setting.name]
 
-    def polished(self, method: Setting, seeds: list[Stations], few: int) -> Stations:
-        """The seed that disturbs least, improved as long as that is to be had in a few tries: a
-        reduction one layer earlier or later, or a little more of it; the others make up for it, so
-        that the time stays the same."""
-        tokens, layers, costs = self.work.tokens, self.work.layout.layers, self.costs[method.method]
-
-        def harm(stations: Stations) -> float:
-            counts = unrolled(stations, tokens, layers)
-            setting = Setting(method.method, method.reducer, Exactly(counts))
-            return self.harm(self.work.difference(setting, few))
-
-        self.shown.expect(len(seeds) + POLISHING)
-        self.shown.now(f"{method.method}, at its best")
-        known = {}
-        for seed in seeds:
-            known[seed] = harm(seed)
-            self.shown.step()
-        best = min(known, key=known.__getitem__)
-        speed = costs.dense / costs.time((tokens, *unrolled(best, tokens, layers)))
-        waiting = neighbours(best, tokens, layers)
-        for _ in range(POLISHING):
-            moved = None
-            while waiting and (moved is None or moved in known):
-                moved = scaled(waiting.pop(0), costs, tokens, layers, speed)
-            if moved is not None and moved not in known:
-                known[moved] = harm(moved)
-                if known[moved] < known[best]:
-                    best, waiting = moved, neighbours(moved, tokens, layers)
-            self.shown.step()
-        return best
-
-    def _scaled(self, method: Setting, stations: Stations, speed: float) -> Setting | None:
-        tokens, layers = self.work.tokens, self.work.layout.layers
-        fitted = scaled(stations, self.costs[method.method], tokens, layers, speed)
-        if fitted is None:
-            return None
-        counts = unrolled(fitted, tokens, layers)
-        return Setting(method.method, method.reducer, Exactly(counts))
-
-    def _ordered(self, speed: float, few: int) -> list[Setting]:
-        """The methods, that which disturbs least at such a speed first."""
-        # What could not be profiled has to be timed, or the comparison is not fair.
-        unknown = [method for method in self.methods if method.method not in self.costs]
-        timed: dict[int, Setting] = {}
-        if unknown:
-            timed = self.meeting(speed, [Family(False, partial(self.uniform, m)) for m in unknown])
-        met = {setting.method: setting for setting in timed.values()}
-        uniform = [met.get(m.method) or self.uniform(m, speed) for m in self.methods]
-        order = self.screened(uniform, few)
-        return [next(m for m in self.methods if m.method == s.method) for s in order]
-
-    # --- the two questions ------------------------------------------------------------------------
-
-    def faster(self, speedup: float) -> Advice:
-        """What loses least among what is so many times as fast."""
-        wanted = f"{speedup:g} times as fast"
-        nothing = f"{wanted} is not to be had"
-        if max(self.ceiling.values()) < speedup:
-            return self._nothing(wanted, nothing, self._limits(speedup))
-        few = max(1, len(self.work.answers.compared) // 2)
-        order = self._ordered(speedup * 1.02, few)
-        families = self.families(order, speedup * 1.02, few)
-        for margin in MARGINS:
-            for number, setting in self.meeting(speedup * margin, families).items():
-                self.judge(setting, families[number].searched)
-            # All of them in turns with each other, and for longer; so one race decides.
-            self.race(list(self.candidates.values()), 2)
-            raced = [c for c in self.candidates.values() if c.raced]
-            good = [c for c in raced if c.row.speed_up >= speedup]
-            if good:
-                break
-        if not good:
-            nearest = max(self.candidates.values(), key=lambda c: c.row.speed_up, default=None)
-            told = self._limits(speedup)
-            if nearest is not None:
-                told += (f"The fastest that was measured is {self._told(nearest)}.",)
-            return self._nothing(wanted, nothing, told)
-        # Of those that lose as little, the fastest.
-        good.sort(key=lambda c: (round(self.drop(c), 6), -c.row.speed_up))
-        return self._advice(wanted, good)
-
-    def closest(self, max_drop: float) -> Advice:
-        """What is fastest among what loses at most so much."""
-        wanted = f"at most {max_drop:g} points of {self.table().leading} lost"
-        nothing = f"nothing that is measurably faster loses as little as {max_drop:g} points of "
-        nothing += self.table().leading
-        most = max(self.ceiling.values())
-        if most < WORTH:
-            return self._nothing(wanted, nothing, self._limits(WORTH))
-        few = max(1, len(self.work.answers.compared) // 2)
-        middle = 1 + (most - 1) / 2
-        for family in self.families(self._ordered(middle, few), middle, few):
-            self._fastest(max_drop, most, family)
-        self.race([c for c in self.candidates.values() if self.drop(c) <= max_drop])
-        raced = [c for c in self.candidates.values() if c.raced]
-        good = [c for c in raced if self.drop(c) <= max_drop and c.row.speed_up >= WORTH]
-        if not good:
-            told = self._limits()
-            if self.candidates:
-                self.race([min(self.candidates.values(), key=self.drop)])
-                least = min((c for c in self.candidates.values() if c.raced), key=self.drop)
-                told += (f"The least is lost by {self._told(least)}.",)
-            return self._nothing(wanted, nothing, told)
-        good.sort(key=lambda c: (-c.row.speed_up, self.drop(c)))
-        return self._advice(wanted, good)
-
-    def _fastest(self, max_drop: float, most: float, family: Family) -> None:
-        """Tries settings of a family at ever nearer speeds, to find where the drop passes what is
-        allowed."""
+    def _approach(self, max_drop: float, most: float, family: Family) -> None:
+        """Tries settings of a family at ever closer speed-ups, up to `most`, to find where the drop
+        exceeds what is allowed."""
         low, high = 1.0, most
         for _ in range(5):
-            speed = (low + high) / 2
-            setting = family.propose(speed)
+            speed_up = (low + high) / 2
+            setting = family.propose(speed_up)
             if setting is None:
-                high = speed
+                high = speed_up
                 continue
             lost = self.drop(self.judge(setting, family.searched))
-            low, high = (speed, high) if lost <= max_drop else (low, speed)
+            low, high = (speed_up, high) if lost <= max_drop else (low, speed_up)
 
     def race(self, candidates: Sequence[Candidate], times: float = 1) -> None:
-        """Measures the speeds of candidates (of many, those that should be fastest), all in turns
-        with each other, so many times as long as usual."""
-        racing = sorted(candidates, key=lambda c: -self.predicted(c.setting))[:RACING]
+        """Measures the speeds of candidates in turns with each other: of the few that should be
+        fastest, if there are many.
+
+        Args:
+            candidates: to measure.
+            times: how many times as long as usual.
+        """
+        racing = sorted(candidates, key=lambda c: -self.proposals.predicted(c.setting))[:RACING]
         if not racing:
             return
         arms: dict[str, Any] = {"dense": None}
         for number, candidate in enumerate(racing):
-            reduction = self.work.applied(candidate.setting)
-            remove(self.work.model)
+            reduction = self.work.reduction(candidate.setting)
             arms[f"{number}"] = reduction
             arms[f"limit {number}"] = self.work.free_limit(reduction)
-        self.shown.expect(1)
-        self.shown.now(f"the last {len(racing)}, in turns")
+        self.progress.expect(1)
+        self.progress.now(f"the last {len(racing)}, in turns")
         speeds = self.work.speeds(arms, times * self.work.seconds * len(arms))
-        self.shown.step()
+        self.progress.step()
         for number, candidate in enumerate(racing):
             row = dataclasses.replace(
                 candidate.row,
@@ -480,80 +245,41 @@ class _Search:
             self.candidates[candidate.setting.name] = dataclasses.replace(
                 candidate, row=row, raced=True
             )
-        if self.shown.bar is not None:
-            self.shown.bar.write(str(self.table()))
+        self.progress.write(str(self.table()))
 
-    # --- words ------------------------------------------------------------------------------------
+    # --- what is known ----------------------------------------------------------------------------
 
-    def _limits(self, speedup: float | None = None) -> tuple[str, ...]:
-        """What cutting tokens off at no cost would gain, and why that is not as much as asked."""
-        work, most = self.work, max(self.ceiling.values())
-        many = len(work.inputs) if isinstance(work.inputs, torch.Tensor) else work.batches.size
-        where = f"batch {many} on {work.batches.device.type}"
-        told = [
-            "Tokens cut off at no cost, which no method can beat, are worth here ("
-            + where
-            + "): "
-            + ", ".join(f"{gain:.2f}x at keep rate {r:g}" for r, gain in self.ceiling.items())
-            + "."
-        ]
-        if speedup is None:
-            return tuple(told)
-        floor = [rate for rate, gain in self.ceiling.items() if gain >= speedup]
-        if floor:
-            told.append(f"So {speedup:g}x cannot be had above a keep rate of {max(floor):g}.")
-        elif most < 1.1:
-            told.append(
-                "The time goes into starting operators rather than into tokens: try a larger batch "
-                "or image, or torch.compile."
-            )
-        else:
-            told.append(f"{speedup:g}x is out of reach, whatever the method.")
-        return tuple(told)
+    def table(self) -> Evaluation:
+        """The dense model, and all candidates whose speed was measured."""
+        rows = [_named(candidate) for candidate in self._raced()]
+        return self.work.table(self.name, [self.dense, *rows], self.refused)
 
-    def _told(self, candidate: Candidate) -> str:
-        return (
-            f"{candidate.setting.name}, {self.drop(candidate):.2f} points of "
-            f"{self.table().leading} lost at {candidate.row.speed_up:.2f}x"
-        )
+    def drop(self, candidate: Candidate) -> float:
+        """By how much a candidate is worse than the dense model in the leading metric."""
+        return self.table().drop(candidate.row)
+
+    def _raced(self) -> list[Candidate]:
+        return [c for c in self.candidates.values() if c.raced]
 
     def _nothing(self, wanted: str, what: str, why: tuple[str, ...]) -> Advice:
         return Advice(wanted, None, (f"Nothing helps: {what}.", *why), self.table())
 
     def _advice(self, wanted: str, good: Sequence[Candidate]) -> Advice:
-        """The first of what does it, the best first, and what is to be said about it."""
-        best, *others = good
-        table, row = self.table(), best.row
-        score, dense = table.score(row), table.score(table.dense)
-        unit = table.unit
-        # How many answers have changed bounds how far the drop may be from that on other images.
-        told = [
-            f"{wanted[0].upper()}{wanted[1:]}: {best.setting.method}, "
-            f"{'a schedule found for this model' if best.searched else 'one keep rate'}.",
-            f"Measured on {row.images} images: {table.leading} {score:.2f}{unit} (dense "
-            f"{dense:.2f}{unit}, {score - dense:+.2f}); {row.speed_up:.2f}x as fast "
-            f"(±{100 * row.speed.error:.0f} %) at batch {table.batch} ({row.latency_speed_up:.2f}x "
-            f"for one image alone), free limit {row.free_limit:.2f}x.",
-        ]
-        if row.agreement is not None and table.unit == "%":
-            # Two standard errors of the share of answers that change; if none did, the rule of 3.
-            changed, many = 1 - row.agreement / 100, max(1, row.compared)
-            error = 100 * max(2 * math.sqrt(changed / many), 3 / many)
-            told.append(
-                f"{row.agreement:.1f} % of the answers are the dense model's; on other images of "
-                f"this kind, the change should be within {error:.1f} points of that."
-            )
-        rival = next((c for c in others if not c.searched), None)
-        if best.searched and rival is not None:
-            told.append(
-                f"The best uniform keep rate that does it: {rival.setting.name}, "
-                f"{table.score(rival.row):.2f}{unit} at {rival.row.speed_up:.2f}x."
-            )
-        patched = dataclasses.replace(
-            row, method=f"{row.method}, searched" if best.searched else row.method
-        )
-        return Advice(wanted, patched, tuple(told), table, best.setting)
+        """The advice, given the candidates that meet the budget, the best one first."""
+        table, best = self.table(), good[0]
+        told = words.advised(table, wanted, good)
+        return Advice(wanted, _named(best), told, table, best.setting)
 
 
-def _first(pair: tuple[float, Setting]) -> float:
-    return pair[0]
+def _named(candidate: Candidate) -> Row:
+    """The row of a candidate, which says whether its schedule was searched for."""
+    row = candidate.row
+    return dataclasses.replace(row, method=f"{row.method}, searched") if candidate.searched else row
+
+
+def _slowest(tried: dict[str, tuple[Setting, list[float]]], speed_up: float) -> Setting:
+    """The slowest setting that has the speed-up, or else the fastest."""
+    gains = [(statistics.median(ratios), setting) for setting, ratios in tried.values()]
+    fast = [pair for pair in gains if pair[0] >= speed_up]
+    chosen = min(fast, key=lambda pair: pair[0]) if fast else max(gains, key=lambda pair: pair[0])
+    return chosen[1]

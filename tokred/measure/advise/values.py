@@ -17,8 +17,8 @@ class Advice:
 
     Attributes:
         wanted: the budget, in words.
-        choice: the row that is advised; None if nothing helps.
-        sentences: what there is to say, and why.
+        choice: the row that is advised; None if no setting meets the budget.
+        sentences: what to say about it, and why.
         evaluation: everything that was measured in full, the dense model first.
         setting: method and schedule of the choice.
     """
@@ -31,7 +31,7 @@ class Advice:
 
     @property
     def code(self) -> str:
-        """The line to paste; empty if nothing helps."""
+        """The line to paste; empty if no setting meets the budget."""
         return self.choice.code if self.choice else ""
 
     def as_dict(self) -> dict[str, Any]:
@@ -58,10 +58,10 @@ class Candidate:
     """A setting that was tried on all of the images.
 
     Attributes:
-        setting: what it is.
-        searched: whether its schedule was searched for, rather than a uniform keep rate.
-        row: what came of it. (Its speeds are the dense model's until it has been raced.)
-        raced: whether its speed was measured beside that of the others.
+        setting: the setting.
+        searched: whether its schedule was searched for, rather than being a uniform keep rate.
+        row: what was measured. (Its speeds are those of the dense model until it has been raced.)
+        raced: whether its speed was measured in turns with that of other candidates.
     """
 
     setting: Setting
@@ -72,13 +72,13 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Family:
-    """Settings of which one should be as fast as is asked for: a method at uniform keep rates, or
-    with the schedules that were found for it.
+    """Settings from which one is chosen by its speed-up: a method at uniform keep rates, or with
+    the schedules that were found for it.
 
     Attributes:
         searched: whether schedules were searched for.
-        propose: from a speed-up to the setting that should have it; None if there is none.
-        wrong: how many times too fast each of its settings was predicted to be.
+        propose: the setting that should have a given speed-up; None if there is none.
+        wrong: for every setting that was timed, the predicted speed-up divided by the measured one.
     """
 
     searched: bool
