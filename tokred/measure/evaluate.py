@@ -1,9 +1,9 @@
-"""`tokred.evaluate`: a model, somebody's images, and every setting that is worth a look.
+"""`tokred.evaluate`: a table of what settings gain and cost, on a model and images of one's own.
 
-Accuracy and closeness to the dense model are counted image by image, in the same batches however
-many processes share them, so that the table does not depend on their number. Speed is measured by
-one process while the others wait: the dense model, the setting and the free limit take turns, as
-in `tokred.bench`.
+Accuracy and closeness to the dense model are counted image by image. Batches are the same however
+many processes share them, so the table does not depend on the number of processes. Speed is
+measured by one process while the others wait: the dense model, the setting and the free limit take
+turns, as in `tokred.bench`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tokred.host import Host, module_of
 from tokred.measure.evaluation import Evaluation, Row
 from tokred.measure.progress import Progress
 from tokred.measure.settings import DENSE_METHODS, KEEP_RATES, METHODS, Setting, settings_of
-from tokred.measure.store import _Store
+from tokred.measure.store import Store
 from tokred.measure.subject import put_back
 from tokred.measure.work import Work
 from tokred.patching import remove, uncompiled
@@ -50,59 +50,61 @@ def evaluate(
     progress: bool = True,
     on_row: Callable[[Evaluation], None] | None = None,
 ) -> Evaluation:
-    """What every setting gains and costs, on this model, these images and this machine.
+    """Measures what every setting gains and costs on this model, these images and this machine.
 
-    With labels: accuracy. With and without: how close the reduced model stays to the dense one.
-    Of the dense model, every setting and the free limit: images per second, latency of one image,
-    multiply-adds, peak memory. The model is left as it was.
+    Accuracy is measured if there are labels; how close the reduced model stays to the dense one, in
+    any case. For the dense model, every setting and the free limit, it measures images per second,
+    the latency of one image, multiply-adds and peak memory. The model is left as it was.
 
-    Finished settings are kept on disk, and not measured again for the same weights, data, options,
-    versions and machine: what was interrupted goes on where it was. Under `accelerate launch`, all
-    processes share the images.
+    Finished settings are kept on disk, and are not measured again with the same weights, data,
+    options, versions and machine. So an evaluation that was interrupted goes on where it stopped.
+    Under `accelerate launch`, all processes share the images.
 
     >>> table = tokred.evaluate(model, "flowers/val", methods=("tome", "atc"))
     >>> table.best(max_drop=0.5).code
 
     Args:
         model: a supported model, in evaluation mode, on its device and in its dtype.
-        data: a folder of pictures, or of folders of them, one for each class, or with `images` and
-            `labels` or `depth` in it; "hf:NAME" or a Hugging Face dataset; a dataset or loader of
+        data: a folder of pictures, or of one folder for each class, or with folders `images` and
+            `labels` (or `depth`) in it; "hf:NAME" or a Hugging Face dataset; a dataset or loader of
             torch or timm; a list of pictures, paths or tensors; a tensor; `zoo.held_out()`.
-        methods: what to try: names (`"atc:single"`), methods, presets; or such by names of one's
-            own. If not given, tome, atc, dpc_knn and evit; of models that answer for every pixel,
-            slic, tome and atc.
-        keep_rates: numbers in (0, 1], or schedules; each for each method.
-        schedule: what makes a schedule of a keep rate, such as `tokred.Hourglass` for dense models;
-            as `tokred.apply` does, if not given.
-        task: "classification", "multilabel", "segmentation", "depth" or "relative depth"; as the
-            labels have it, if not given.
+        methods: what to try: a list of names (`"atc:single"`), methods or presets; or a mapping to
+            them from names of one's own. If not given: tome, atc, dpc_knn and evit; for models that
+            answer for every pixel: slic, tome and atc.
+        keep_rates: numbers in (0, 1], or schedules. Each is tried with each method.
+        schedule: makes a schedule out of a keep rate, such as `tokred.Hourglass` for dense models;
+            if not given, the schedule is that of `tokred.apply`.
+        task: "classification", "multilabel", "segmentation", "depth" or "relative depth"; if not
+            given, the labels tell it.
         labelled: whether to look for labels.
-        transform: how pictures are prepared: a function from a picture to a tensor [C, H, W], or an
-            image processor; the model's own, if not given.
-        batch: images per batch, for accuracy and for speed; if not given, 64 on CUDA, elsewhere
-            a power of two, at most 32, that takes the dense model at most 20 G multiply-adds
-            (of models that take more for one image, 1).
-        limit: look at only so many images, spread evenly.
-        compared: how many images are compared with the dense model, spread evenly (fewer where
-            what it made of them takes more than 1 GiB).
+        transform: prepares pictures: a function from a picture to a tensor [C, H, W], or an image
+            processor; the model's own, if not given.
+        batch: images per batch, for accuracy and for speed. If not given: 64 on CUDA; elsewhere
+            the largest power of two, from 1 to 32, with which the dense model takes at most 20 G
+            multiply-adds.
+        limit: how many images are used, spread evenly; all, if not given.
+        compared: how many images are compared with the dense model, spread evenly. (Fewer, if the
+            dense model's answers to them take more than 1 GiB.)
         seconds: how long the speed of each setting is measured; on a busy machine, up to three
             times as long.
-        workers: processes that read and prepare images, as those of a torch loader; 0: this one.
-            Worth it where the model is faster than that, and images are too many for memory.
+        workers: processes that read and prepare images, as those of a torch loader; 0: this one
+            does. They help if the model is faster than reading, and the images do not fit into
+            memory.
         host: as for `tokred.apply`.
         name: what the model is called in the table; its class if not given.
         cache: the folder where finished settings are kept; True: the user's cache folder
             (`~/.cache/tokred`, or $TOKRED_CACHE); False: none are kept.
-        fresh: measure all of them again.
-        progress: show a bar and the table as it grows.
+        fresh: whether to measure finished settings again.
+        progress: whether to show a progress bar, and the table as it grows.
         on_row: called with the table after every setting, by the main process.
 
     Raises:
-        ValueError: there are no images, labels that the model cannot give, an option is out of
-            range, or the model is in training mode.
+        ValueError: there are no images, the labels do not fit the model, an option is out of range,
+            or the model is in training mode.
         UnsupportedModelError: the model is not one we know.
         ModuleNotFoundError: a library is missing: `pip install "tokred[evaluate]"`.
     """
+    # Longer than 60 lines by its documented arguments.
     rates = list(keep_rates)
     wanted = settings_of(METHODS if methods is None else methods, rates, schedule)
     if not wanted:
@@ -115,14 +117,14 @@ def evaluate(
         if methods is None and work.answers.everywhere:
             wanted = settings_of(DENSE_METHODS, rates, schedule)
         several = work.several
-        store = _Store(cache, fresh, work) if several.main else None
+        store = Store(cache, fresh, work) if several.main else None
         return _run(work, wanted, store, name or type(model).__name__, progress, on_row)
 
 
 def _run(
     work: Work,
     wanted: list[Setting],
-    store: _Store | None,
+    store: Store | None,
     name: str,
     progress: bool,
     on_row: Callable[[Evaluation], None] | None,
@@ -157,7 +159,8 @@ def _run(
 
 
 def _together(wanted: Sequence[Setting], refused: Mapping[str, str]) -> dict[str, str]:
-    """A method that is refused at every keep rate for the same reason is named once."""
+    """The refused settings. A method that is refused at every keep rate for the same reason is
+    named once."""
     found: dict[str, str] = {}
     for setting in wanted:
         mine = [refused.get(s.name) for s in wanted if s.method == setting.method]

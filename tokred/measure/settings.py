@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from tokred.patching.presets import Preset, presets
-from tokred.reducers import Reducer, learned, names, parse
+from tokred.reducers import Reducer, make, names, parse
+from tokred.reducers.protocol import traits
 from tokred.schedule import Schedule
 
 METHODS = ("tome", "atc", "dpc_knn", "evit")
-"""The methods that are tried if none are named: merging by pairs, by clusters, by density; and
-pruning."""
+"""The methods that are tried if none are named, one of each kind: merging by pairs, by clusters and
+by density, and pruning."""
 DENSE_METHODS = ("slic", "tome", "atc")
-"""The same, of models that answer for every pixel."""
+"""The methods that are tried on models that answer for every pixel."""
 KEEP_RATES = (0.9, 0.7, 0.5, 0.3)
+"""The keep rates that are tried if none are given."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,9 @@ class Setting:
     """One reduction to try.
 
     Attributes:
-        method: how it is called in the table.
+        method: its name in the table.
         reducer: the method, or a preset.
-        schedule: a keep rate or a schedule; None: what the method or preset brings.
+        schedule: a keep rate or a schedule; None: the one that the method or preset has.
     """
 
     method: str
@@ -36,7 +38,7 @@ class Setting:
 
     @property
     def keep_rate(self) -> float | None:
-        """Of the schedule, if it has one."""
+        """The keep rate of the schedule, if it has one."""
         rate = getattr(self.schedule, "keep_rate", self.schedule)
         return rate if isinstance(rate, float | int) else None
 
@@ -63,18 +65,19 @@ def settings_of(
     keep_rates: Iterable[float | Schedule],
     schedule: Callable[[float], Schedule] | None = None,
 ) -> list[Setting]:
-    """Every method at every keep rate; presets, and methods with trained gates, once.
+    """Every method at every keep rate. Presets, and methods with trained gates, stand once: they
+    have a schedule.
 
     Args:
-        methods: names, with options after a colon (`"atc:single"`), methods or presets; or such
-            with names of one's own.
+        methods: a list of names, with options after a colon (`"atc:single"`), of methods or of
+            presets; or a mapping to them from names of one's own.
         keep_rates: numbers in (0, 1], or schedules.
-        schedule: what makes a schedule of a keep rate, such as `tokred.Hourglass`; if not given,
-            what `tokred.apply` makes.
+        schedule: makes a schedule out of a keep rate, such as `tokred.Hourglass`; if not given, the
+            schedule is that of `tokred.apply`.
 
     Raises:
         ValueError: no method has that name, or it has no such option.
-        TypeError: it is no method.
+        TypeError: something is no method.
     """
     given = methods.items() if isinstance(methods, Mapping) else ((None, m) for m in methods)
     rates = [
@@ -83,16 +86,19 @@ def settings_of(
     ]
     found = []
     for name, method in given:
-        reducer = method_of(method) if isinstance(method, str) else method
+        reducer = method if isinstance(method, Preset) else _method(method)
         text = name or (method if isinstance(method, str) else spelled(reducer))
-        once = isinstance(reducer, Preset) or (learned(reducer) and _gates_in(reducer))
-        for rate in [None] if once else rates:
+        for rate in [None] if _has_schedule(reducer) else rates:
             found.append(Setting(text, reducer, rate))
     return found
 
 
+def _method(method: str | Reducer) -> Reducer | Preset:
+    return method_of(method) if isinstance(method, str) else make(method)
+
+
 def method_of(text: str) -> Reducer | Preset:
-    """A method, with options after a colon, or a preset, as they are written on the command line.
+    """A method or preset, as it is written on the command line: options stand after a colon.
 
     Raises:
         ValueError: no method has that name, or it has no such option.
@@ -101,7 +107,8 @@ def method_of(text: str) -> Reducer | Preset:
 
 
 def spelled(reducer: Reducer | Preset) -> str:
-    """A method as the command line has it: its name, with the options that are not the default."""
+    """A method as it is written on the command line: its name, and options that differ from the
+    default."""
     for name, preset in presets.items():
         if preset is reducer:
             return name
@@ -118,12 +125,13 @@ def spelled(reducer: Reducer | Preset) -> str:
     return str(reducer)
 
 
-def _gates_in(reducer: Any) -> bool:
-    return isinstance(reducer.gates, str | Path)
+def _has_schedule(reducer: Reducer | Preset) -> bool:
+    """Whether a method comes with its schedule: it is a preset, or has gates that were trained."""
+    return isinstance(reducer, Preset) or isinstance(traits(reducer).gates, str | Path)
 
 
 def _written(value: Any) -> str:
-    """A value as somebody would write it."""
+    """Code for a value."""
     if isinstance(value, Preset):
         return f'tokred.presets["{spelled(value)}"]'
     name = spelled(value) if hasattr(value, "needs") else ""

@@ -1,4 +1,4 @@
-"""What was measured before: finished settings on disk."""
+"""Finished settings on disk, which are not measured again."""
 
 from __future__ import annotations
 
@@ -20,8 +20,15 @@ from tokred.measure.work import Work
 from tokred.version import __version__
 
 
-class _Store:
-    """Finished settings, a small JSON file each."""
+class Store:
+    """Finished settings, in a small JSON file each. The name of a file depends on everything that
+    the result depends on.
+
+    Args:
+        where: the folder; True: the user's cache folder; False: nothing is kept.
+        fresh: whether to ignore what is there.
+        work: what is measured.
+    """
 
     def __init__(self, where: str | Path | bool, fresh: bool, work: Work) -> None:
         self.folder: Path | None = None
@@ -50,17 +57,17 @@ class _Store:
         }
 
     def get(self, setting: Setting | None) -> Row | None:
-        """What was measured; None if it was not, or not so."""
+        """The row of a setting (None: the dense model), if it was measured in the same way."""
         path = self._path(setting)
         if path is None or self.fresh or not path.is_file():
             return None
         try:
             return row_from(json.loads(path.read_text())["row"])
-        except (ValueError, KeyError, TypeError):  # cut off, or of another time
+        except (ValueError, KeyError, TypeError):  # the file is not whole, or of another version
             return None
 
     def put(self, setting: Setting | None, row: Row) -> None:
-        """Keeps it, whole or not at all."""
+        """Keeps the row of a setting. No file is ever written in part."""
         path = self._path(setting)
         if path is None:
             return

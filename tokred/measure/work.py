@@ -27,7 +27,7 @@ from tokred.measure.race import PATIENCE, Pace, paces, sides
 from tokred.measure.settings import Setting
 from tokred.patching import apply, hang, host_of, remove
 from tokred.patching.presets import Preset
-from tokred.reducers import learned
+from tokred.reducers.protocol import traits
 from tokred.version import __version__
 
 WORK, MOST = 20e9, 32
@@ -86,8 +86,10 @@ class Work:
     def why_not(self, setting: Setting) -> str | None:
         """Why the model cannot be reduced like this; None if it can."""
         reducer = setting.reducer
-        if not isinstance(reducer, Preset) and learned(reducer) and reducer.gates is None:
-            return "its gates are not trained: give them, as in tokred.SViT(gates=path)"
+        if not isinstance(reducer, Preset):
+            said = traits(reducer)
+            if said.learned and said.gates is None:
+                return "its gates are not trained: give them, as in tokred.SViT(gates=path)"
         try:
             self.applied(setting)
             with torch.no_grad():  # some things show in a pass only
