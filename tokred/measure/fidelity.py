@@ -220,7 +220,7 @@ class Difference:
     """The difference between two models on one batch, as sums that can be added over batches.
 
     Attributes:
-        images: how many there were.
+        images: how many images there were.
         tokens, cosine: patch tokens, and the sum of the cosines between their features.
         chosen, same: decisions, and how many of them are the same.
         scored, divergence: decisions with probabilities, and the sum of the divergences.
@@ -239,11 +239,11 @@ class Difference:
 
 
 def compare(ours: Seen, theirs: Seen, multilabel: bool = False) -> Difference:
-    """What a reduced model (`ours`) and the dense one (`theirs`) made of the same batch.
+    """How the outputs of a reduced model differ from those of the dense model on the same batch.
 
     Args:
-        ours: of the reduced model.
-        theirs: of the dense model.
+        ours: outputs of the reduced model.
+        theirs: outputs of the dense model.
         multilabel: whether every class has a probability of its own; then divergences are summed
             over classes.
     """

@@ -20,11 +20,12 @@ PARTS = {
     "back": "way back",
     "bias": "bias",
 }
-"""What a block spends its time on, by the names of `tokred.profiling`, in words."""
+"""The parts of a block, by the names that `tokred.measure.profile` has for them, in words."""
 PART_COLOURS = ("#4477aa", "#e8636f", "#a8891c", "#2a9d8f", "#9b6bd0")
 COLOURS = ("#4477aa", "#d9692a", "#2a9d8f", "#b8458a", "#a8891c", "#e8636f", "#3f9a4a", "#8a6fd1")
-"""All have a contrast of 3 and more to white and to near-black; neighbours in the list differ in
-lightness or in a hue that all eyes can tell. Shapes tell series apart besides."""
+"""All have a contrast of at least 3 to white and to near-black. Neighbours in the list differ in
+lightness, or in a hue that people who are colour-blind can tell, too. Besides, every series has its
+own shape."""
 
 _WIDE = 560  # units of a drawing; on a phone, 0.64 pixels each
 _LARGE = 19  # size of its letters there, in units
@@ -36,15 +37,45 @@ class Point:
     """A point of a scatter plot.
 
     Attributes:
-        x, y: where it is.
-        title: what is shown when the pointer is on it.
-        label: what is written beside it, if there is room.
+        x, y: its coordinates.
+        title: shown when the pointer is on it.
+        label: written beside it, if there is room.
     """
 
     x: float
     y: float
     title: str
     label: str = ""
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """The frame of a scatter plot, which knows where a point is drawn.
+
+    Attributes:
+        across, up: the ticks of the axes.
+        upside_down: whether the vertical axis falls.
+        left, right, top, bottom: the edges of the frame, in units of the drawing.
+    """
+
+    across: Sequence[float]
+    up: Sequence[float]
+    upside_down: bool
+    left: int
+    right: int = _WIDE - 20
+    top: int = 28
+    bottom: int = 330
+
+    def at(self, point: Point) -> tuple[float, float]:
+        """Where a point is drawn."""
+        x = (point.x - self.across[0]) / (self.across[-1] - self.across[0])
+        y = (point.y - self.up[0]) / (self.up[-1] - self.up[0])
+        y = y if self.upside_down else 1 - y
+        return self.left + x * (self.right - self.left), self.top + y * (self.bottom - self.top)
+
+    def path(self, points: Sequence[Point]) -> str:
+        """Points as SVG has them in lines."""
+        return " ".join(f"{x:.1f},{y:.1f}" for x, y in map(self.at, points))
 
 
 def scatter(
@@ -56,73 +87,98 @@ def scatter(
     upside_down: bool = False,
 ) -> str:
     """Series of points, each with a colour and a shape of its own, and a legend. Points that are
-    nowhere (NaN, infinite) are not drawn, and it is said how many those are.
+    not finite are not drawn; a sentence says how many there are.
 
     Args:
-        series: the points of each series; in this order they are joined by a thin line.
-        line: points that are joined by a strong line.
+        series: the points of each series; a thin line joins them in this order.
+        line: points that a strong broken line joins.
         cross: a point that belongs to no series.
-        horizontal, vertical: what the axes are.
+        horizontal, vertical: the titles of the axes.
         upside_down: whether the vertical axis falls.
     """
     every = [cross, *(point for all_of in series.values() for point in all_of)]
-    points = [point for point in every if _somewhere(point)]
+    points = [point for point in every if _finite(point)]
     gone = len(every) - len(points)
     lost = paragraph(f"Not drawn, because they are no numbers: {gone}", "small") if gone else ""
     if not points:
         return lost
-    series = {name: list(filter(_somewhere, members)) for name, members in series.items()}
-    line = list(filter(_somewhere, line))
-    across = _ticks([point.x for point in points])
+    series = {name: list(filter(_finite, members)) for name, members in series.items()}
+    line = list(filter(_finite, line))
     up = _ticks([point.y for point in points])
-    left, right, top, bottom, height = _margin(up), 20, 28, 54, 384
+    frame = _Frame(_ticks([point.x for point in points]), up, upside_down, _margin(up))
+    parts = [
+        *_axes(frame, horizontal, vertical),
+        *_lines(frame, series, line),
+        *_marks(frame, series, cross),
+        *_labels(
+            [(*frame.at(point), point.label) for point in points],
+            (frame.left, frame.top, frame.right, frame.bottom),
+            [*map(frame.at, line)],
+        ),
+    ]
+    name = f"{vertical} over {horizontal}"
+    return _drawing(name, frame.bottom + 54, parts) + _key(series, len(line) > 1) + lost
 
-    def at(point: Point) -> tuple[float, float]:
-        x = (point.x - across[0]) / (across[-1] - across[0])
-        y = (point.y - up[0]) / (up[-1] - up[0])
-        y = y if upside_down else 1 - y
-        return left + x * (_WIDE - left - right), top + y * (height - top - bottom)
 
+def _axes(frame: _Frame, horizontal: str, vertical: str) -> list[str]:
+    """The ticks of a scatter plot, and the titles of its axes."""
     parts = []
-    for tick, told in zip(across, _told(across), strict=True):
-        x, _ = at(Point(tick, up[0], ""))
-        parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" '
-                     f'y2="{height - bottom}"/>')  # fmt: skip
-        parts.append(_text(x, height - bottom + 22, told, "middle"))
-    for tick, told in zip(up, _told(up), strict=True):
-        _, y = at(Point(across[0], tick, ""))
-        parts.append(f'<line class="axis" x1="{left}" x2="{_WIDE - right}" y1="{y:.1f}" '
+    for tick, told in zip(frame.across, _told(frame.across), strict=True):
+        x, _ = frame.at(Point(tick, frame.up[0], ""))
+        parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{frame.top}" '
+                     f'y2="{frame.bottom}"/>')  # fmt: skip
+        parts.append(_text(x, frame.bottom + 22, told, "middle"))
+    for tick, told in zip(frame.up, _told(frame.up), strict=True):
+        _, y = frame.at(Point(frame.across[0], tick, ""))
+        parts.append(f'<line class="axis" x1="{frame.left}" x2="{frame.right}" y1="{y:.1f}" '
                      f'y2="{y:.1f}"/>')  # fmt: skip
-        parts.append(_beside(left, y, told))
-    parts.append(_text((left + _WIDE - right) / 2, height - 7, horizontal, "middle"))
-    parts.append(_upwards((top + height - bottom) / 2, vertical))
-    for (_, members), (colour, _) in zip(series.items(), _looks(), strict=False):
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(at, members))
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" '
-                     'stroke-opacity=".6"/>')  # fmt: skip
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(at, line))
+        parts.append(_beside(frame.left, y, told))
+    middle = (frame.left + frame.right) / 2
+    parts.append(_text(middle, frame.bottom + 47, horizontal, "middle"))
+    parts.append(_upwards((frame.top + frame.bottom) / 2, vertical))
+    return parts
+
+
+def _lines(
+    frame: _Frame, series: Mapping[str, Sequence[Point]], line: Sequence[Point]
+) -> list[str]:
+    """The thin lines of the series, and the strong one."""
+    parts = [
+        f'<polyline points="{frame.path(members)}" fill="none" stroke="{colour}" '
+        'stroke-opacity=".6"/>'
+        for members, (colour, _) in zip(series.values(), _looks(), strict=False)
+    ]
     parts.append(
-        f'<polyline class="front" points="{path}" fill="none" stroke="currentColor" '
+        f'<polyline class="front" points="{frame.path(line)}" fill="none" stroke="currentColor" '
         'stroke-width="1.8" stroke-opacity=".75" stroke-dasharray="6 4"/>'
     )
-    for (_, members), (colour, shape) in zip(series.items(), _looks(), strict=False):
+    return parts
+
+
+def _marks(frame: _Frame, series: Mapping[str, Sequence[Point]], cross: Point) -> list[str]:
+    """The points of the series, and the cross."""
+    parts = []
+    for members, (colour, shape) in zip(series.values(), _looks(), strict=False):
         for member in members:
-            x, y = at(member)
+            x, y = frame.at(member)
             parts.append(
                 f'<g><title>{escape(member.title)}</title><path transform="translate({x:.1f} '
                 f'{y:.1f})" d="{shape}" fill="{colour}"/></g>'
             )
-    if _somewhere(cross):
-        x, y = at(cross)
+    if _finite(cross):
+        x, y = frame.at(cross)
         parts.append(
             f'<g><title>{escape(cross.title)}</title><path transform="translate({x:.1f} {y:.1f})" '
             f'd="{_CROSS}" fill="none" stroke="currentColor" stroke-width="2.6"/></g>'
         )
-    box = (left, top, _WIDE - right, height - bottom)
-    parts.extend(_labels([(*at(point), point.label) for point in points], box, [*map(at, line)]))
+    return parts
+
+
+def _key(series: Mapping[str, Sequence[Point]], front: bool) -> str:
+    """The legend of a scatter plot; `front` says whether there is a strong line."""
     legend = [("dense model", f'<path transform="translate(7 7)" d="{_CROSS}" fill="none" '
                'stroke="currentColor" stroke-width="2.2"/>')]  # fmt: skip
-    if len(line) > 1:
+    if front:
         dashes = (
             '<path d="M0 7H14" stroke="currentColor" stroke-width="1.8" stroke-dasharray="5 3"/>'
         )
@@ -131,16 +187,16 @@ def scatter(
         (name, f'<path transform="translate(7 7)" d="{shape}" fill="{colour}"/>')
         for name, (colour, shape) in zip(series, _looks(), strict=False)
     ]
-    name = f"{vertical} over {horizontal}"
-    return _drawing(name, height, parts) + _legend(legend) + lost
+    return _legend(legend)
 
 
 def bars(layers: Sequence[tuple[str, float, Sequence[float], float]]) -> str:
-    """For each layer a bar of the dense model, in grey, and one stacked of the `PARTS`; and where
-    the free limit is.
+    """For each layer a grey bar of the dense model, a bar in which the `PARTS` are stacked, and a
+    mark for the free limit.
 
     Args:
-        layers: name, seconds of the dense model, seconds of every part, seconds of the free limit.
+        layers: for each layer its name, the seconds of the dense model, the seconds of every part,
+            and the seconds of the free limit.
     """
     longest = max(max(dense, sum(stack), limit) for _, dense, stack, limit in layers)
     ticks = _ticks([0.0, 1e3 * longest])
@@ -203,7 +259,7 @@ _CROSS = "M-5.5 -5.5L5.5 5.5M-5.5 5.5L5.5 -5.5"
 
 
 def _looks() -> Iterator[tuple[str, str]]:
-    """A colour and a shape for each series. As 8 and 9 have no common divisor, 72 are unlike."""
+    """A colour and a shape for each series: 72 pairs, as 8 and 9 have no common divisor."""
     number = 0
     while True:
         yield COLOURS[number % len(COLOURS)], _SHAPES[number % len(_SHAPES)]
@@ -211,8 +267,8 @@ def _looks() -> Iterator[tuple[str, str]]:
 
 
 def _ticks(values: Sequence[float], about: int = 6) -> list[float]:
-    """Round numbers at equal distances, about so many, from below the least value to above the
-    greatest."""
+    """About this many round numbers at equal distances, from at most the least value to at least
+    the greatest."""
     low, high = min(values), max(values)
     span = high - low or abs(high) or 1.0
     rough = span / about
@@ -224,12 +280,12 @@ def _ticks(values: Sequence[float], about: int = 6) -> list[float]:
     return [round(number * step, 10) for number in range(first, last + 1)]
 
 
-def _somewhere(point: Point) -> bool:
+def _finite(point: Point) -> bool:
     return math.isfinite(point.x) and math.isfinite(point.y)
 
 
 def _told(ticks: Sequence[float]) -> list[str]:
-    """Numbers in words, all with as many digits behind the point as the longest needs."""
+    """Numbers as text, all with the same number of decimals."""
     told = [f"{tick:g}" for tick in ticks]
     if any("e" in each for each in told):
         return told
@@ -238,17 +294,17 @@ def _told(ticks: Sequence[float]) -> list[str]:
 
 
 def _margin(ticks: Sequence[float]) -> int:
-    """Room to the left of an axis, for the numbers beside it and what it is called."""
+    """The room to the left of a vertical axis, for its numbers and its title."""
     return math.ceil(36 + _LETTER * max(map(len, _told(ticks))))
 
 
 def _beside(left: float, y: float, told: str) -> str:
-    """A number beside the vertical axis, as far from it as a point on the axis is wide."""
+    """A number to the left of the vertical axis, clear of the points on the axis."""
     return f'<text x="{left - 10}" y="{y:.1f}" dy=".35em" text-anchor="end">{told}</text>'
 
 
 def _upwards(y: float, text: str) -> str:
-    """What the vertical axis is."""
+    """The title of the vertical axis."""
     return (
         f'<text transform="translate(15 {y:.1f}) rotate(-90)" text-anchor="middle">'
         f"{escape(text)}</text>"
@@ -260,8 +316,8 @@ def _labels(
     box: tuple[float, float, float, float],
     line: Sequence[tuple[float, float]],
 ) -> list[str]:
-    """Labels beside their points, where they touch neither each other nor other points nor the
-    line, nor leave the box; those without room are left out."""
+    """Labels beside their points. They must stay in the box, and touch neither each other nor
+    points nor the line; labels without room are left out."""
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y, _ in points]
     for (x, y), (to_x, to_y) in itertools.pairwise(line):
         pieces = 1 + int(math.hypot(to_x - x, to_y - y) / 8)

@@ -69,8 +69,7 @@ def settings_table(evaluation: Evaluation) -> str:
 
 
 def columns(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
-    """The titles of the table, and the cells of every row; columns with nothing in them are left
-    out."""
+    """The titles of the table, and the cells of every row. Empty columns are left out."""
     others = [name for name in evaluation.dense.metrics if name != evaluation.leading]
     titles = [
         "setting", "keep rate", evaluation.leading, "change", "speed-up", "±", "of free limit",
@@ -105,7 +104,7 @@ def columns(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
                 row.code,
             ]
         )
-    # What leads is not told twice.
+    # The leading metric has a column already.
     twice = {"agreement": "agreement, %", "cosine": "cosine", "depth_error": "depth error, %"}
     there = [
         number
@@ -116,8 +115,7 @@ def columns(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
 
 
 def _names(evaluation: Evaluation) -> list[str]:
-    """What each row is called; where several have one name (schedules have no keep rate), they are
-    numbered."""
+    """The name of each row. Rows with the same name (schedules have no keep rate) are numbered."""
     names = [row.name for row in evaluation.rows]
     return [
         name if names.count(name) == 1 else f"{name} ({names[: at + 1].count(name)})"
@@ -126,7 +124,7 @@ def _names(evaluation: Evaluation) -> list[str]:
 
 
 def _changes(row: Row) -> list[int]:
-    """Patch tokens that enter, and after every layer that changes their number."""
+    """Patch tokens that enter the model, and those after every layer that changes their number."""
     told = [row.tokens]
     for count in row.counts:
         if count != told[-1]:
@@ -135,7 +133,7 @@ def _changes(row: Row) -> list[int]:
 
 
 def conditions(evaluation: Evaluation, dated: bool = True) -> list[str]:
-    """What it was measured on, in words; with the date of today, if `dated`."""
+    """Phrases that tell what it was measured on, with today's date if `dated`."""
     versions = ", ".join(f"{name} {version}" for name, version in evaluation.versions.items())
     told = [
         f"{evaluation.device}, {evaluation.dtype}, {evaluation.threads} threads",
@@ -147,12 +145,12 @@ def conditions(evaluation: Evaluation, dated: bool = True) -> list[str]:
 
 
 def number(value: float) -> str:
-    """With 2 digits behind the point, small ones with 4."""
+    """A number with 2 decimals; a small one with 4."""
     return f"{value:.{2 if abs(value) >= 1 or value == 0 else 4}f}"
 
 
 def change(evaluation: Evaluation, row: Row) -> str:
-    """Of the leading metric, with its sign: percentages with 2 digits, others with 4."""
+    """The change of the leading metric, with its sign: 2 decimals for percentages, otherwise 4."""
     points = evaluation.score(row) - evaluation.score(evaluation.dense)
     return f"{points:+.{2 if evaluation.unit == '%' else 4}f}" if math.isfinite(points) else "nan"
 

@@ -1,8 +1,7 @@
 """Pieces of HTML for reports and notebooks. They are complete: a browser fetches nothing for them.
 
-Text is always given as plain text, and is escaped here. Ink is the colour of the text around, the
-ground is left alone, and the colours of series are of middling lightness: so that a piece looks
-right on a light page and on a dark one, whoever made that page.
+Text is always given as plain text, and is escaped here. Pieces take the text colour of the page and
+leave its background as it is, so they can be read on a light page and on a dark one.
 """
 
 from __future__ import annotations
@@ -45,13 +44,12 @@ def escape(text: str) -> str:
 
 
 def paragraph(text: str, kind: str = "") -> str:
-    """A paragraph; of the class `kind`, if one is given."""
+    """A paragraph, with the CSS class `kind` if one is given."""
     return f'<p class="{escape(kind)}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
 
 
 def listed(items: Sequence[str], shown: int | None = None) -> str:
-    """A list with a point for each, those behind the first `shown` folded away; nothing if there
-    are none."""
+    """A list of items. All but the first `shown` are folded away. Empty if there are no items."""
     if shown is not None and len(items) > shown + 1:
         folded = f"<summary>{len(items) - shown} more</summary>{listed(items[shown:])}"
         return f"{listed(items[:shown])}<details>{folded}</details>"
@@ -65,16 +63,16 @@ def table(
     caption: str = "",
     marked: Collection[int] = (),
 ) -> str:
-    """A table that scrolls sideways in its own box where it is too wide, with keys too.
+    """A table. If it is too wide, it scrolls in its own box, also by keys.
 
     Args:
-        head: titles of the columns.
-        rows: their cells; the first one names the row.
-        caption: what it is.
-        marked: the rows that stand out, by number.
+        head: the titles of the columns.
+        rows: their cells; the first cell names the row.
+        caption: the caption of the table.
+        marked: the numbers of the rows that stand out.
 
     Raises:
-        ValueError: a row has not as many cells as there are titles.
+        ValueError: a row has not the same number of cells as the head.
     """
     lines = []
     for number, (first, *cells) in enumerate(rows):
@@ -84,7 +82,7 @@ def table(
             )
         kind = ' class="marked"' if number in marked else ""
         told = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        # Said as well as shown, for those who have it read out.
+        # An element of its own, because screen readers do not tell of CSS.
         tag = "strong" if number in marked else "span"
         name = f'<{tag} class="name">{escape(first)}</{tag}>'
         lines.append(f'<tr{kind}><th scope="row">{name}</th>{told}</tr>')
@@ -97,11 +95,11 @@ def table(
 
 
 def picture(png: bytes, alt: str) -> str:
-    """A picture that is part of the page."""
+    """A picture inside of the page."""
     data = base64.b64encode(png).decode()
     return _scrolling(f'<img src="data:image/png;base64,{data}" alt="{escape(alt)}">', "picture")
 
 
 def _scrolling(content: str, name: str) -> str:
-    """A box that scrolls by itself; it can be reached with keys, and so needs a role and a name."""
+    """A box that scrolls by itself. Keys reach it, so it needs a role and a name."""
     return f'<div class="scroll" tabindex="0" role="group" aria-label="{name}">{content}</div>'

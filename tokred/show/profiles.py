@@ -18,12 +18,11 @@ if TYPE_CHECKING:
 
 @draws(Profile, "html")
 def fragment(profile: Profile, style: bool = True) -> str:
-    """A profile as HTML, to stand in a notebook or in a page: the bars, the table and the
-    sentences.
+    """A profile as HTML, for a notebook or a page: bars, table and sentences.
 
     Args:
         profile: what `tokred.profile` has returned.
-        style: whether to bring the style along; a page has it once.
+        style: whether to include the style sheet, which a page has once.
     """
     head = ["layer", "tokens", "block", *list(NAMED_PARTS.values())[1:], "dense", "free limit"]
     names = ("block", *PARTS, "dense", "limit")

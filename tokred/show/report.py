@@ -3,8 +3,8 @@
     table = tokred.evaluate(model, "flowers/val")
     tokred.report.write("report.html", table, profile=tokred.profile(model, images, "atc", 0.5))
 
-The page is one file, which fetches nothing. It can be read on a phone, in dark mode, on paper and
-without scripts; with them, the titles of the table are buttons that sort it.
+The page is one file, and a browser fetches nothing for it. It can be read on a phone, in dark mode,
+on paper and without scripts. With scripts, the titles of the table are buttons that sort it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 
 DROPS = (0.5, 2.0)
-"""Points of the leading metric that the headline looks for the fastest setting within."""
+"""The headline names the fastest setting that loses at most these points of the leading metric."""
 SHARES = (0.01, 0.05)
-"""The same for metrics that are no percentages, as shares of the dense model's score."""
+"""The same, for metrics that are no percentages, as shares of the dense model's score."""
 _STRIP = "an image, then its tokens after each reduction"
 
 
 class Advising(Protocol):
-    """What `tokred.advise` returns, as far as it is told here."""
+    """What the page takes of an advice."""
 
     @property
     def code(self) -> str: ...
@@ -68,8 +68,8 @@ def html(
     Args:
         evaluation: the table; None for a page about a profile alone.
         profile: where the time of one setting goes.
-        pictures: strips that `tokred.visualise` has drawn, each with a caption.
-        advice: what is to be said first, with the line to paste.
+        pictures: strips that `tokred.visualise` has drawn, each with its caption.
+        advice: its sentences and its line of code come first.
         title: the heading; the model's name, if not given.
 
     Raises:
@@ -144,7 +144,7 @@ def _headline(evaluation: Evaluation | None, advice: Advising | None) -> str:
 
 
 def _found(evaluation: Evaluation) -> tuple[list[str], str]:
-    """The fastest setting within each drop, in words, and the code of the first."""
+    """For each drop a sentence about the fastest setting within it, and the code of the first."""
     told, code = [], ""
     percent = evaluation.unit == "%"
     for drop, share in zip(DROPS, SHARES, strict=True):
