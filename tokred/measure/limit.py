@@ -16,7 +16,6 @@ from tokred.engine.reduction import Reduction
 from tokred.engine.windows import InWindows, limit
 from tokred.host import Denoiser, Host, Stage
 from tokred.patching import hang, remove
-from tokred.reducers import place, varies
 from tokred.reducers.truncate import Truncate
 from tokred.schedule import Exactly
 
@@ -69,7 +68,7 @@ def first_of(images: Inputs) -> Inputs:
 
 def cut_off(reduction: Reduction, counts: tuple[int, ...]) -> Reduction:
     """A reduction that cuts tokens off to these numbers, at the same place in the blocks."""
-    cut = Truncate("between" if place(reduction.reducer) == "between" else "before")
+    cut = Truncate("between" if reduction.traits.place == "between" else "before")
     # Whoever reads features from layers in between gets full grids, also without `full_grid`.
     return Reduction(
         cut, Exactly(counts), reduction.layout, full_grid=False, tapped_by=reduction.tapped_by
@@ -90,9 +89,9 @@ def counts_of(
     gates blocks, the mean over the images counts, in falling order, which costs the same.
     """
     tokens = grid[0] * grid[1]
-    if not varies(reduction.reducer):
+    if not reduction.traits.varies:
         return reduction.counts(tokens, grid)
-    if place(reduction.reducer) == "around":
+    if reduction.traits.place == "around":
         return tuple(sorted(through(model, host, images, reduction, tokens), reverse=True))
     hang(model, host, reduction)
     with torch.no_grad(), reduction.recording() as records:

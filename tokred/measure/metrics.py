@@ -176,8 +176,7 @@ class Scores:
         metrics = require("torchmetrics", "evaluate")
         if not _fits(task.name, decided):
             raise ValueError(
-                f"task must fit what the model answers, {_in_words(decided)}, and is "
-                f"{task.name!r}"
+                f"task must fit what the model answers, {_in_words(decided)}, and is {task.name!r}"
             )
         self.task = task
         self.classes = 0

@@ -50,6 +50,12 @@ class Setting:
         return f"{self.method} {self.schedule}"
 
     @property
+    def gates(self) -> str | Path | None:
+        """The file of trained gates that the method has been given, if it has."""
+        gates = None if isinstance(self.reducer, Preset) else traits(self.reducer).gates
+        return gates if isinstance(gates, str | Path) else None
+
+    @property
     def code(self) -> str:
         """The line that applies it."""
         arguments = [_written(self.reducer)]
@@ -88,8 +94,11 @@ def settings_of(
     for name, method in given:
         reducer = method if isinstance(method, Preset) else _method(method)
         text = name or (method if isinstance(method, str) else spelled(reducer))
-        for rate in [None] if _has_schedule(reducer) else rates:
-            found.append(Setting(text, reducer, rate))
+        once = Setting(text, reducer, None)
+        if isinstance(reducer, Preset) or once.gates is not None:
+            found.append(once)
+        else:
+            found += [Setting(text, reducer, rate) for rate in rates]
     return found
 
 
@@ -125,16 +134,11 @@ def spelled(reducer: Reducer | Preset) -> str:
     return str(reducer)
 
 
-def _has_schedule(reducer: Reducer | Preset) -> bool:
-    """Whether a method comes with its schedule: it is a preset, or has gates that were trained."""
-    return isinstance(reducer, Preset) or isinstance(traits(reducer).gates, str | Path)
-
-
 def _written(value: Any) -> str:
     """Code for a value."""
     if isinstance(value, Preset):
         return f'tokred.presets["{spelled(value)}"]'
-    name = spelled(value) if hasattr(value, "needs") else ""
+    name = spelled(value) if isinstance(value, Reducer) else ""
     if name in names():
         return f'"{name}"'
     ours = type(value).__module__.startswith("tokred.")

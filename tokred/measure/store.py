@@ -83,9 +83,8 @@ class Store:
         key: dict[str, Any] = dict(self.about)
         if setting is not None:
             key["setting"] = [setting.method, repr(setting.reducer), repr(setting.schedule)]
-            gates = getattr(setting.reducer, "gates", None)
-            if isinstance(gates, str | Path):
-                key["gates"] = hashlib.sha256(Path(gates).read_bytes()).hexdigest()
+            if setting.gates is not None:
+                key["gates"] = hashlib.sha256(Path(setting.gates).read_bytes()).hexdigest()
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         return self.folder / f"{digest[:24]}.json"
 

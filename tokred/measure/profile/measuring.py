@@ -24,7 +24,7 @@ from tokred.measure.race import Arm, Side, measure
 from tokred.measure.subject import Subject, check_method, check_rounds, subject
 from tokred.patching import hang, host_of, remove, uncompiled
 from tokred.patching.presets import Preset
-from tokred.reducers import Reducer, place
+from tokred.reducers import Reducer
 from tokred.schedule import Schedule
 
 
@@ -79,7 +79,7 @@ def profile(
     with subject(model, images, method, keep_rate, schedule, host) as what:
         assert isinstance(what.host, Host | Stage) and isinstance(what.reduction, Reduction)
         after: Sequence[int] = what.counts
-        around = place(what.reduction.reducer) == "around"
+        around = what.reduction.traits.place == "around"
         if around:
             after = through(model, what.host, images, what.reduction, what.tokens)
         blocks = what.host.blocks(find_host(model, host)[1])
@@ -89,7 +89,7 @@ def profile(
     return Profile(
         model=type(model).__name__,
         method=str(what.reduction.reducer),
-        place=place(what.reduction.reducer),
+        place=what.reduction.traits.place,
         proportional_attention=what.reduction.proportional_attention,
         tokens=what.tokens,
         layers=_layers(spent, what.tokens, after, around),

@@ -21,7 +21,8 @@ from tokred.measure.conditions import device_name, versions_of
 from tokred.measure.limit import counts_of, cut_off
 from tokred.measure.race import Arm, measure, seconds_of, sides
 from tokred.optional import require
-from tokred.reducers import Reducer, make, place, proportional, varies
+from tokred.reducers import make
+from tokred.reducers.protocol import traits
 from tokred.schedule import Stages
 
 FORMAT = 1
@@ -204,12 +205,13 @@ def _arms(
     arms: dict[str, tuple[Reduction | None, str]] = {"dense": (None, "")}
     for rate in keep_rates:
         for method in methods:
-            reducer: Reducer = make(method)
-            if compile and varies(reducer):
+            reducer = make(method)
+            said = traits(reducer)
+            if compile and said.varies:
                 continue
-            reduction = Reduction(reducer, Stages(rate), layout, proportional(reducer))
+            reduction = Reduction(reducer, Stages(rate), layout, said.proportional)
             counts = counts_of(model, host, images, reduction, layout.grid)
-            limit = f"limit {place(reducer)} {counts}"
+            limit = f"limit {said.place} {counts}"
             cut = cut_off(reduction, counts)
             arms.setdefault(limit, (cut, ""))
             arms[f"{method} {rate}"] = (reduction, limit)
