@@ -37,8 +37,8 @@ def advised(table: Evaluation, wanted: str, good: Sequence[Candidate]) -> tuple[
         error = 100 * max(2 * math.sqrt(changed / many), 3 / many)
         told.append(
             f"{row.agreement:.1f} % of the answers agree with the dense model's; on other images "
-            f"of this kind, expect the change of {table.leading} within {error:.1f} points of this "
-            "one."
+            f"of this kind, the change of {table.leading} should differ from this one by at most "
+            f"{error:.1f} points."
         )
     rival = next((c for c in others if not c.searched), None)
     if best.searched and rival is not None:
@@ -62,7 +62,7 @@ def limits(
     where = f"batch {len(pixels(work.inputs))} on {work.batches.device.type}"
     gains = ", ".join(f"{gain:.2f}x at keep rate {rate:g}" for rate, gain in free.items())
     told = [
-        f"The free limit, tokens cut off at no cost, which no method can beat, is ({where}): "
+        f"The free limit (tokens cut off at no cost, which no method can beat) with {where}: "
         f"{gains}."
     ]
     if speed_up is None:
