@@ -18,9 +18,11 @@ import pytest
 from PIL import Image
 
 import tokred
+from tokred.measure import results
 from tokred.measure.evaluation import Evaluation, Row, Speed
 from tokred.measure.profile.values import LayerTimes
 from tokred.measure.race import Arm
+from tokred.measure.results import Result
 from tokred.show import charts, evaluations, markup, report
 from tokred.show.charts import Point
 
@@ -127,6 +129,29 @@ def page() -> str:
     return report.html(
         evaluation(), profile=profiled(), pictures=[(HOSTILE, strip)], advice=Advised()
     )
+
+
+@dataclass(frozen=True)
+class Bare(Result):
+    """A result that nobody draws."""
+
+
+def test_what_nobody_draws_shows_as_text() -> None:
+    assert Bare()._repr_html_() is None, "so that notebooks print it"
+    with pytest.raises(TypeError, match=r"no plot is registered for Bare: import tokred\.show"):
+        results.drawn(Bare(), "plot")
+
+
+def test_a_subclass_is_drawn_as_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mine(Evaluation):
+        pass
+
+    table = evaluation()
+    mine = Mine(**{field.name: getattr(table, field.name) for field in dataclasses.fields(table)})
+    assert mine._repr_html_() == table._repr_html_()
+    monkeypatch.setattr(results, "_FUNCTIONS", {**results._FUNCTIONS})
+    results.draws(Mine, "html")(lambda result: f"<p>{result.model}</p>")
+    assert mine._repr_html_() == "<p>digits</p>" != table._repr_html_()
 
 
 def test_every_setting_is_in_it_with_its_figures(page: str) -> None:

@@ -50,7 +50,8 @@ class Answers:
 
         Args:
             dense: whether it is the dense model, whose answers are kept for comparison.
-            batches: look only at so many of the batches that are compared, and do not score.
+            batches: if given, only this many of the compared batches are used, and no scores are
+                computed.
 
         Returns:
             The scores over all images, the number of images, and the differences from the dense

@@ -60,8 +60,8 @@ class Bench:
         model: class of the model.
         method: the method and its options.
         tokens: patch tokens that enter the first layer.
-        counts: patch tokens after each layer. Of a denoiser, those that enter the modules of each
-            block that is reduced.
+        counts: patch tokens after each layer; in a denoiser, the tokens that enter the modules of
+            each reduced block.
         device, dtype, threads, compiled, versions: what it was measured on.
         dense, reduced, limit: the three arms.
     """
@@ -96,7 +96,7 @@ class Bench:
         return self.speed_up / self.free_limit
 
     def warnings(self) -> list[str]:
-        """Sentences for somebody who expected more speed; none if the model is faster."""
+        """Warnings for readers of the speeds, in sentences; none if the model is faster."""
         if self.speed_up >= 1:
             return []
         if self.free_limit < 1.05:
@@ -176,7 +176,7 @@ def bench(
 
     Args:
         model: a supported model, with or without a reduction, or a diffusers pipeline.
-        images: one batch, on the model's device and in its dtype. (Of a denoiser: latents, time
+        images: one batch, on the model's device and in its dtype. (For a denoiser: latents, time
             step and what else it takes, by name.)
         method: what to measure; the reduction that is applied, if not given.
         keep_rate: as for `tokred.apply`; with `method` only.

@@ -178,7 +178,7 @@ class Evaluation(Result):
         return statistics.median(r.dense.latency for r in self.rows) / row.latency_speed_up
 
     def warnings(self) -> list[str]:
-        """Sentences for whoever reads the speeds."""
+        """Warnings for readers of the speeds, in sentences."""
         told = []
         paces = [self.batch / row.dense.images_per_second for row in self.rows]
         error = max(row.speed.error for row in self.rows)

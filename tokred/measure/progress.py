@@ -40,7 +40,7 @@ class Progress:
             self._bar.close()
 
     def expect(self, many: int) -> None:
-        """There are so many more steps."""
+        """Adds steps to the number that is expected."""
         if self._bar is not None:
             self._bar.total += many
             self._bar.refresh()

@@ -26,8 +26,8 @@ class Store:
 
     Args:
         where: the folder; True: the user's cache folder; False: nothing is kept.
-        fresh: whether to ignore what is there.
-        work: what is measured.
+        fresh: whether to ignore the files that are there.
+        work: measures settings on the model and the images.
     """
 
     def __init__(self, where: str | Path | bool, fresh: bool, work: Work) -> None:

@@ -30,8 +30,8 @@ class Subject:
         reduction: the method in the model.
         limit: its free limit.
         tokens: patch tokens that enter the first layer.
-        counts: patch tokens after each layer. Of a denoiser, those that enter the modules of each
-            block that is reduced.
+        counts: patch tokens after each layer; in a denoiser, the tokens that enter the modules of
+            each reduced block.
         conditions: what it is measured on: "batch", "image_size", "device", "dtype", "threads" and
             "versions".
     """
@@ -73,7 +73,8 @@ def check_method(method: Any, keep_rate: Any, schedule: Any) -> None:
 def subject(
     model: nn.Module, images: Inputs, method: Any, keep_rate: Any, schedule: Any, host: Host | None
 ) -> Iterator[Subject]:
-    """For the length of a `with` block, what is measured; then the model is as it was before.
+    """Puts a method into the model for the length of a `with` block, and finds its free limit.
+    Behind the block, the model is as it was before.
 
     Args:
         model: a supported model, in which nothing is compiled.

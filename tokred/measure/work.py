@@ -31,8 +31,8 @@ from tokred.reducers.protocol import traits
 from tokred.version import __version__
 
 WORK, MOST = 20e9, 32
-"""Of a batch on the CPU, if its size is not given: the most multiply-adds it may take, and the most
-images. So small models have enough to do, and large ones are still measured many times."""
+"""If the size of a batch on the CPU is not given: the most multiply-adds that it may take, and the
+most images in it. So small models have enough to do, and large ones are measured many times."""
 
 
 class Work:

@@ -107,7 +107,7 @@ def free_speed_ups(work: Work, method: Reducer | Preset) -> dict[float, float]:
     """The speed-ups of the free limit, by keep rate.
 
     Args:
-        work: what is measured.
+        work: measures settings on the model and the images.
         method: decides how tokens are cut off where blocks attend in windows.
     """
     arms: dict[str, Any] = {"dense": None}

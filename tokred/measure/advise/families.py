@@ -33,9 +33,9 @@ class Proposals:
     """Proposes settings, by what blocks and methods cost and by how much they disturb the model.
 
     Args:
-        work: what is measured.
+        work: measures settings on the model and the images.
         costs: by method; methods that could not be profiled are missing.
-        progress: to tell.
+        progress: shows what is being done.
     """
 
     def __init__(self, work: Work, costs: Mapping[str, Costs], progress: Progress) -> None:

@@ -38,10 +38,10 @@ def screened(work: Work, settings: Sequence[Setting], few: int, progress: Progre
     """The positions of settings in order of how much they disturb the model, the least first.
 
     Args:
-        work: what is measured.
+        work: measures settings on the model and the images.
         settings: to try.
         few: on how many batches.
-        progress: to tell.
+        progress: shows what is being done.
     """
     progress.expect(len(settings))
     harms = []

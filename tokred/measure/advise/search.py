@@ -34,9 +34,9 @@ class Search:
     """The steps of the search, and what is known so far.
 
     Args:
-        work: what is measured.
+        work: measures settings on the model and the images.
         methods: each at some keep rate. Those that the model does not take are left out.
-        progress: to tell.
+        progress: shows what is being done.
         name: of the model.
 
     Raises:

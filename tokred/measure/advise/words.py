@@ -55,7 +55,7 @@ def limits(
     """What cutting tokens off at no cost would gain, and why that is less than what was asked.
 
     Args:
-        work: what is measured.
+        work: measures settings on the model and the images.
         free: the speed-ups of the free limit, by keep rate.
         speed_up: what was asked, if it was a speed-up.
     """

@@ -199,7 +199,7 @@ class Profile(Result):
         return told
 
     def warnings(self) -> list[str]:
-        """Sentences for somebody who reads the times, or expected more speed."""
+        """Warnings for readers of the times, in sentences."""
         told = []
         if self.speed_up < 1:
             if self.free_limit < 1.05:
@@ -211,7 +211,7 @@ class Profile(Result):
         if spread > 0.15:
             told.append(
                 f"Rounds differ by +-{spread:.0%}: something else runs on this machine. Do not "
-                "trust what is said of single layers; more rounds help."
+                "trust the times of single layers; more rounds help."
             )
             return told
         reduced = [times for times in self.layers if times.bias > 0]
@@ -305,7 +305,7 @@ class Profile(Result):
 
 
 def _divide(amount: float, among: dict[int, float], into: dict[int, float]) -> None:
-    """Divides an amount in proportion to weights, and adds each share to what is there."""
+    """Divides an amount in proportion to weights, and adds each share to the value of its key."""
     for key, weight in among.items():
         into[key] += amount * weight / sum(among.values())
 
