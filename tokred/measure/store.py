@@ -44,7 +44,7 @@ class Store:
             "data": work.batches.samples.fingerprint(),
             "task": work.answers.task.name if work.answers.task else None,
             "batch": work.batches.size,
-            "compared": work.compared,
+            "compared": work.answers.compared,
             "seconds": work.seconds,
             "device": device_name(work.batches.device),
             "dtype": str(work.batches.dtype),

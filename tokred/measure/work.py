@@ -47,7 +47,6 @@ class Work:
         layout: how the model lays out its tokens for such images.
         tokens: patch tokens that enter the first layer.
         seconds: how long the speed of a setting is measured.
-        compared: images that were to be compared with the dense model.
         several: the processes that share the work.
     """
 
@@ -75,7 +74,7 @@ class Work:
         if batch is None:
             batch = 64 if device.type == "cuda" else _fitting(model, samples, device, dtype)
         _check(task, batch, compared, seconds, workers)
-        self.seconds, self.compared, self.several = seconds, compared, Processes()
+        self.seconds, self.several = seconds, Processes()
         self.batches = Batches(samples, batch, device, dtype, workers, self.several)
         self.answers = Answers(model, host, self.batches, task, compared)
         self.inputs = self.answers.inputs
