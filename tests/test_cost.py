@@ -12,8 +12,8 @@ from test_dense import DENSE
 from torch import nn
 
 import tokred
-from tokred.measure import cost
-from tokred.measure.cost import free_limit_of
+from tokred.measure.limit import free_limit_of
+from tokred.measure.race import Arm, in_turns
 from tokred.patching import hang, host_of, reduction_of
 from tokred.reducers.truncate import Truncate
 
@@ -91,8 +91,29 @@ def test_the_free_limit_runs_on_as_many_tokens(deit: nn.Module) -> None:
     assert features.shape[1] == 25
 
 
+def test_all_take_turns_in_changing_order_and_warming_up_does_not_count() -> None:
+    turns: list[tuple[int, str]] = []
+    laps: list[tuple[int, int]] = []
+
+    def turn(name: str, number: int) -> int:
+        turns.append((number, name))
+        return number
+
+    found = in_turns("abc", turn, 4, 2, lambda done, of: laps.append((done, of)))
+    assert found == {name: [0, 1, 2, 3] for name in "abc"}
+    assert laps == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    orders = ["".join(name for number, name in turns if number == n) for n in range(-2, 4)]
+    assert all(sorted(order) == ["a", "b", "c"] for order in orders) and len(set(orders)) > 1
+    assert [number for number, _ in turns] == sorted(number for number, _ in turns)
+
+
+def test_after_the_time_is_over_three_rounds_are_enough() -> None:
+    assert in_turns("a", lambda name, number: number, 9, limit=-1) == {"a": [0, 1, 2]}
+    assert len(in_turns("a", lambda name, number: number, 9, limit=1e9)["a"]) == 9
+
+
 def test_spread_and_median_are_of_the_runs() -> None:
-    arm = cost.Arm((1.0, 2.0, 3.0, 4.0, 100.0), None)
+    arm = Arm((1.0, 2.0, 3.0, 4.0, 100.0), None)
     assert arm.median == 3
     assert arm.spread == pytest.approx((52 - 1.5) / 2 / 3)
     assert dataclasses.astuple(arm)[1] is None

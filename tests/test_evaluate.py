@@ -24,11 +24,13 @@ import tokred
 from tokred.cli.main import main
 from tokred.data import samples, zoo
 from tokred.data.classes import class_numbers
-from tokred.measure import evaluating
-from tokred.measure.cost import Arm, peak_memory
+from tokred.measure.counting import peak_memory
 from tokred.measure.evaluation import Evaluation, Row, Speed
 from tokred.measure.fidelity import Decisions
 from tokred.measure.metrics import TASKS, Scores, task_of
+from tokred.measure.race import Arm, beside
+from tokred.measure.settings import METHODS, settings_of
+from tokred.measure.work import Work
 
 pytest.importorskip("torchmetrics")
 
@@ -227,7 +229,9 @@ def test_more_images_than_memory_holds_and_processes_that_read_them(
     model = small("vit")
     options = {"transform": to_tensor, "labelled": False, "batch": 2}
     whole = evaluate(model, folder, ["tome"], [0.5], **options)
-    monkeypatch.setattr(evaluating, "HELD", 2 * 3 * 64 * 64 * 4 + 1)  # one batch of three
+    monkeypatch.setattr(
+        "tokred.measure.batches.HELD", 2 * 3 * 64 * 64 * 4 + 1
+    )  # one batch of three
     read: list[list[int]] = []
     batch = samples.Samples.batch
 
@@ -269,7 +273,7 @@ def test_what_was_interrupted_goes_on(evaluate: Evaluate, monkeypatch: pytest.Mo
     model = small("vit")
     data = pairs(images_for(model, 6), torch.arange(6))
     measured: list[Any] = []
-    row = evaluating.Work.row
+    row = Work.row
 
     def counting(work: Any, setting: Any, *args: Any) -> Row:
         measured.append(setting and setting.name)
@@ -277,7 +281,7 @@ def test_what_was_interrupted_goes_on(evaluate: Evaluate, monkeypatch: pytest.Mo
             raise KeyboardInterrupt
         return row(work, setting, *args)
 
-    monkeypatch.setattr(evaluating.Work, "row", counting)
+    monkeypatch.setattr(Work, "row", counting)
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, data, ["tome", "atc"], [0.5])
     table = evaluate(model, data, ["tome", "atc"], [0.5])
@@ -307,7 +311,7 @@ def test_a_row_that_was_cut_off_is_measured_again(evaluate: Evaluate, tmp_path: 
 
 def test_the_code_applies_the_setting(evaluate: Evaluate) -> None:
     model = small("vit")
-    settings = evaluating.settings_of(
+    settings = settings_of(
         [
             "atc:single",
             tokred.ATC(linkage="complete"),
@@ -434,10 +438,10 @@ def test_rows_can_be_compared_though_the_machine_was_slower_in_some() -> None:
 def test_speed_is_measured_until_it_is_sure(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small("vit")
     samples_of = samples.of(torch.randn(2, 3, 64, 64), model)
-    work = evaluating.Work(model, samples_of, None, None, None, 8, 1.0)
-    assert work.batch == 32  # of a small model
-    monkeypatch.setattr(evaluating, "count", lambda *_: 4.6e9)  # that of a DeiT-S
-    assert evaluating.Work(model, samples_of, None, None, None, 8, 1.0).batch == 4
+    work = Work(model, samples_of, None, None, None, 8, 1.0)
+    assert work.batches.size == 32  # of a small model
+    monkeypatch.setattr("tokred.measure.work.count", lambda *_: 4.6e9)  # that of a DeiT-S
+    assert Work(model, samples_of, None, None, None, 8, 1.0).batches.size == 4
     calls: list[tuple[int, float]] = []
     rounds = [[1.0, 2.0, 3.0, 2.0], [2.0] * 30]
 
@@ -448,7 +452,7 @@ def test_speed_is_measured_until_it_is_sure(monkeypatch: pytest.MonkeyPatch) -> 
         return {"dense": Arm(tuple(4.0 * x for x in range(1, len(taken) + 1)), None),
                 "tried": Arm(tuple(x * y for x, y in enumerate(taken, 1)), None)}  # fmt: skip
 
-    monkeypatch.setattr(evaluating, "measure", measure)
+    monkeypatch.setattr("tokred.measure.race.measure", measure)
     pace = work.pace({"dense": None, "tried": None}, work.inputs, 0.5)
     assert calls == [(1, 0.5), (0, 0.5)]
     ratios = np.array(rounds[0] + rounds[1]) / 4
@@ -461,7 +465,7 @@ def test_speed_is_measured_until_it_is_sure(monkeypatch: pytest.MonkeyPatch) -> 
     low, high = 1.25 / 4, 2.75 / 4
     assert once["tried"].error == pytest.approx(1.253 * (high - low) / 1.349 / 2 / 0.5)
     sample = np.random.default_rng(0).normal(1.0, 0.1, (2000, 25))
-    errors = [evaluating._beside([1.0] * 25, list(row)).error for row in sample]
+    errors = [beside([1.0] * 25, list(row)).error for row in sample]
     assert np.mean(errors) == pytest.approx(np.median(sample, 1).std(), rel=0.1)
 
 
@@ -614,7 +618,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "digits on 8 of " in told.out and f"wrote {page}" in told.err
     assert page.read_text().count("data:image/png") >= 1  # what became of tokens
     assert plot.stat().st_size > 1000
-    assert len(csv.read_text().splitlines()) == 2 + len(evaluating.METHODS)
+    assert len(csv.read_text().splitlines()) == 2 + len(METHODS)
     assert main([*arguments, "--methods", "tome", "svit", "--json"]) == 0
     told_as_json = json.loads(capsys.readouterr().out)
     assert told_as_json["rows"][1]["method"] == "tome" and "svit" in told_as_json["refused"]

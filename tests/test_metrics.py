@@ -178,7 +178,7 @@ def test_depths_in_another_unit_are_refused() -> None:
 
 def test_a_task_that_does_not_go_with_labels_or_model_is_refused() -> None:
     decided = saying(torch.randn(2, 4))
-    with pytest.raises(ValueError, match="task must go with what the model answers, scores of"):
+    with pytest.raises(ValueError, match="task must fit what the model answers, scores of"):
         Scores(TASKS["depth"], decided, CPU)
     with pytest.raises(ValueError, match=r"labels of multilabel must not be torch\.int64 of"):
         scored("multilabel", decided, [torch.tensor(1), torch.tensor(2)])

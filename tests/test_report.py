@@ -18,11 +18,13 @@ import pytest
 from PIL import Image
 
 import tokred
-from tokred.measure.cost import Arm
+from tokred.measure import results
 from tokred.measure.evaluation import Evaluation, Row, Speed
-from tokred.measure.profiling import LayerTimes
-from tokred.show import markup, report
-from tokred.show.markup import Point
+from tokred.measure.profile.values import LayerTimes
+from tokred.measure.race import Arm
+from tokred.measure.results import Result
+from tokred.show import charts, evaluations, markup, report
+from tokred.show.charts import Point
 
 HOSTILE = '<img src=x onerror=alert(1)> & "co\'s"'
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -129,6 +131,29 @@ def page() -> str:
     )
 
 
+@dataclass(frozen=True)
+class Bare(Result):
+    """A result that nobody draws."""
+
+
+def test_what_nobody_draws_shows_as_text() -> None:
+    assert Bare()._repr_html_() is None, "so that notebooks print it"
+    with pytest.raises(TypeError, match=r"no plot is registered for Bare: import tokred\.show"):
+        results.drawn(Bare(), "plot")
+
+
+def test_a_subclass_is_drawn_as_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mine(Evaluation):
+        pass
+
+    table = evaluation()
+    mine = Mine(**{field.name: getattr(table, field.name) for field in dataclasses.fields(table)})
+    assert mine._repr_html_() == table._repr_html_()
+    monkeypatch.setattr(results, "_FUNCTIONS", {**results._FUNCTIONS})
+    results.draws(Mine, "html")(lambda result: f"<p>{result.model}</p>")
+    assert mine._repr_html_() == "<p>digits</p>" != table._repr_html_()
+
+
 def test_every_setting_is_in_it_with_its_figures(page: str) -> None:
     tags = parsed(page)
     (titles,) = [cells for cells in tags.cells if cells[0] == "setting"]
@@ -176,7 +201,7 @@ def test_advice_is_told_in_place_of_the_headline(page: str) -> None:
 def test_settings_of_one_name_are_numbered() -> None:
     table = evaluation()
     several = [dataclasses.replace(row, keep_rate=None, method="atc") for row in table.settings]
-    head, rows = report.columns(dataclasses.replace(table, rows=(table.dense, *several)))
+    head, rows = evaluations.columns(dataclasses.replace(table, rows=(table.dense, *several)))
     assert [cells[0] for cells in rows] == ["dense", "atc (1)", "atc (2)", "atc (3)", "atc (4)"]
     assert [cells[head.index("code")] for cells in rows[1:]] == [row.code for row in several]
 
@@ -188,7 +213,7 @@ def test_without_labels_closeness_leads() -> None:
         for at, row in enumerate(table.rows)
     ]
     table = dataclasses.replace(table, rows=tuple(rows))
-    head, cells = report.columns(table)
+    head, cells = evaluations.columns(table)
     assert head[2] == "agreement" and "agreement, %" not in head and "top1" not in head
     assert [row[2] for row in cells] == ["100.00", "89.50", "79.50", "69.50", "59.50"]
     text = parsed(report.html(table)).text
@@ -230,7 +255,7 @@ def luminance(colour: str) -> float:
     return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
-@pytest.mark.parametrize("colour", sorted({*markup.COLOURS, *markup.PART_COLOURS}))
+@pytest.mark.parametrize("colour", sorted({*charts.COLOURS, *charts.PART_COLOURS}))
 def test_series_can_be_seen_on_light_and_dark(colour: str) -> None:
     papers = re.findall(r"--paper:(#[0-9a-f]{6})", report._STYLE)
     assert len(papers) == 2
@@ -244,7 +269,7 @@ def drawn(svg: str) -> ElementTree.Element:
 
 
 def test_the_plot_has_every_point_where_it_belongs() -> None:
-    svg = drawn(report.plot(evaluation()))
+    svg = drawn(evaluations.plot(evaluation()))
     at = {}
     for group in svg.iter("g"):
         title, path = group.findtext("title"), group.find("path")
@@ -273,13 +298,13 @@ def test_what_is_no_number_is_left_out_of_the_plot_and_told() -> None:
     assert "NaN" not in html and "Not drawn, because they are no numbers: 2" in html
     assert ">nan<" in html, "the table has them"
     nothing = Point(float("nan"), float("nan"), "", "")
-    assert "<svg" not in markup.scatter({"one": [nothing]}, [], nothing, "x", "y")
+    assert "<svg" not in charts.scatter({"one": [nothing]}, [], nothing, "x", "y")
 
 
 def test_changes_of_small_metrics_have_their_digits() -> None:
     table = evaluation(leading="rel", higher_is_better=False, unit="")
     rows = [dataclasses.replace(r, metrics={"rel": r.metrics["top1"] / 1e4}) for r in table.rows]
-    head, cells = report.columns(dataclasses.replace(table, rows=tuple(rows)))
+    head, cells = evaluations.columns(dataclasses.replace(table, rows=tuple(rows)))
     assert [row[head.index("change")] for row in cells[1:3]] == ["-0.0000", "-0.0006"]
 
 
@@ -294,7 +319,7 @@ def test_the_same_setting_is_named_once() -> None:
 def test_less_is_better_is_drawn_the_right_way_up() -> None:
     table = evaluation(leading="rel", higher_is_better=False, unit="")
     rows = [dataclasses.replace(r, metrics={"rel": r.metrics["top1"] / 100}) for r in table.rows]
-    svg = drawn(report.plot(dataclasses.replace(table, rows=tuple(rows))))
+    svg = drawn(evaluations.plot(dataclasses.replace(table, rows=tuple(rows))))
     heights = [
         float(re.findall(r"[\d.]+", path.attrib["transform"])[1])
         for group in svg.iter("g")
@@ -305,7 +330,7 @@ def test_less_is_better_is_drawn_the_right_way_up() -> None:
 
 def test_labels_do_not_touch() -> None:
     points = [Point(1 + n / 50, 90 + n / 40, "", f"a long name {n}") for n in range(12)]
-    svg = drawn(markup.scatter({"one": points}, points, Point(1, 91, "", "dense"), "x", "y"))
+    svg = drawn(charts.scatter({"one": points}, points, Point(1, 91, "", "dense"), "x", "y"))
     boxes = []
     for text in svg.iter("text"):
         if "transform" in text.attrib or not (text.text or "").startswith("a long"):
@@ -326,10 +351,10 @@ def test_labels_do_not_touch() -> None:
 
 
 def test_numbers_of_an_axis_have_equally_many_digits_and_room() -> None:
-    assert markup._told([94.0, 94.25, 94.5]) == ["94.00", "94.25", "94.50"]
-    assert markup._told([1.0, 2.0]) == ["1", "2"] and markup._told([0.0, 1e6]) == ["0", "1e+06"]
+    assert charts._told([94.0, 94.25, 94.5]) == ["94.00", "94.25", "94.50"]
+    assert charts._told([1.0, 2.0]) == ["1", "2"] and charts._told([0.0, 1e6]) == ["0", "1e+06"]
     points = [Point(1 + n / 50, n / 1e4, "") for n in range(12)]
-    svg = drawn(markup.scatter({"one": points}, points, points[0], "x", "y"))
+    svg = drawn(charts.scatter({"one": points}, points, points[0], "x", "y"))
     for text in svg.iter("text"):
         if text.attrib["text-anchor"] == "end":
             assert float(text.attrib["x"]) - 0.5 * 19 * len(text.text or "") > 20, "beside its name"
@@ -345,7 +370,7 @@ def test_numbers_of_an_axis_have_equally_many_digits_and_room() -> None:
     ],
 )
 def test_ticks_are_round_and_around(values: list[float], ticks: list[float] | None) -> None:
-    found = markup._ticks(values)
+    found = charts._ticks(values)
     assert ticks is None or found == ticks
     assert found[0] <= min(values) and found[-1] >= max(values) and len(set(found)) > 1
 
@@ -370,7 +395,7 @@ def test_a_line_of_one_point_is_not_in_the_legend() -> None:
     slow = evaluation(rows=(evaluation().dense, row("tome", 0.5, 95.0, 150.0)))
     assert len(slow.front()) == 1
     told = "no setting is both faster and better</li>"
-    assert told not in report.plot(slow) and told in report.plot(evaluation())
+    assert told not in evaluations.plot(slow) and told in evaluations.plot(evaluation())
 
 
 def test_many_losses_are_folded() -> None:
@@ -468,7 +493,7 @@ def test_titles_are_buttons_that_sort(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     ).stdout
-    head, cells = report.columns(table)
+    head, cells = evaluations.columns(table)
     for number, title in enumerate(head):
         (told,) = re.findall(f'<pre id="sorted-{number}">(.*?)</pre>', dom, re.S)
         orders = [each.split("#") for each in unescape(told).split("~")]

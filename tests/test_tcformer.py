@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tokred
 from tokred.maps import Clusters
-from tokred.measure.cost import _FUSED
+from tokred.measure.counting import _FUSED
 from tokred.models.tcformer import (
     DPCKNN,
     GLOBAL,

@@ -10,13 +10,15 @@ from tokred.data import zoo
 from tokred.engine.denoising import Around, DenoiserTrace, Denoising
 from tokred.engine.reduction import Reduction
 from tokred.host import UnsupportedModelError, hosts
-from tokred.measure.advising import Advice, advise
+from tokred.measure.advise.advising import advise
+from tokred.measure.advise.values import Advice
 from tokred.measure.calibration import calibrate
 from tokred.measure.cost import Bench, Flops, bench, flops
-from tokred.measure.evaluating import evaluate
+from tokred.measure.evaluate import evaluate
 from tokred.measure.evaluation import Evaluation
 from tokred.measure.fidelity import Fidelity, fidelity
-from tokred.measure.profiling import Profile, profile
+from tokred.measure.profile.measuring import profile
+from tokred.measure.profile.values import Profile
 from tokred.measure.tracing import Trace, inspect
 from tokred.moved import former, keep_former_paths
 from tokred.patching import applied, apply, remove
@@ -42,10 +44,9 @@ from tokred.reducers.tome2d import ToMe2d
 from tokred.reducers.topk import TopK
 from tokred.schedule import Constant, Exactly, Hourglass, Linear, Shares, Stages
 from tokred.show.drawing import visualise
+from tokred.version import __version__ as __version__
 
 keep_former_paths()
-
-__version__ = "0.7.1"
 
 __all__ = [
     "ATC",

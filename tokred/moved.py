@@ -14,25 +14,55 @@ from types import ModuleType
 from typing import Any
 
 MOVED: dict[str, tuple[str, ...]] = {
-    "advising": ("measure.advising",),
+    "advising": (
+        "measure.advise.advising",
+        "measure.advise.values",
+        "measure.advise.search",
+        "measure.advise.schedules",
+        "measure.advise.costs",
+        "measure.advise.harm",
+        "measure.advise.families",
+    ),
     "calibration": ("measure.calibration",),
     "citing": ("patching.citing",),
-    "cost": ("measure.cost",),
+    "cost": (
+        "measure.cost",
+        "measure.race",
+        "measure.limit",
+        "measure.counting",
+        "measure.conditions",
+        "measure.subject",
+    ),
     "denoising": ("engine.denoising", "patching.denoisers"),
     "drawing": ("show.drawing",),
-    "evaluating": ("measure.evaluating",),
+    "evaluating": (
+        "measure.evaluate",
+        "measure.settings",
+        "measure.work",
+        "measure.batches",
+        "measure.answers",
+        "measure.store",
+        "measure.progress",
+        "measure.processes",
+        "measure.race",
+    ),
     "evaluation": ("measure.evaluation",),
     "fid": ("measure.fid",),
     "fidelity": ("measure.fidelity",),
     "inputs": ("data.inputs",),
     "losses": ("training.losses",),
-    "markup": ("show.markup",),
+    "markup": ("show.markup", "show.charts"),
     "metrics": ("measure.metrics",),
     "pictures": ("data.pictures", "data.transforms"),
     "presets": ("patching.presets",),
-    "profiling": ("measure.profiling",),
+    "profiling": (
+        "measure.profile.values",
+        "measure.profile.measuring",
+        "measure.profile.clock",
+        "show.profiles",
+    ),
     "reading": ("data.reading",),
-    "report": ("show.report",),
+    "report": ("show.report", "show.evaluations"),
     "run": (
         "engine.layout",
         "engine.state",
@@ -56,6 +86,9 @@ MOVED: dict[str, tuple[str, ...]] = {
 }
 """Former modules of `tokred`, and the modules in which their names are now."""
 
+RENAMED: dict[str, str] = {"evaluating.Shown": "measure.progress.Progress"}
+"""Names that are others now, by the former module."""
+
 
 class Former(ModuleType):
     """Stands in for a module that was moved, and takes its names from where they are now."""
@@ -66,6 +99,10 @@ class Former(ModuleType):
         if part in sys.modules:  # of a folder
             return sys.modules[part]
         if not name.startswith("__"):
+            former = self.__name__.removeprefix("tokred.")
+            if f"{former}.{name}" in RENAMED:
+                module, _, now = RENAMED[f"{former}.{name}"].rpartition(".")
+                return getattr(import_module(f"tokred.{module}"), now)
             for place in self._places():
                 if hasattr(place, name):
                     return getattr(place, name)

@@ -1,8 +1,9 @@
 """Tables and plots of the benchmarks, made from the JSON that `tokred bench --suite` has written.
 
-A page says `<!-- benchmarks: all -->` where everything is to stand, and `<!-- benchmarks: NAME
--->` where the plots of one file are: NAME is its path below `docs/benchmarks`, without the suffix.
-In the repository these are comments; what can be read there are the files themselves.
+A page has the comment `<!-- benchmarks: all -->` where all tables and plots belong, and `<!--
+benchmarks: NAME -->` where the plots of one file belong. NAME is the path of the file below
+`docs/benchmarks`, without the suffix. In the repository these stay comments, and one reads the
+files themselves.
 """
 
 from __future__ import annotations
@@ -35,8 +36,7 @@ _FOLDERS = {
 
 
 def names() -> list[str]:
-    """What has been measured: paths below `docs/benchmarks` without suffix, in the order of the
-    page."""
+    """The names of all files, in the order in which the page has them."""
     found = [
         str(file.relative_to(FOLDER).with_suffix("").as_posix()) for file in FOLDER.rglob("*.json")
     ]
@@ -45,29 +45,29 @@ def names() -> list[str]:
 
 
 def suite_of(name: str) -> str:
-    """The suite that a file is of."""
+    """The suite that has written a file."""
     return name.split("/")[-1].split("-")[0]
 
 
 def results(name: str) -> dict[str, Any]:
-    """What a suite has measured."""
+    """The results of a suite."""
     found: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text())
     return found
 
 
 def table(name: str) -> str:
-    """The Markdown that the suite makes of it, which is what stands beside the JSON."""
+    """The Markdown that the suite makes out of its results; the same stands beside the JSON."""
     made: str = import_module(f"tokred.measure.suites.{suite_of(name)}").markdown(results(name))
     return made.rstrip("\n") + "\n"
 
 
 def anchor(name: str) -> str:
-    """Where its section is on the page."""
+    """The anchor of the section of a file."""
     return "tables-" + re.sub(r"[^a-z0-9]+", "-", name.lower())
 
 
 def head(name: str) -> str:
-    """What its section is called."""
+    """The title of the section of a file."""
     folder, _, stem = f"/{name}".rpartition("/")
     device, dtype = stem.split("-", 2)[1:]
     return f"{_HEADS[suite_of(name)]}{_FOLDERS[folder.strip('/')]}: {device.upper()}, {dtype}"
@@ -76,7 +76,7 @@ def head(name: str) -> str:
 def section(name: str) -> str:
     """Head, conditions, plots and tables of one file, as Markdown."""
     tables = compact(results(name)) if suite_of(name) == "vit" else ""
-    if not tables:  # those of the suite, without its head, which stands above
+    if not tables:  # the suite's own tables, without its head, which stands above
         told = [line for line in table(name).splitlines() if not _SAID_ABOVE.match(line)]
         tables = re.sub("^## ", "### ", "\n".join(told), flags=re.MULTILINE)
     return "\n".join(
@@ -94,8 +94,8 @@ def section(name: str) -> str:
 
 
 def compact(found: dict[str, Any]) -> str:
-    """One table of all groups of the suite `vit`, a row for each, where there is one keep rate;
-    empty otherwise."""
+    """One table of the suite `vit` with a row for each group, if there is only one keep rate;
+    otherwise empty."""
     groups = [group for group in found["groups"] if group["cells"]]
     rates = {cell["keep_rate"] for group in groups for cell in group["cells"]}
     if len(rates) > 1 or len(groups) == 1:
@@ -125,7 +125,7 @@ def compact(found: dict[str, Any]) -> str:
 
 
 def conditions(found: dict[str, Any]) -> str:
-    """What it was measured on, in one line."""
+    """One line that tells what the results were measured on."""
     device = found["device"]
     told = [device, found["dtype"], f"{found['threads']} threads"]
     if "compiled" in found:
@@ -152,7 +152,7 @@ def _rounds(found: dict[str, Any]) -> list[int]:
 
 
 def drawn(name: str) -> str:
-    """Its plots, as HTML in Markdown; nothing of suites whose tables say it all."""
+    """The plots of a file, as HTML in Markdown; empty for suites that have tables only."""
     if suite_of(name) != "vit":
         return ""
     found = results(name)
@@ -166,7 +166,7 @@ def drawn(name: str) -> str:
 
 
 def _captioned(groups: list[dict[str, Any]], figure: str) -> str:
-    """A plot below what is the same in all of it."""
+    """A plot below a caption that tells what all groups have in common."""
     first = groups[0]
     told = [first["model"].removesuffix("_patch16_224")] if len(groups) == 1 else []
     for each, text in (("image_size", "{} px"), ("batch", "batch {}")):
@@ -179,7 +179,7 @@ def _captioned(groups: list[dict[str, Any]], figure: str) -> str:
 
 
 def _label(group: dict[str, Any], groups: list[dict[str, Any]]) -> str:
-    """A model, with what tells it from the others of its file."""
+    """The name of a group's model, with what distinguishes it from other groups of the file."""
     told = [group["model"].removesuffix("_patch16_224")]
     if len({each["image_size"] for each in groups}) > 1:
         told.append(f"{group['image_size']} px")
@@ -199,8 +199,8 @@ def _speed_ups(group: dict[str, Any]) -> str:
 
 
 def _shares(groups: list[dict[str, Any]]) -> str:
-    """The share of the free limit: a row for each method, or for each model where there are many;
-    a mark for each keep rate, or for each method."""
+    """The shares of the free limit. With one group: a row for each method, a mark for each keep
+    rate. With several: a row for each group, a mark for each method."""
     values: dict[str, list[tuple[str, float]]] = {}
     for group in groups:
         for cell in group["cells"]:
@@ -213,7 +213,7 @@ def _shares(groups: list[dict[str, Any]]) -> str:
 def _fill(app: Any, page: str, source: list[str]) -> None:
     def made(found: re.Match[str]) -> str:
         shown = names() if found[1] == "all" else [found[1]]
-        for name in shown:  # the page is made again when they change
+        for name in shown:  # so that the page is made again when a file changes
             app.env.note_dependency(str(FOLDER / f"{name}.json"))
         return "\n".join(map(section if found[1] == "all" else drawn, shown))
 

@@ -1,8 +1,8 @@
-"""Docstrings, as they have to be for the API reference.
+"""Prepares docstrings for the API reference.
 
-Types stand in signatures, never in the text: what Napoleon takes for one ("Of a learned method: the
-share ...") is the beginning of a sentence, and becomes that again. A name in backticks that a
-docstring's own module knows leads to its entry, wherever in the package that stands.
+Types stand in signatures, never in the text. What Napoleon takes for a type ("Of a learned method:
+the share ...") is the beginning of a sentence, and becomes one again. A name in backticks that the
+docstring's module knows becomes a link to its entry in the reference.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _NAME = re.compile(r"(?<![`:\w])`([A-Za-z]\w*)`(?![`\w])")
 
 
 def sentences(lines: list[str]) -> list[str]:
-    """Lines that Napoleon has made, without the types that it has found in them."""
+    """The lines that Napoleon has made, with the types it has found put back into sentences."""
     made: list[str] = []
-    begins = 0  # where what is returned, or what an attribute is, is said
+    begins = 0  # the line that describes what is returned, or what an attribute is
     for line in lines:
         if line.startswith(":returns:"):
             begins = len(made)
@@ -38,7 +38,7 @@ def sentences(lines: list[str]) -> list[str]:
 
 
 def linked(lines: list[str], obj: Any) -> list[str]:
-    """Lines of a docstring whose names lead to their entries."""
+    """The lines of a docstring, with names as links to their entries."""
     bare = getattr(obj, "fget", obj)  # of a property
     module = sys.modules.get(str(getattr(bare, "__module__", "")))
     if module is None or not module.__name__.startswith("tokred"):
@@ -57,7 +57,7 @@ def linked(lines: list[str], obj: Any) -> list[str]:
 
 @cache
 def entries() -> dict[int, str]:
-    """The names that the reference has, by the `id` of what they name."""
+    """The names in the reference, by the `id` of the object that each of them names."""
     named = {}
     for page in sorted(REFERENCE.glob("*.md")):
         for name in _ENTRY.findall(page.read_text()):

@@ -1,9 +1,8 @@
-"""Links of the pages, as they have to be on the site.
+"""Rewrites the links of pages for the site.
 
 In the repository a page links to files beside it. On the site, tables of the benchmarks are
-sections of one page, notebooks are pages of their own, and the README is the quick start; any other
-file is handed out as a
-download, which MyST does by itself.
+sections of one page, notebooks are pages of their own, and the README is the quick start. Any other
+file is a download, which MyST makes by itself.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ _PAGE_OF_DOCS = re.compile(r"\]\(\.\./docs/([\w./#-]+)\)")
 
 
 def for_the_site(text: str, page: str = "") -> str:
-    """Markdown of a page with its links as the site has them.
+    """The Markdown of a page, with its links as they are on the site.
 
     Args:
-        text: the page.
-        page: its name, such as "dense" or "notebooks/dense".
+        text: the Markdown.
+        page: the name of the page, such as "dense" or "notebooks/dense".
     """
     up = "../" * (len(PurePosixPath(page).parts) - 1)
     text = _TABLE.sub(lambda found: f"](#{benchmarks.anchor(found[1])})", text)

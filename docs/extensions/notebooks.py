@@ -1,7 +1,7 @@
 """The notebooks of `examples` as pages of the site.
 
-Sphinx takes pages from its own folder only, so each build copies them to `docs/notebooks`, which
-git ignores; their links are made to lead where they lead in the repository.
+Sphinx takes pages from its own folder only, so each build copies the notebooks to `docs/notebooks`,
+which git ignores, and rewrites their links.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ FOLDER = "notebooks"
 
 
 def copy(examples: Path, docs: Path) -> list[Path]:
-    """Writes the notebooks to `docs/notebooks`, where they have changed; returns the files."""
+    """Writes the notebooks that have changed to `docs/notebooks`; returns all files there."""
     folder = docs / FOLDER
     folder.mkdir(exist_ok=True)
     written = []

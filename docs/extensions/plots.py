@@ -1,8 +1,8 @@
-"""Plots as SVG that stands in the page, so that its colours follow the page's theme.
+"""Plots as SVG inside of the page, so that their colours follow the theme of the page.
 
-Text and axes take the page's own colours; series have classes `series-0` to `series-9`, whose
-colours `static/site.css` sets for light and for dark, and a shape each, so that nobody has to tell
-them apart by colour.
+Text and axes take the page's own colours. Series have the classes `series-0` to `series-9`, whose
+colours `static/site.css` sets for light and dark themes. Each has a shape, too, so that nobody has
+to tell them apart by colour.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 SERIES = 10
-"""So many series can be told apart."""
+"""The number of series that can be told apart."""
 
 _SHAPES = (
     "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0Z",  # disc
@@ -21,7 +21,7 @@ _SHAPES = (
     "M0 -5L5 0L0 5L-5 0Z",  # diamond
     "M0 4.6L4.4 -3.4H-4.4Z",  # triangle on its tip
 )
-_WIDTH = 440  # as narrow as a phone, so that text is not made small there
+_WIDTH = 440  # as narrow as a phone, on which text would otherwise become small
 _LEFT, _RIGHT, _TOP = 36, 16, 14
 
 
@@ -35,8 +35,8 @@ def lines(
 
     Args:
         series: points of each line, by name.
-        across, up: what the axes are.
-        ceiling: name and points of a line that is drawn apart from the others, dashed.
+        across, up: the titles of the axes.
+        ceiling: name and points of a dashed line that is none of the series.
     """
     everything = [point for points in (*series.values(), ceiling[1]) for point in points]
     top = _TOP + 14
@@ -83,12 +83,12 @@ def lines(
 def rows(
     values: Mapping[str, Sequence[tuple[str, float]]], across: str, line: float, low: float
 ) -> str:
-    """A row for each name with a mark for each of its values, and a line that values are read by.
+    """A row for each name, with a mark for each of its values, and a line to compare values with.
 
     Args:
-        values: for each name, pairs of what the value belongs to and the value.
-        across: what the axis is.
-        line: where the line stands.
+        values: for each name, pairs of a kind and a value.
+        across: the title of the axis.
+        line: the value at which the line stands.
         low: where the axis begins, unless a value is lower.
     """
     kinds = list(dict.fromkeys(kind for pairs in values.values() for kind, _ in pairs))
@@ -123,7 +123,7 @@ def rows(
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers, four to nine of them, the first not above `low`, the last not below `high`."""
+    """Four to nine round numbers, the first at most `low`, the last at least `high`."""
     span = max(high - low, 1e-6)
     step = next(
         base * 10**power

@@ -33,7 +33,9 @@ from tokred.data import (
 )
 from tokred.engine.denoising import MODULES
 from tokred.host import host
-from tokred.measure import advising, evaluating, fid, metrics, tracing
+from tokred.measure import fid, metrics, settings, tracing
+from tokred.measure.advise import advising
+from tokred.measure.processes import Processes
 from tokred.measure.suites import clustering, dense, diffusion, gates, vit
 from tokred.optional import require
 from tokred.reducers import Reducer
@@ -157,11 +159,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluated = command(
         "evaluate", _evaluate, "what methods and keep rates gain and cost on your images: a table"
     )
-    dense = f"{' '.join(evaluating.METHODS)}; of dense models {' '.join(evaluating.DENSE_METHODS)}"
+    dense = f"{' '.join(settings.METHODS)}; of dense models {' '.join(settings.DENSE_METHODS)}"
     _add_evaluation_options(evaluated, dense)
     evaluated.add_argument(
-        "--keep-rates", nargs="+", type=float, default=list(evaluating.KEEP_RATES),
-        help=f"in (0, 1] (default: {' '.join(f'{rate:g}' for rate in evaluating.KEEP_RATES)})",
+        "--keep-rates", nargs="+", type=float, default=list(settings.KEEP_RATES),
+        help=f"in (0, 1] (default: {' '.join(f'{rate:g}' for rate in settings.KEEP_RATES)})",
     )  # fmt: skip
     evaluated.add_argument(
         "--hourglass", action="store_true",
@@ -412,7 +414,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         # Lines are printed as they come, so that the table grows on the terminal.
         progress=not options.json,
     )
-    state = evaluating.Processes()
+    state = Processes()
     if state.main:
         print(json.dumps(result.as_dict(), indent=2) if options.json else result)
         if options.csv:
@@ -421,9 +423,9 @@ def _evaluate(options: argparse.Namespace) -> None:
             result.plot().savefig(options.plot, dpi=110)
         if options.html:
             tried = methods or list(dict.fromkeys(row.method for row in result.settings))
-            settings = evaluating.settings_of(tried, options.keep_rates, schedule)
+            tried_settings = settings.settings_of(tried, options.keep_rates, schedule)
             of_note = [*result.front(), *result.within(0.5)][-1:]
-            named = next((s for r in of_note for s in settings if s.code == r.code), None)
+            named = next((s for r in of_note for s in tried_settings if s.code == r.code), None)
             _write_report(options.html, result, _Shown(model, data, transform, named))
         _tell_written(options.csv, options.plot, options.html)
     if state.state is not None:
@@ -473,7 +475,7 @@ def _model_and_data(options: argparse.Namespace) -> tuple[nn.Module, Any, Any]:
 
 
 def _named(name: str, options: argparse.Namespace) -> Reducer | tokred.Preset:
-    method = evaluating.method_of(name)
+    method = settings.method_of(name)
     if isinstance(method, tokred.Preset):
         return method
     try:
@@ -489,7 +491,7 @@ class _Shown:
     model: nn.Module
     data: Any
     transform: Any
-    setting: evaluating.Setting | None
+    setting: settings.Setting | None
 
 
 def _write_report(

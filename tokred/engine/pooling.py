@@ -7,6 +7,7 @@ that. Dropped tokens and padding do not count at all.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -98,14 +99,22 @@ def poolable(
         return None
     if not state.prunes:
         if not state.expanded:
-            x = expand(reduction.layout, x, state)
+            with _back(reduction):
+                x = expand(reduction.layout, x, state)
         # Padding that the images came with is on the full grid, too.
         size = unrolled(state.trail)[0].size
     else:
         if state.expanded:
-            x, state = descend(reduction.layout, x, state)
+            with _back(reduction):
+                x, state = descend(reduction.layout, x, state)
         size = state.size
     return x, None if size is None else size > 0
+
+
+def _back(reduction: Reduction) -> AbstractContextManager[None]:
+    """A context in which tokens come and go for a head, for who observes the reduction."""
+    observer = reduction.observer
+    return nullcontext() if observer is None else observer.part("back")
 
 
 def check_training(reduction: Reduction, state: State) -> None:

@@ -1,4 +1,4 @@
-"""`tokred.calibrate`: gates that keep, on some images, the share of tokens they are meant to."""
+"""`tokred.calibrate`: makes gates keep their target share of the tokens of some images."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from tokred.reducers.svit import Gate
 def calibrate(model: Any, images: Inputs) -> dict[int, float]:
     """Moves the threshold of every gate so that it keeps its target share of these images' tokens.
 
-    What a gate prefers stays as it is; only how many tokens are good enough changes. One pass: a
-    gate is set before its layer runs, so that those behind it see what they will see.
+    The order in which a gate prefers tokens stays the same; only the number of tokens that it keeps
+    changes. One pass is enough: a gate is set before its layer runs, so the gates behind it see the
+    tokens that they will see later.
 
     Args:
         model: a model to which `SViT` is applied, in eval mode.
         images: what the model takes; a few dozen images say enough.
 
     Returns:
-        For each layer, by how much the logit in favour of keeping a token was raised.
+        For each layer, by how much the logit for keeping a token was raised.
 
     Raises:
         ValueError: the model has no gates that decide by themselves.
@@ -54,14 +55,14 @@ def calibrate(model: Any, images: Inputs) -> dict[int, float]:
 
 @dataclass(eq=False)
 class _Left:
-    """Of a method that remembers: the tokens that no gate has left out so far."""
+    """The tokens that no gate has left out so far, if the method remembers that."""
 
     tokens: Bool[Tensor, "batch tokens"] | None = None
 
 
 @dataclass(eq=False)
 class _Sets:
-    """A forward hook that sets a gate by what it has put out."""
+    """A forward hook that sets a gate by its output."""
 
     share: float
     left: _Left | None
@@ -79,11 +80,11 @@ class _Sets:
         last = min(len(choice), max(1, round(self.share * odds.numel()))) - 1
         after = min(last + 1, len(choice) - 1)
         self.raised = -float(choice[last] + choice[after]) / 2
-        if after == last:  # all that are left stay
+        if after == last:  # all remaining tokens are kept
             self.raised = max(0.0, 1e-3 - float(choice[last]))
         gate.favour(self.raised)
         if self.left is not None:
             stays = odds + self.raised > 0
             former = self.left.tokens
             self.left.tokens = stays if former is None else stays & former
-        return gate.forward(*args)  # without this hook
+        return gate.forward(*args)  # the output of the changed gate, without calling this hook

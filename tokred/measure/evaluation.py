@@ -1,10 +1,8 @@
-"""What a reduction gains and costs on somebody's own model, images and machine.
+"""The values of `tokred.evaluate`: a `Row` for each setting, and the `Evaluation` with all rows.
 
-    table = tokred.evaluate(model, "flowers/val", methods=("tome", "atc"), keep_rates=(0.7, 0.5))
-    table.plot()
-    print(table.best(max_drop=0.5).code)
-
-This file holds the values: one `Row` for each setting, and the `Evaluation` that has all of them.
+table = tokred.evaluate(model, "flowers/val", methods=("tome", "atc"), keep_rates=(0.7, 0.5))
+table.plot()
+print(table.best(max_drop=0.5).code)
 """
 
 from __future__ import annotations
@@ -13,29 +11,29 @@ import dataclasses
 import math
 import statistics
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any
 
+from tokred.measure.results import Result, drawn
 from tokred.optional import require
-from tokred.show import drawing
 
 BUSY = 1.3
-"""How much slower the dense model may be in one row than in another, before that is told."""
+"""A warning is given if the dense model takes this many times as long in one row as in another."""
 UNSURE = 0.05
-"""The standard error of a speed-up, as a share of it, above which that is told."""
+"""A warning is given if the standard error of a speed-up is a larger share of it."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What a model costs to run, as it was measured here.
+    """What it costs to run a model, as measured on this machine.
 
     Attributes:
-        images_per_second: with the batch of the evaluation.
+        images_per_second: for batches of the size of the evaluation.
         latency: seconds for one image alone.
-        mult_adds: multiply-adds per image, counted; None where they could not be.
-        peak_memory: bytes that tensors of one pass took at most, beyond what was there before.
-        error: standard error of the images per second beside the dense model's, as a share of
-            them; 0 of the dense model itself.
+        mult_adds: multiply-adds per image; None if they could not be counted.
+        peak_memory: the most bytes that the tensors of a pass took, not counting what was there
+            before.
+        error: standard error of the speed-up over the dense model, as a share of it; 0 for the
+            dense model itself.
     """
 
     images_per_second: float
@@ -47,28 +45,29 @@ class Speed:
 
 @dataclass(frozen=True)
 class Row:
-    """One setting: what it does to the answers, and to the time.
+    """What one setting does to the answers and to the time.
 
     Attributes:
-        method: as it was asked for, such as "atc:single"; "dense" for the model as it is.
-        keep_rate: of the schedule, where it has one; None of others and of the dense model.
+        method: as it was asked for, such as "atc:single"; "dense" for the dense model.
+        keep_rate: of the schedule, if it has one; None otherwise.
         code: the line that applies it; empty for the dense model.
         tokens: patch tokens that enter the model.
         counts: patch tokens after each layer.
-        images: how many were looked at.
-        metrics: scores against the labels, by name, the leading one first: percent, or, of depth,
-            what the metric is in. Empty without labels.
+        images: how many images were used.
+        metrics: scores against the labels, by name, the leading one first: in percent; for depth,
+            in the unit of the metric. Empty without labels.
         compared: how many images were compared with the dense model.
-        agreement: percent of decisions (classes of images, pixels or queries) that are the dense
-            model's; None where nothing is decided.
-        kl: mean Kullback-Leibler divergence of its probabilities from the dense model's, in nats;
-            None where there are none.
-        cosine: mean cosine between its final features and the dense model's.
-        depth_error: mean distance of its depths from the dense model's, in percent of those; None
-            where none are estimated.
-        speed: measured in turns with the dense model,
-        dense: which took this in the same run, and with
-        limit: the free limit, tokens cut off to the same numbers; None of the dense model.
+        agreement: percentage of decisions (classes of images, pixels or queries) that are the same
+            as the dense model's; None if the model decides nothing.
+        kl: mean Kullback-Leibler divergence of the probabilities from the dense model's, in nats;
+            None if there are no probabilities.
+        cosine: mean cosine between the final features and the dense model's.
+        depth_error: mean distance of the depths from the dense model's, in percent of those; None
+            if the model estimates no depth.
+        speed: of the setting, measured in turns with the dense model and the free limit.
+        dense: the dense model's speed in the same run.
+        limit: the free limit's speed in the same run (tokens cut off to the same numbers); None in
+            the dense model's row.
     """
 
     method: str
@@ -89,12 +88,12 @@ class Row:
 
     @property
     def speed_up(self) -> float:
-        """Over the dense model, in images per second."""
+        """The speed-up over the dense model, in images per second."""
         return self.speed.images_per_second / self.dense.images_per_second
 
     @property
     def latency_speed_up(self) -> float:
-        """Over the dense model, for one image alone."""
+        """The speed-up over the dense model, for one image alone."""
         return self.dense.latency / self.speed.latency
 
     @property
@@ -113,7 +112,7 @@ class Row:
 
 
 @dataclass(frozen=True, repr=False)
-class Evaluation:
+class Evaluation(Result):
     """The table that `tokred.evaluate` has made.
 
     Attributes:
@@ -121,15 +120,15 @@ class Evaluation:
         data: what it was tried on, in words.
         task: "classification", "multilabel", "segmentation", "depth", "relative depth", or
             "unlabelled".
-        leading: the metric that settings are compared by: the first of `Row.metrics`; where there
-            are no labels, "agreement" with the dense model, or, of models that decide nothing,
+        leading: the metric that settings are compared by: the first of `Row.metrics`. Without
+            labels, "agreement" with the dense model, or, if the model decides nothing,
             "depth_error" or "cosine".
         higher_is_better: whether more of it is better.
-        unit: of the leading metric: "%" or "".
+        unit: the unit of the leading metric: "%" or "".
         device, dtype, threads, batch: what it was measured on.
-        versions: of the libraries.
+        versions: the versions of libraries.
         rows: the dense model first, then every setting.
-        refused: settings that cannot be, with the reason.
+        refused: settings that the model does not take, with the reason.
     """
 
     model: str
@@ -148,7 +147,7 @@ class Evaluation:
 
     @property
     def dense(self) -> Row:
-        """The model as it is."""
+        """The row of the dense model."""
         return self.rows[0]
 
     @property
@@ -157,7 +156,7 @@ class Evaluation:
         return self.rows[1:]
 
     def score(self, row: Row) -> float:
-        """The leading metric of a row; cosines in percent."""
+        """The value of the leading metric in a row; a cosine in percent."""
         if self.leading in row.metrics:
             return row.metrics[self.leading]
         close = getattr(row, self.leading)
@@ -169,17 +168,17 @@ class Evaluation:
         return change if self.higher_is_better else -change
 
     def images_per_second(self, row: Row) -> float:
-        """With the batch: the dense model's median over all rows, times the speed-up. So rows can
-        be compared with each other, even if the machine was slower during some of them; what was
-        measured is in `Row.speed`."""
+        """The speed-up of a row times the dense model's images per second, of which the median over
+        all rows is taken. So rows can be compared with each other, even if the machine was slower
+        while some of them were measured. What was measured is in `Row.speed`."""
         return statistics.median(r.dense.images_per_second for r in self.rows) * row.speed_up
 
     def latency(self, row: Row) -> float:
-        """Seconds for one image alone; as `images_per_second`."""
+        """Seconds for one image alone, made comparable as in `images_per_second`."""
         return statistics.median(r.dense.latency for r in self.rows) / row.latency_speed_up
 
     def warnings(self) -> list[str]:
-        """What whoever reads the speeds should be told, in sentences."""
+        """Warnings for readers of the speeds, in sentences."""
         told = []
         paces = [self.batch / row.dense.images_per_second for row in self.rows]
         error = max(row.speed.error for row in self.rows)
@@ -200,8 +199,8 @@ class Evaluation:
         return told
 
     def front(self) -> tuple[Row, ...]:
-        """The settings that no other is both faster and better than, the slowest first; the dense
-        model among them."""
+        """The settings to which no other is superior in speed and score at once, the slowest first.
+        The dense model counts as one of them."""
         best: list[Row] = []
         rows = [row for row in self.rows if math.isfinite(self.score(row))]
         for row in sorted(rows, key=lambda row: (-row.speed_up, self.drop(row))):
@@ -210,18 +209,23 @@ class Evaluation:
         return tuple(reversed(best))
 
     def within(self, max_drop: float) -> tuple[Row, ...]:
-        """The settings that lose at most so much of the leading metric and are faster than the
-        dense model, the slowest first."""
+        """The settings that lose at most `max_drop` of the leading metric and are not slower than
+        the dense model, the slowest first."""
         kept = [r for r in self.settings if self.drop(r) <= max_drop and r.speed_up >= 1]
         return tuple(sorted(kept, key=lambda row: (row.speed_up, -self.drop(row))))
 
     def best(self, max_drop: float | None = None, min_speed_up: float | None = None) -> Row:
-        """The fastest setting that loses at most `max_drop` of the leading metric, or the one that
-        loses least among those that are `min_speed_up` times as fast; with both, the fastest.
+        """The best setting within bounds.
+
+        Args:
+            max_drop: the fastest setting is returned that loses at most this many points of the
+                leading metric.
+            min_speed_up: the setting is returned that loses least among those with at least this
+                speed-up. With both, the fastest one.
 
         Raises:
             ValueError: neither is given.
-            LookupError: no setting is good enough; the message names the nearest one.
+            LookupError: no setting is within the bounds; the message names the nearest one.
         """
         if max_drop is None and min_speed_up is None:
             raise ValueError("give max_drop (points of the leading metric) or min_speed_up")
@@ -336,8 +340,8 @@ class Evaluation:
         }
 
     def plot(self, axes: Any = None) -> Any:
-        """The leading metric against the measured speed-up, a line for each method, the settings of
-        the front ringed and joined.
+        """The leading metric against the measured speed-up, with a line for each method. The
+        settings of the front have a ring, and a broken line joins them.
 
         Args:
             axes: where to draw; a figure of its own if not given.
@@ -348,34 +352,15 @@ class Evaluation:
         Raises:
             ModuleNotFoundError: Matplotlib is not installed.
         """
-        if axes is None:
-            figure = require("matplotlib.figure", "plots").Figure((7, 4.5), layout="constrained")
-            axes = figure.add_subplot()
-        drawing.plot_front(
-            axes,
-            {
-                method: [(r.speed_up, self.score(r)) for r in self.settings if r.method == method]
-                for method in dict.fromkeys(row.method for row in self.settings)
-            },
-            self.score(self.dense),
-            [(row.speed_up, self.score(row)) for row in self.front()],
-            f"{self.leading}{', %' if self.unit == '%' else ''}",
-        )
-        axes.set_title(f"{self.model}, {self.dense.images} images")
-        return axes.figure
-
-    def _repr_html_(self) -> str:
-        # The report knows this file.
-        page: str = import_module("tokred.show.report").table(self)
-        return page
+        return drawn(self, "plot", axes)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it; `from_dict` makes it again."""
+        """Everything, as JSON can hold it, for `from_dict`."""
         return dataclasses.asdict(self)
 
     @staticmethod
     def from_dict(stored: dict[str, Any]) -> Evaluation:
-        """What `as_dict` has stored."""
+        """An evaluation that `as_dict` has stored."""
         return Evaluation(**{**stored, "rows": tuple(row_from(row) for row in stored["rows"])})
 
 

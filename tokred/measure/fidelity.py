@@ -1,4 +1,4 @@
-"""How close a model with fewer tokens stays to the model it was: no labels are needed for that."""
+"""How close a model with fewer tokens stays to the dense model; this needs no labels."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from torch import Tensor, nn
 
 from tokred.data.inputs import Inputs, call, pixels
 from tokred.engine.denoising import Denoising
-from tokred.host import Host, find_host
+from tokred.host import Host, Stage, find_host
 from tokred.patching import hang, reduction_of, remove, uncompiled
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """What a reduced model has in common with itself before.
+    """How close a reduced model is to the dense one.
 
     Attributes:
-        images: how many were compared.
-        cosine: the cosine between the features that leave the last block and those of the dense
-            model, mean over patch tokens and images (Liang et al. 2022, table 1).
+        images: how many images were compared.
+        cosine: the mean cosine, over patch tokens and images, between the features that leave the
+            last block and those of the dense model (Liang et al. 2022, table 1).
         agreement: the share of decisions (classes of images, pixels or queries, by the largest
             score) that are the same; None if the model decides nothing.
         depth_error: the mean of `|depth - dense depth| / dense depth` over pixels; None if the
             model estimates no depth.
-        divergence: the Kullback-Leibler divergence of the reduced model's probabilities of classes
-            from the dense model's, in nats, mean over decisions; None if there are none.
+        divergence: the mean Kullback-Leibler divergence, over decisions and in nats, of the reduced
+            model's probabilities of classes from the dense model's; None if there are none.
     """
 
     images: int
@@ -57,13 +57,13 @@ class Fidelity:
 def fidelity(
     model: nn.Module, batches: Inputs | Iterable[Inputs], host: Host | None = None
 ) -> Fidelity:
-    """Compares a model to which a reduction is applied with the same model without it.
+    """Compares a model to which a reduction is applied with the same model without the reduction.
 
     Every batch runs through both, without gradients; the model is left as it was.
 
     Args:
         model: the model, in evaluation mode.
-        batches: what the model takes: one batch, or several.
+        batches: one batch of what the model takes, or several.
         host: the host it was applied with, if one was given to `tokred.apply`.
 
     Raises:
@@ -100,14 +100,14 @@ def fidelity(
 
 @dataclass(frozen=True)
 class Decisions:
-    """What a model has made of its images.
+    """What a model has decided about its images.
 
     Attributes:
         chosen: the class of every image, pixel or query; None if the model chooses none.
         depth: of every pixel; None if the model estimates none.
         scores: of every class, along dimension 1 for pixels and the last for images and queries;
             None if there are none.
-        probabilities: whether scores are not logits, but add up to something positive.
+        probabilities: whether the scores are not logits, but probabilities up to a factor.
     """
 
     chosen: Tensor | None
@@ -133,12 +133,19 @@ class Seen:
     Attributes:
         images: how many there were.
         features: the patch tokens that left the last block.
-        decisions: what came out.
+        decisions: what it decided.
     """
 
     images: int
     features: Float[Tensor, "batch tokens dim"]
     decisions: Decisions
+
+    @property
+    def bytes(self) -> int:
+        """The memory that the tensors take."""
+        d = self.decisions
+        tensors = (self.features, d.scores, d.chosen, d.depth)
+        return sum(x.numel() * x.element_size() for x in tensors if x is not None)
 
     def to(self, device: torch.device | str) -> Seen:
         """The same on another device."""
@@ -152,8 +159,8 @@ class Seen:
 
 @contextmanager
 def seeing(model: nn.Module, host: Host | None = None) -> Iterator[Callable[[Inputs], Seen]]:
-    """For the length of a `with` block, a function that runs the model on a batch, as it then is,
-    without gradients.
+    """For the length of a `with` block, a function that runs the model on a batch, without
+    gradients, and with whatever reduction it then has.
 
     Args:
         model: the model.
@@ -182,9 +189,10 @@ def seeing(model: nn.Module, host: Host | None = None) -> Iterator[Callable[[Inp
 
 
 def decisions(outputs: Any) -> Decisions:
-    """What a model has decided, by what its outputs are called, or by their shape: scores are
-    [batch, classes], [batch, queries, classes] or [batch, classes, height, width]. The masks of
-    prompts (SAM) say of every pixel whether it is inside.
+    """What a model has decided, read from its outputs by their names, or by their shape.
+
+    Scores are [batch, classes], [batch, queries, classes] or [batch, classes, height, width]. Masks
+    of prompts (SAM) decide for every pixel whether it is inside.
     """
     depth = _field(outputs, "predicted_depth")
     masks = _field(outputs, "masks_queries_logits")
@@ -196,8 +204,8 @@ def decisions(outputs: Any) -> Decisions:
     if isinstance(outputs, Tensor):
         scores = outputs
     if masks is not None:
-        # The class of a pixel, as Mask2Former makes a semantic map of its queries: the last class
-        # is "none".
+        # The class of a pixel, as Mask2Former makes a semantic map out of its queries. The last
+        # class means "none".
         queries = _field(outputs, "class_queries_logits")
         assert queries is not None
         scores = torch.einsum("bqc,bqhw->bchw", queries.softmax(-1)[..., :-1], masks.sigmoid())
@@ -209,10 +217,10 @@ def decisions(outputs: Any) -> Decisions:
 
 @dataclass(frozen=True)
 class Difference:
-    """What two models made of one batch, as sums that add up over batches.
+    """The difference between two models on one batch, as sums that can be added over batches.
 
     Attributes:
-        images: how many there were.
+        images: how many images there were.
         tokens, cosine: patch tokens, and the sum of the cosines between their features.
         chosen, same: decisions, and how many of them are the same.
         scored, divergence: decisions with probabilities, and the sum of the divergences.
@@ -231,11 +239,11 @@ class Difference:
 
 
 def compare(ours: Seen, theirs: Seen, multilabel: bool = False) -> Difference:
-    """What a reduced model (`ours`) and the dense one (`theirs`) made of the same batch.
+    """How the outputs of a reduced model differ from those of the dense model on the same batch.
 
     Args:
-        ours: of the reduced model.
-        theirs: of the dense model.
+        ours: outputs of the reduced model.
+        theirs: outputs of the dense model.
         multilabel: whether every class has a probability of its own; then divergences are summed
             over classes.
     """
@@ -248,14 +256,14 @@ def compare(ours: Seen, theirs: Seen, multilabel: bool = False) -> Difference:
         if multilabel and a.scores is not None and b.scores is not None:
             same = ((a.scores > 0) == (b.scores > 0)).all(-1)
         for scores in (a.scores, b.scores):
-            if scores is not None:  # the largest of scores that are no numbers decides nothing
+            if scores is not None:  # with scores that are not numbers, nothing is decided
                 same = same & ~scores.isnan().any(1 if scores.ndim == 4 else -1)
         found |= {"chosen": a.chosen.numel(), "same": int(same.sum())}
     if a.scores is not None and b.scores is not None:
         divergence = (_bernoulli if multilabel else _categorical)(a, b)
         found |= {"scored": divergence.numel(), "divergence": float(divergence.double().sum())}
     if a.depth is not None and b.depth is not None:
-        # In double, as in half precision an error beside a small depth is infinite.
+        # In double: in half precision, an error divided by a small depth is infinite.
         ours_depth, depth = a.depth.double(), b.depth.double()
         there = depth > 0
         error = (ours_depth - depth).abs()[there] / depth[there]
@@ -267,11 +275,11 @@ def _categorical(ours: Decisions, theirs: Decisions) -> Tensor:
     """KL(theirs || ours) of every decision."""
     a, b = ours.logs(), theirs.logs()
     assert a is not None and b is not None
-    return _weighted(b.exp(), b - a).sum(-1).clamp(min=0)  # what rounding leaves may be below
+    return _weighted(b.exp(), b - a).sum(-1).clamp(min=0)  # rounding may make it negative
 
 
 def _bernoulli(ours: Decisions, theirs: Decisions) -> Tensor:
-    """KL(theirs || ours), summed over classes that are there or not, each for itself."""
+    """KL(theirs || ours), summed over classes, each of which is present or not."""
     assert ours.scores is not None and theirs.scores is not None
     a, b = ours.scores.float(), theirs.scores.float()
     yes, no = F.logsigmoid(b), F.logsigmoid(-b)
@@ -280,13 +288,13 @@ def _bernoulli(ours: Decisions, theirs: Decisions) -> Tensor:
 
 
 def _weighted(probability: Tensor, logs: Tensor) -> Tensor:
-    """Their product; 0 where nothing happens, though the logarithm is infinite there (classes that
-    a model has ruled out)."""
+    """Their product; 0 where the probability is 0, although the logarithm is infinite there (for
+    classes that a model has ruled out)."""
     return torch.where(probability == 0, 0, probability * logs)
 
 
 def total(differences: Sequence[Difference]) -> Fidelity:
-    """The sums of all batches, as means.
+    """The means over all batches.
 
     Raises:
         ValueError: there is no image.
@@ -310,8 +318,9 @@ def total(differences: Sequence[Difference]) -> Fidelity:
     )
 
 
-def _channels_last(y: Tensor, host: Host) -> Tensor:
-    return y.movedim(1, -1) if host.channels_first else y
+def _channels_last(y: Tensor, host: Host | Stage) -> Tensor:
+    first = isinstance(host, Stage) and host.family.channels_first
+    return y.movedim(1, -1) if first else y
 
 
 def _batches(given: Inputs | Iterable[Inputs]) -> Iterable[Inputs]:

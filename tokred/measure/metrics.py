@@ -1,8 +1,8 @@
-"""Scores against labels, by task, through torchmetrics.
+"""Scores against labels, by task, computed by torchmetrics.
 
-What the task is, the labels say: one number for each image is a class; a vector of zeros and ones,
-classes of which there may be several; a map of whole numbers, the class of every pixel; a map of
-fractions, its depth.
+The labels tell the task. One whole number for each image is its class. A vector of zeros and ones
+tells which classes an image has. A map of whole numbers has the class of every pixel, and a map of
+floating-point numbers its depth.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from tokred.optional import require
 
 @dataclass(frozen=True)
 class Task:
-    """What a model is asked, and how its answers are scored.
+    """What a model is to predict, and how its answers are scored.
 
     Attributes:
-        name: of the task.
-        metrics: the names of the scores, the leading one first, with whether more is better.
-        unit: of the leading score: "%" or "".
+        name: the name of the task.
+        metrics: for every score, whether more of it is better; the leading score comes first.
+        unit: the unit of the leading score: "%" or "".
     """
 
     name: str
@@ -41,6 +41,11 @@ class Task:
     def leading(self) -> str:
         """The score that settings are compared by."""
         return next(iter(self.metrics))
+
+    @property
+    def leads(self) -> tuple[str, bool, str]:
+        """The leading score, whether more of it is better, and its unit."""
+        return self.leading, self.metrics[self.leading], self.unit
 
 
 _DEPTH = MappingProxyType({"abs_rel": False, "rmse": False, "delta1": True})
@@ -54,24 +59,30 @@ TASKS: Mapping[str, Task] = {
         Task("relative depth", _DEPTH, ""),
     )
 }
-"""Top-1 and top-5 accuracy; mean average precision over classes that some image has; mean
-intersection over union, over classes that are there or are said to be, and share of the pixels;
-mean |d - t| / t, root mean square error, and the share of pixels with max(d / t, t / d) < 1.25,
-over pixels whose depth is known (above 0, finite). Shares are in percent. "Relative depth" is that
-of models which give inverse depths up to scale and shift: those of each image are fitted to the
-labels first, and end at twice the largest depth of the image."""
+"""The tasks by name.
+
+- classification: top-1 and top-5 accuracy.
+- multilabel: mean average precision, over the classes that some image has.
+- segmentation: mean intersection over union, over the classes that are labelled or predicted
+  somewhere; and the share of pixels that are right.
+- depth: mean of |d - t| / t, root mean square error, and the share of pixels with
+  max(d / t, t / d) < 1.25, over the pixels whose depth t is known (above 0, finite).
+- relative depth: the same for models that estimate inverse depths up to scale and shift. These are
+  fitted to the labels of each image first, and cut off at twice the largest depth of the image.
+
+Shares are in percent."""
 
 
 def task_of(targets: Sequence[Tensor], decided: Decisions, model: Any = None) -> Task:
     """The task that these labels belong to.
 
     Args:
-        targets: of a batch.
-        decided: what the model said to it.
-        model: the model, if it may say that its depths are inverse.
+        targets: the labels of a batch.
+        decided: the model's answers to the batch.
+        model: the model; its configuration may say that its depths are relative.
 
     Raises:
-        ValueError: the model's answers do not go with such labels.
+        ValueError: the model's answers do not fit such labels.
     """
     target = targets[0]
     name = _meant(target)
@@ -98,7 +109,7 @@ def task_of(targets: Sequence[Tensor], decided: Decisions, model: Any = None) ->
 
 
 def _meant(target: Tensor) -> str | None:
-    """The task that such a label belongs to; None if there is none."""
+    """The task that a label belongs to; None if there is no such task."""
     if target.ndim == 0 and not target.is_floating_point():
         return "classification"
     if target.ndim == 1:
@@ -109,7 +120,7 @@ def _meant(target: Tensor) -> str | None:
 
 
 def _fits(name: str, decided: Decisions) -> bool:
-    """Whether a model with such answers has this task."""
+    """Whether a model with such answers can have this task."""
     if name in ("depth", "relative depth"):
         return decided.depth is not None
     dimensions = 4 if name == "segmentation" else 2
@@ -117,7 +128,8 @@ def _fits(name: str, decided: Decisions) -> bool:
 
 
 def _check_unit(targets: Sequence[Tensor], decided: Decisions) -> None:
-    """Refuses millimetres where the model says metres: the scores would mean nothing."""
+    """Refuses depths in another unit than the model's (millimetres for metres): scores would mean
+    nothing."""
     assert decided.depth is not None
     true = torch.cat([target[_known(target)].flatten() for target in targets])
     said = decided.depth.float()
@@ -147,23 +159,22 @@ def _in_words(decided: Decisions) -> str:
 
 
 class Scores:
-    """Runs up the scores of a task, batch by batch; over several processes, of all of them.
+    """Adds up the scores of a task batch by batch, over the batches of all processes.
 
     Args:
         task: the task.
-        decided: what the model said to some batch: how many classes it knows.
-        device: where batches come from.
+        decided: the model's answers to some batch, which tell how many classes it knows.
+        device: where the answers are.
 
     Raises:
-        ValueError: the model's answers do not go with the task.
+        ValueError: the model's answers do not fit the task.
     """
 
     def __init__(self, task: Task, decided: Decisions, device: torch.device) -> None:
         metrics = require("torchmetrics", "evaluate")
         if not _fits(task.name, decided):
             raise ValueError(
-                f"task must go with what the model answers, {_in_words(decided)}, and is "
-                f"{task.name!r}"
+                f"task must fit what the model answers, {_in_words(decided)}, and is {task.name!r}"
             )
         self.task = task
         self.classes = 0
@@ -199,12 +210,12 @@ class Scores:
                     "mIoU": overlap(classes, average="macro", ignore_index=ignored),
                     "pixels": accuracy(classes, average="micro", ignore_index=ignored),
                 }
-        # In double, so that the sums of many pixels are exact enough in any order.
+        # In double precision: the sums over many pixels are then exact enough in any order.
         self.metrics = {
             name: metric.to(device).set_dtype(torch.float64) for name, metric in made.items()
         }
         if task.name == "multilabel":
-            # It gathers lists; a process without images must have an empty one of the right shape.
+            # This metric gathers lists; a process without images needs an empty one of this shape.
             nothing = torch.zeros(0, self.classes, dtype=torch.float64, device=device)
             self._update(nothing, nothing.long())
 
@@ -250,22 +261,22 @@ class Scores:
                     f"labels of several classes must be 0 or 1, not from {float(stacked.min()):g} "
                     f"to {float(stacked.max()):g}"
                 )
-            # Precision asks for their order alone. A sigmoid makes large ones equal.
+            # Only the order of scores matters here; a sigmoid would make large scores equal.
             x = scores.double().clamp(-1e12, 1e12)
             self._update((x / (1 + x.abs()) + 1) / 2, stacked.long())
 
     def result(self) -> dict[str, float]:
-        """The scores, by name. All processes have to ask for them."""
+        """The scores by name. Every process has to call this."""
         found = {}
         for name, metric in self.metrics.items():
             with warnings.catch_warnings():
-                # Classes that no image has are left out below.
+                # Classes that no image has are left out below; torchmetrics warns of them.
                 warnings.filterwarnings("ignore", message="No positive samples")
                 computed: Tensor = metric.compute()
-            if name == "mAP":  # of a class that no image has, it is given as 0
+            if name == "mAP":  # for a class that no image has, torchmetrics returns 0
                 computed = computed[computed > 0].mean()
             x = float(computed) * (1 if name in ("abs_rel", "rmse") else 100)
-            # The last digits depend on the order of sums, and that on the number of processes.
+            # The last digits depend on the order of sums, and so on the number of processes.
             found[name] = float(f"{x:.10g}")
         return found
 
@@ -299,8 +310,9 @@ class Scores:
 
 
 def _fitted(inverse: Float[Tensor, " pixels"], true: Float[Tensor, " pixels"]) -> Tensor:
-    """Depths of inverse ones up to scale and shift, by least squares between inverse depths."""
-    # In closed form, about the means: whatever scale and shift, and where all are the same.
+    """Depths from inverse depths up to scale and shift, which are fitted by least squares."""
+    # In closed form, after subtracting the means: this works for any scale and shift, and if all
+    # inverse depths are the same.
     wanted = 1 / true
     x, y = inverse - inverse.mean(), wanted - wanted.mean()
     spread = (x * x).sum()

@@ -1,8 +1,9 @@
-"""`tokred.inspect`: a forward pass told reduction by reduction."""
+"""`tokred.inspect`: what a forward pass does to its tokens, reduction by reduction."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 from tokred.data.inputs import Inputs, call, pixels
 from tokred.engine.denoising import DenoiserTrace, Denoising
+from tokred.engine.observing import Record
 from tokred.host import Host, find_host, module_of
 from tokred.maps import Clusters, TokenMap
 from tokred.patching import reduction_of, uncompiled
-from tokred.reducers import Reducer
+from tokred.reducers.protocol import Reducer, traits
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,13 @@ class StageTrace:
 
     Attributes:
         layer: the block, from 0.
-        before: patch tokens before it, and
-        after: patch tokens after it: of the image that has the most, where they differ.
+        before: patch tokens before it.
+        after: patch tokens after it; of the image that has the most, if images differ.
         counts: patch tokens of each image after it.
-        map: how they became few.
+        map: how they became fewer.
         labels: the token that each cell of the full grid belongs to after this stage, [B, H, W];
             -1 where it was dropped, here or before.
-        around: whether all tokens are there again behind this block.
+        around: whether all tokens are there again behind the block.
     """
 
     layer: int
@@ -49,10 +51,10 @@ class Trace:
     Attributes:
         method: the method and its options.
         grid: (height, width) of the full grid of patch tokens.
-        prefix: prefix tokens, which no method touches.
-        layers: blocks of the model.
+        prefix: number of prefix tokens, which no method touches.
+        layers: number of blocks of the model.
         stages: the reductions, in order.
-        rises: the layers before which tokens become many again, and how many.
+        rises: the layers before which reductions are undone, and how many tokens there are then.
     """
 
     method: str
@@ -94,14 +96,14 @@ class Trace:
         return "\n".join(lines)
 
     def usage(self) -> Int[Tensor, "batch height width"]:
-        """How many layers each cell of the full grid has gone through, as a token of its own or as
-        part of one (SViT, figures 1 and 9)."""
+        """How many layers each cell of the full grid went through, as a token of its own or as part
+        of one (SViT, figures 1 and 9)."""
         labels = self._per_layer()
         return (labels >= 0).sum(0)
 
     def reactivated(self) -> dict[int, float]:
-        """For each layer that was reduced, the share of the tokens it works on that the layer
-        before did not work on (SViT, figure 5): 0 where nothing comes back."""
+        """For each reduced layer, the share of its tokens that the layer before did not work on
+        (SViT, figure 5); 0 if no token comes back."""
         labels = self._per_layer() >= 0
         shares = {}
         for stage in self.stages:
@@ -111,8 +113,8 @@ class Trace:
         return shares
 
     def _per_layer(self) -> Int[Tensor, "layers batch height width"]:
-        """The token of each cell in each block. (What falls between attention and MLP counts for
-        the block it falls in.)"""
+        """The token of each cell in each block. (A reduction between attention and MLP counts for
+        the block in which it stands.)"""
         by_layer, rises = {stage.layer: stage for stage in self.stages}, dict(self.rises)
         whole = torch.arange(self.grid[0] * self.grid[1]).view(1, *self.grid)
         if self.stages:
@@ -138,18 +140,18 @@ def inspect(model: Any, images: Inputs, host: Host | None = None) -> Trace | Den
     The model is run as it is (uncompiled, without gradients); its outputs are discarded.
 
     Args:
-        model: a model to which a reduction is applied; or a TCFormer, whose tokens become few by
-            themselves, or what has one in it.
+        model: a model to which a reduction is applied; or a model that is or contains a TCFormer,
+            which makes its tokens fewer by itself.
         images: what the model takes, on its device and in its dtype: images, or a mapping of
-            inputs by name. Of a denoiser (or a pipeline): latents, time step and what else it
+            inputs by name. For a denoiser (or a pipeline): latents, time step and what else it
             takes.
         host: the host it was applied with, if one was given to `tokred.apply`.
 
     Returns:
-        What happened layer by layer, or, of a denoiser, block by block.
+        What happened, layer by layer; for a denoiser, block by block.
 
     Raises:
-        ValueError: no reduction is applied to the model, or it shuffles its patches.
+        ValueError: no reduction is applied to the model, or the model shuffles its patches.
     """
     model = module_of(model)
     reduction = reduction_of(model)
@@ -159,15 +161,11 @@ def inspect(model: Any, images: Inputs, host: Host | None = None) -> Trace | Den
     if reduction is None:
         raise ValueError("model has no reduction to inspect; call tokred.apply(model, ...) first")
     if isinstance(reduction, Denoising):
-        with torch.no_grad(), reduction.recording() as merged:
-            call(uncompiled(model), images)
-        method = _on(reduction.reducer, pixels(images).device)
-        modules = reduction.around.modules
-        return DenoiserTrace(method, modules, tuple(merged), reduction.total)
+        return _denoised(model, images, reduction)
     batch = pixels(images)
     height, width = batch.shape[-2:]
-    host, tower = find_host(model, host)
-    layout = host.layout(tower, (height, width))
+    found, tower = find_host(model, host)
+    layout = found.layout(tower, (height, width))
     if not layout.raster:
         raise ValueError(
             f"{type(tower).__qualname__} shuffles its patches, so that what became of them cannot "
@@ -175,12 +173,33 @@ def inspect(model: Any, images: Inputs, host: Host | None = None) -> Trace | Den
         )
     with torch.no_grad(), reduction.recording() as records:
         call(uncompiled(model), images)
-    cells = layout.grid[0] * layout.grid[1]
+    return Trace(
+        method=_on(reduction.reducer, batch.device),
+        grid=layout.grid,
+        prefix=layout.prefix,
+        layers=layout.layers,
+        stages=_stages(records, batch, layout.grid),
+        rises=tuple((record.layer, record.after) for record in records if record.map is None),
+    )
+
+
+def _denoised(model: nn.Module, images: Inputs, reduction: Denoising) -> DenoiserTrace:
+    """What happens to the tokens of a denoiser."""
+    with torch.no_grad(), reduction.recording() as merged:
+        call(uncompiled(model), images)
+    method = _on(reduction.reducer, pixels(images).device)
+    return DenoiserTrace(method, reduction.around.modules, tuple(merged), reduction.total)
+
+
+def _stages(
+    records: Sequence[Record], batch: Tensor, grid: tuple[int, int]
+) -> tuple[StageTrace, ...]:
+    """The reductions, with the token that each cell of the full grid belongs to after each."""
+    cells = grid[0] * grid[1]
     so_far = [torch.arange(cells, device=batch.device).expand(len(batch), cells)]
-    stages, rises = [], []
+    stages = []
     for record in records:
         if record.map is None:
-            rises.append((record.layer, record.after))
             del so_far[len(so_far) - record.undone :]
             continue
         onward, labels = record.map.labels(), so_far[-1]
@@ -194,23 +213,16 @@ def inspect(model: Any, images: Inputs, host: Host | None = None) -> Trace | Den
                 after=record.after,
                 counts=tuple((labels.max(1).values + 1).tolist()),
                 map=record.map,
-                labels=labels.reshape(-1, *layout.grid),
+                labels=labels.reshape(-1, *grid),
                 around=record.around,
             )
         )
-    return Trace(
-        method=_on(reduction.reducer, batch.device),
-        grid=layout.grid,
-        prefix=layout.prefix,
-        layers=layout.layers,
-        stages=tuple(stages),
-        rises=tuple(rises),
-    )
+    return tuple(stages)
 
 
 def tcformer_in(model: nn.Module) -> Any:
-    """The TCFormer that a model is or has in it; None if there is none."""
-    # There is one only if somebody has imported it.
+    """The TCFormer that a model is or contains; None if there is none."""
+    # Without the import there cannot be one.
     module = sys.modules.get("tokred.models.tcformer.backbone")
     if module is None:
         return None
@@ -218,7 +230,7 @@ def tcformer_in(model: nn.Module) -> Any:
 
 
 def _clusters(model: Any, images: Tensor) -> Trace:
-    """The tokens of a TCFormer: its cells are the full grid, its stages the reductions."""
+    """The trace of a TCFormer: its cells are the full grid, and its stages are the reductions."""
     training = model.training
     try:
         with torch.no_grad():
@@ -246,8 +258,9 @@ def _clusters(model: Any, images: Tensor) -> Trace:
 
 
 def _on(reducer: Reducer, device: torch.device) -> str:
-    """A method in words. Some choose by device what they do ("auto"): that in words, too."""
-    return str(reducer.on(device) if hasattr(reducer, "on") else reducer)
+    """A method and its options; options that depend on the device ("auto") as they are there."""
+    on = traits(reducer).on
+    return str(reducer if on is None else on(device))
 
 
 def _told(stage: StageTrace) -> str:

@@ -1,6 +1,6 @@
-"""`tokred.visualise`: a trace drawn over its images; and the plot of accuracy against speed.
+"""`tokred.visualise`: a trace drawn over its images; and plots of accuracy against speed.
 
-Needs Pillow, the plot Matplotlib: `pip install "tokred[plots]"`.
+Pictures need Pillow, plots need Matplotlib: `pip install "tokred[plots]"`.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ def visualise(
 ) -> list[Image]:
     """One strip per image: the image, then its tokens after every reduction.
 
-    A merged token is filled with the mean colour of its patches, tinted with a colour of its own
-    so that patches which lie apart are seen to belong together, and outlined. A token that stands
-    for its own patch shows the patch. A dropped token is dark.
+    A merged token has an outline, and is filled with the mean colour of its patches, tinted with a
+    colour of its own, so that one sees which patches belong together even if they lie apart. A
+    token that stands for one patch shows the patch. A dropped token is dark.
 
     Args:
         trace: what `tokred.inspect` has returned.
-        images: the same images in the same order, as the model took them ([B, C, H, W]; each is
-            stretched to full contrast), as uint8, or as pictures of any size. Of a denoiser, whose
-            blocks of the finest level are drawn: the pictures of its latents.
+        images: the same images in the same order: as the model took them ([B, C, H, W]; each is
+            stretched to full contrast), as uint8, or as pictures of any size. For a denoiser, the
+            pictures of its latents; the blocks of the finest level are drawn.
         cell: pixels per patch in the drawing.
 
     Raises:
-        ValueError: there are not as many images as were traced, or nothing was reduced.
+        ValueError: the number of images is not that of the traced ones, or nothing was reduced.
         ModuleNotFoundError: Pillow is not installed.
     """
     grid, stages = _laid_out(trace)
@@ -60,8 +60,8 @@ def visualise(
 
 
 def heat(trace: Trace, images: Tensor | Sequence[Image], cell: int = 16) -> list[Image]:
-    """One strip per image: the image, and how many layers each of its patches went through (SViT,
-    figures 1 and 9), from dark (fewest, of all the images) to bright (most), with a scale.
+    """One strip per image: the image, and the number of layers that each patch went through (SViT,
+    figures 1 and 9), from dark (the fewest in all images) to bright (the most), with a scale.
 
     Args:
         trace: what `tokred.inspect` has returned.
@@ -69,7 +69,7 @@ def heat(trace: Trace, images: Tensor | Sequence[Image], cell: int = 16) -> list
         cell: pixels per patch in the drawing.
 
     Raises:
-        ValueError: there are not as many images as were traced, or nothing was reduced.
+        ValueError: the number of images is not that of the traced ones, or nothing was reduced.
         ModuleNotFoundError: Pillow is not installed.
     """
     if not trace.stages:
@@ -90,8 +90,8 @@ def heat(trace: Trace, images: Tensor | Sequence[Image], cell: int = 16) -> list
 
 
 def plot_usage(axes: Axes, trace: Trace) -> None:
-    """For every layer, the share of the patch tokens that it works on, and of these the part that
-    the layer before did not work on (SViT, figure 5).
+    """For every layer, the share of patch tokens that it works on, and the share of those that the
+    layer before did not work on (SViT, figure 5).
 
     Args:
         axes: where to draw.
@@ -121,7 +121,7 @@ def plot_usage(axes: Axes, trace: Trace) -> None:
 
 
 def _hot(share: Tensor) -> UInt8[Tensor, "3 height width"]:
-    """Shares from 0 to 1 in colours from dark blue over red to light yellow."""
+    """Shares from 0 to 1 as colours from dark blue over red to light yellow."""
     stops = torch.tensor([[24, 20, 66], [138, 35, 111], [238, 98, 66], [252, 245, 180]]).float()
     at = share.clamp(0, 1) * (len(stops) - 1)
     low = at.floor().clamp(max=len(stops) - 2).long()
@@ -149,7 +149,7 @@ def _laid_out(
 
 
 def clusters(image: Image, labels: Int[Tensor, "rows columns"], cell: int = 16) -> Image:
-    """A picture with its tokens, as in `visualise`, and nothing around it.
+    """A picture with its tokens, drawn as in `visualise`, without border and caption.
 
     Args:
         image: of any size; it is stretched to `cell` pixels per patch.
@@ -181,7 +181,7 @@ def stack(strips: Sequence[Image]) -> Image:
 def plot_trade_off(
     axes: Axes, points: Mapping[str, Sequence[tuple[float, float]]], dense: float
 ) -> None:
-    """Accuracy (in percent) over speed-up, one line per method; the dense model is the cross.
+    """Accuracy (in percent) against speed-up, with one line per method; the dense model is a cross.
 
     Args:
         axes: where to draw.
@@ -206,14 +206,14 @@ def plot_front(
     front: Sequence[tuple[float, float]],
     label: str,
 ) -> None:
-    """A score over speed-up, one line per method; settings that no other is both faster and better
-    than are ringed, and joined by a broken line.
+    """A score against speed-up, with one line per method. The settings of the front have a ring,
+    and a broken line joins them.
 
     Args:
         axes: where to draw.
         points: for every method, its (speed-up, score) pairs.
         dense: the score of the dense model, which is the cross.
-        front: the pairs that are ringed.
+        front: the pairs of the settings to which no other is superior in both.
         label: what the score is called.
     """
     plot_trade_off(axes, points, dense)
@@ -228,7 +228,7 @@ def plot_front(
 
 
 def _picture(image: Any, grid: tuple[int, int], cell: int) -> UInt8[Tensor, "3 height width"]:
-    """Any image as uint8 RGB, with `cell` pixels per patch."""
+    """An image of any kind as uint8 RGB, with `cell` pixels per patch."""
     if not isinstance(image, Tensor):
         size = image.convert("RGB").size
         flat = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
@@ -274,7 +274,8 @@ def _tokens(
 
 
 def _caption(height: int) -> int:
-    """Pixels of the line above pictures of this height: legible where a strip is shown smaller."""
+    """The height of the caption above pictures of this height: large enough to be read when a
+    strip is shown smaller."""
     return max(22, height // 17 + 9)
 
 

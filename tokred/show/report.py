@@ -3,37 +3,36 @@
     table = tokred.evaluate(model, "flowers/val")
     tokred.report.write("report.html", table, profile=tokred.profile(model, images, "atc", 0.5))
 
-The page is one file, which fetches nothing. It can be read on a phone, in dark mode, on paper and
-without scripts; with them, the titles of the table are buttons that sort it.
+The page is one file, and a browser fetches nothing for it. It can be read on a phone, in dark mode,
+on paper and without scripts. With scripts, the titles of the table are buttons that sort it.
 """
 
 from __future__ import annotations
 
-import datetime
 import io
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from tokred.measure import profiling
-from tokred.measure.evaluation import Evaluation, Row
-from tokred.measure.profiling import Profile
-from tokred.show import markup
-from tokred.show.markup import Point, escape, listed, paragraph
+from tokred.measure.evaluation import Evaluation
+from tokred.measure.profile.values import Profile
+from tokred.show.evaluations import change, conditions, number, plot, settings_table
+from tokred.show.markup import STYLE, escape, listed, paragraph, picture
+from tokred.show.profiles import fragment
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+
 DROPS = (0.5, 2.0)
-"""Points of the leading metric that the headline looks for the fastest setting within."""
+"""The headline names the fastest setting that loses at most these points of the leading metric."""
 SHARES = (0.01, 0.05)
-"""The same for metrics that are no percentages, as shares of the dense model's score."""
+"""The same, for metrics that are no percentages, as shares of the dense model's score."""
 _STRIP = "an image, then its tokens after each reduction"
 
 
 class Advising(Protocol):
-    """What `tokred.advise` returns, as far as it is told here."""
+    """What the page takes of an advice."""
 
     @property
     def code(self) -> str: ...
@@ -69,8 +68,8 @@ def html(
     Args:
         evaluation: the table; None for a page about a profile alone.
         profile: where the time of one setting goes.
-        pictures: strips that `tokred.visualise` has drawn, each with a caption.
-        advice: what is to be said first, with the line to paste.
+        pictures: strips that `tokred.visualise` has drawn, each with its caption.
+        advice: its sentences and its line of code come first.
         title: the heading; the model's name, if not given.
 
     Raises:
@@ -86,148 +85,30 @@ def html(
     if evaluation is not None:
         body += [
             _section("What it gains, and what it costs", plot(evaluation)),
-            _section("All settings", f'<div class="sortable">{_table(evaluation)}</div>'),
+            _section("All settings", f'<div class="sortable">{settings_table(evaluation)}</div>'),
         ]
         if evaluation.refused:
             told = [f"{name}: {reason}" for name, reason in evaluation.refused.items()]
             body.append(_section("What was refused", listed(told)))
     if profile is not None:
-        body.append(_section("Where the time goes", profiling.fragment(profile, style=False)))
+        body.append(_section("Where the time goes", fragment(profile, style=False)))
     if pictures:
         shown = "".join(
-            f"<figure>{markup.picture(_png(image), f'{caption}: {_STRIP}')}"
+            f"<figure>{picture(_png(image), f'{caption}: {_STRIP}')}"
             f"<figcaption>{escape(caption)}</figcaption></figure>"
             for caption, image in pictures
         )
         body.append(_section("Which tokens became one", shown))
     if evaluation is not None:
-        body.append(_section("Conditions", listed(_conditions(evaluation))))
+        body.append(_section("Conditions", listed(conditions(evaluation))))
     body.append(_section("How to read it", _reading(evaluation, profile)))
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(heading)}</title>{markup.STYLE}{_STYLE}</head>\n"
+        f"<title>{escape(heading)}</title>{STYLE}{_STYLE}</head>\n"
         f'<body class="tokred"><main>\n{"".join(part + chr(10) for part in body)}</main>\n'
         f"{_SCRIPT}</body></html>\n"
     )
-
-
-def table(evaluation: Evaluation) -> str:
-    """The table and the plot as a piece of HTML, for notebooks."""
-    summary = f"{evaluation.model} on {evaluation.data}, {evaluation.task}"
-    refused = [f"refused: {name}: {reason}" for name, reason in evaluation.refused.items()]
-    return "".join(
-        [
-            f'<div class="tokred">{markup.STYLE}',
-            paragraph(summary),
-            plot(evaluation) if evaluation.settings else "",
-            _table(evaluation),
-            listed([*evaluation.warnings(), *refused]),
-            paragraph("; ".join(_conditions(evaluation, dated=False)), "small"),
-            "</div>",
-        ]
-    )
-
-
-def plot(evaluation: Evaluation) -> str:
-    """The leading metric against the measured speed-up, as SVG."""
-
-    front = evaluation.front()
-    points: dict[int, Point] = {}
-    for row, name in zip(evaluation.rows, _names(evaluation), strict=True):
-        score = f"{_number(evaluation.score(row))}{evaluation.unit}"
-        title = f"{name}: {evaluation.leading} {score}, {row.speed_up:.2f}x as fast"
-        label = name if row in front else ""
-        points[id(row)] = Point(row.speed_up, evaluation.score(row), title, label)
-    methods = dict.fromkeys(row.method for row in evaluation.settings)
-    cross = points[id(evaluation.dense)]
-    unit = f", {evaluation.unit}" if evaluation.unit else ""
-    falls = "" if evaluation.higher_is_better else " (less is better)"
-    return markup.scatter(
-        {
-            method: [points[id(row)] for row in evaluation.settings if row.method == method]
-            for method in methods
-        },
-        [points[id(row)] for row in front],
-        Point(cross.x, cross.y, cross.title, "dense"),
-        "speed-up over the dense model, measured",
-        f"{evaluation.leading}{unit}{falls}",
-        upside_down=not evaluation.higher_is_better,
-    )
-
-
-def _table(evaluation: Evaluation) -> str:
-    head, rows = columns(evaluation)
-    front = evaluation.front()
-    marked = {number for number, row in enumerate(evaluation.rows) if row in front}
-    caption = "Bold: no other setting is both faster and better."
-    return markup.table(head, rows, caption, marked)
-
-
-def columns(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
-    """The titles of the table, and the cells of every row; columns with nothing in them are left
-    out."""
-    others = [name for name in evaluation.dense.metrics if name != evaluation.leading]
-    titles = [
-        "setting", "keep rate", evaluation.leading, "change", "speed-up", "±", "of free limit",
-        *others, "agreement, %", "KL", "cosine", "depth error, %", "images/s", "latency, ms",
-        "its speed-up", "G multiply-adds", "memory, MiB", "tokens", "code",
-    ]  # fmt: skip
-    rows = []
-    for row, name in zip(evaluation.rows, _names(evaluation), strict=True):
-        speed = row.speed
-        dense = row is evaluation.dense
-        share = "" if dense else f"{100 * row.speed_up / row.free_limit:.0f}%"
-        rows.append(
-            [
-                name,
-                _or_nothing(row.keep_rate, "g"),
-                _number(evaluation.score(row)),
-                "" if dense else _change(evaluation, row),
-                f"{row.speed_up:.2f}x",
-                "" if dense else f"{100 * speed.error:.0f}%",
-                share,
-                *(_number(row.metrics[name]) if name in row.metrics else "" for name in others),
-                _or_nothing(row.agreement, ".2f"),
-                _or_nothing(row.kl, ".4f"),
-                _or_nothing(row.cosine, ".4f"),
-                _or_nothing(row.depth_error, ".2f"),
-                f"{evaluation.images_per_second(row):.1f}",
-                f"{1e3 * evaluation.latency(row):.2f}",
-                f"{row.latency_speed_up:.2f}x",
-                "" if speed.mult_adds is None else f"{speed.mult_adds / 1e9:.3f}",
-                "" if speed.peak_memory is None else f"{speed.peak_memory / 2**20:.1f}",
-                " → ".join(map(str, _changes(row))),
-                row.code,
-            ]
-        )
-    # What leads is not told twice.
-    twice = {"agreement": "agreement, %", "cosine": "cosine", "depth_error": "depth error, %"}
-    there = [
-        number
-        for number, title in enumerate(titles)
-        if any(cells[number] for cells in rows) and title != twice.get(evaluation.leading)
-    ]
-    return [titles[n] for n in there], [[cells[n] for n in there] for cells in rows]
-
-
-def _names(evaluation: Evaluation) -> list[str]:
-    """What each row is called; where several have one name (schedules have no keep rate), they are
-    numbered."""
-    names = [row.name for row in evaluation.rows]
-    return [
-        name if names.count(name) == 1 else f"{name} ({names[: at + 1].count(name)})"
-        for at, name in enumerate(names)
-    ]
-
-
-def _changes(row: Row) -> list[int]:
-    """Patch tokens that enter, and after every layer that changes their number."""
-    told = [row.tokens]
-    for count in row.counts:
-        if count != told[-1]:
-            told.append(count)
-    return told
 
 
 def _headline(evaluation: Evaluation | None, advice: Advising | None) -> str:
@@ -237,7 +118,7 @@ def _headline(evaluation: Evaluation | None, advice: Advising | None) -> str:
     if evaluation is not None:
         images = evaluation.dense.images
         measured = "" if str(images) in evaluation.data else f", measured on {images} images"
-        score = f"{evaluation.leading} {_number(evaluation.score(evaluation.dense))}"
+        score = f"{evaluation.leading} {number(evaluation.score(evaluation.dense))}"
         parts.append(
             paragraph(
                 f"On {evaluation.data}, the dense model has "
@@ -263,7 +144,7 @@ def _headline(evaluation: Evaluation | None, advice: Advising | None) -> str:
 
 
 def _found(evaluation: Evaluation) -> tuple[list[str], str]:
-    """The fastest setting within each drop, in words, and the code of the first."""
+    """For each drop a sentence about the fastest setting within it, and the code of the first."""
     told, code = [], ""
     percent = evaluation.unit == "%"
     for drop, share in zip(DROPS, SHARES, strict=True):
@@ -282,22 +163,11 @@ def _found(evaluation: Evaluation) -> tuple[list[str], str]:
             continue
         told.append(
             f"{words}: {best.name}, {best.speed_up:.2f}x as fast ({evaluation.leading} "
-            f"{_change(evaluation, best)}; cutting tokens off at no cost would be "
+            f"{change(evaluation, best)}; cutting tokens off at no cost would be "
             f"{best.free_limit:.2f}x)."
         )
         code = code or best.code
     return told, code
-
-
-def _conditions(evaluation: Evaluation, dated: bool = True) -> list[str]:
-    versions = ", ".join(f"{name} {version}" for name, version in evaluation.versions.items())
-    told = [
-        f"{evaluation.device}, {evaluation.dtype}, {evaluation.threads} threads",
-        f"batch {evaluation.batch} (latency: one image)",
-        f"{evaluation.dense.compared} images compared with the dense model",
-        versions,
-    ]
-    return [*told, f"written {datetime.date.today().isoformat()}"] if dated else told
 
 
 def _reading(evaluation: Evaluation | None, profile: Profile | None) -> str:
@@ -341,21 +211,6 @@ def _reading(evaluation: Evaluation | None, profile: Profile | None) -> str:
 
 def _section(title: str, content: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{content}</section>"
-
-
-def _number(value: float) -> str:
-    """With 2 digits behind the point, small ones with 4."""
-    return f"{value:.{2 if abs(value) >= 1 or value == 0 else 4}f}"
-
-
-def _change(evaluation: Evaluation, row: Row) -> str:
-    """Of the leading metric, with its sign: percentages with 2 digits, others with 4."""
-    change = evaluation.score(row) - evaluation.score(evaluation.dense)
-    return f"{change:+.{2 if evaluation.unit == '%' else 4}f}" if math.isfinite(change) else "nan"
-
-
-def _or_nothing(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
 
 
 def _png(image: Image) -> bytes:

@@ -1,10 +1,10 @@
-"""The suite `clustering`: agglomerative token clustering by backend, against loops over others.
+"""The suite `clustering`: agglomerative token clustering by backend, beside SciPy and scikit-learn.
 
-What is timed is `tokred.reducers.atc.cluster`, from features to labels, distances included. The
-loops over SciPy and scikit-learn do the same with one image at a time. All contestants take turns,
-so that a change in the machine's speed meets them alike; a turn is as many calls as take 20 ms, and
-counts with their mean. On a CUDA device times are those of its events, also from a captured graph:
-capturing fails where something waits for the device, so that a time there proves that nothing does.
+The function `tokred.reducers.atc.cluster` is timed, from features to labels, distances included.
+SciPy and scikit-learn do the same in a loop over the images. All contestants take turns. A turn
+makes as many calls as 20 ms need, and its result is their mean. On CUDA, times are those of events,
+and backends are also timed in a captured graph: capturing fails if anything waits for the device,
+so a time there proves that nothing does.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -21,19 +22,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokred.measure.cost import device_name
+from tokred.measure.conditions import device_name
+from tokred.measure.race import in_turns
 from tokred.reducers import atc
 
 FORMAT = 1
 """Version of the dictionary's layout."""
 
 DIM = 64
-"""Of the features: the keys of one head in most ViTs."""
+"""Features per token, as the keys of one head have in most ViTs."""
 
 TOKENS = (196, 576, 1024, 4096)
 BATCH = {"cpu": {196: 8, 576: 8, 1024: 8, 4096: 2}, "cuda": {196: 256, 576: 64, 1024: 64, 4096: 2}}
 _TURN = 0.02
-"""Seconds that every turn takes at least, in as many calls as it needs."""
+"""Seconds that every turn takes at least; it makes as many calls as that needs."""
 
 SCIPY, SKLEARN = "SciPy, a loop", "scikit-learn, a loop"
 Timer = Callable[[], float]
@@ -49,20 +51,21 @@ def run(
     rounds: int = 9,
     on_round: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Measures all of it; returns what `markdown` and JSON take.
+    """Measures all contestants. The results are for `markdown` and JSON.
 
     Args:
-        tokens: how many tokens an image has.
+        tokens: numbers of tokens per image.
         device: "cpu" or "cuda".
         linkage: as for `tokred.reducers.atc.cluster`.
-        keep_rate: the share of tokens that are left as clusters.
-        backends: all that run on the device, if not given.
+        keep_rate: how many clusters are made, as a share of the tokens.
+        backends: which are measured; all that run on the device, if not given.
         rounds: measured rounds of each size and kind of data.
         on_round: called after every round with (rounds done, rounds in all).
     """
     kind = torch.device(device).type
-    results, notes = [], []
-    done, of = 0, len(tokens) * len(DRAW) * (rounds + 1)
+    results: list[dict[str, Any]] = []
+    notes: list[str] = []
+    sizes = len(tokens) * len(DRAW)
     for num in tokens:
         batch = BATCH[kind].get(num, 8)
         for data, draw in DRAW.items():
@@ -70,18 +73,8 @@ def run(
             keep = max(1, int(num * keep_rate))
             timers, trouble = _contestants(x, keep, linkage, device, backends)
             notes += [f"{num} tokens: {line}" for line in trouble]
-            seconds: dict[str, list[float]] = {name: [] for name in timers}
-            calls = dict.fromkeys(timers, 1)
-            for number in range(rounds + 1):
-                for name, timer in timers.items():
-                    passed = [timer() for _ in range(calls[name])]
-                    if number > 0:
-                        seconds[name].append(sum(passed) / len(passed))
-                    else:  # the first round warms up
-                        calls[name] = max(1, math.ceil(_TURN / timer()))
-                done += 1
-                if on_round:
-                    on_round(done, of)
+            lap = None if on_round is None else partial(_lap, on_round, len(results), sizes)
+            seconds = _raced(timers, rounds, lap)
             results.append({"tokens": num, "batch": batch, "data": data, "seconds": seconds})
     return {
         "format": FORMAT,
@@ -99,8 +92,31 @@ def run(
     }
 
 
+def _lap(on_round: Callable[[int, int], None], former: int, sizes: int, done: int, of: int) -> None:
+    """Tells how many rounds are done of those of all sizes."""
+    on_round(former * of + done, sizes * of)
+
+
+def _raced(
+    timers: dict[str, Timer], rounds: int, on_round: Callable[[int, int], None] | None
+) -> dict[str, list[float]]:
+    """The mean seconds of a call in every turn of each contestant."""
+    calls: dict[str, int] = {}
+
+    def turn(name: str, number: int) -> float:
+        timer = timers[name]
+        if number < 0:
+            timer()  # which compiles what there is to compile
+            calls[name] = max(1, math.ceil(_TURN / timer()))
+            return 0.0
+        passed = [timer() for _ in range(calls[name])]
+        return sum(passed) / len(passed)
+
+    return in_turns(timers, turn, rounds, 1, on_round)
+
+
 def markdown(results: dict[str, Any]) -> str:
-    """A line for every contestant at every size: how many times faster than the loops it is."""
+    """A line for every contestant at every size: how many times as fast as the loops it is."""
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     lines = [
         f"# Suite clustering: {results['device']}",
@@ -143,8 +159,8 @@ def _versions() -> dict[str, str]:
 def _contestants(
     x: Tensor, keep: int, linkage: str, device: str, backends: Sequence[str] | None
 ) -> tuple[dict[str, Timer], list[str]]:
-    """What is timed, by name: every call returns the seconds that it took. And what could not be
-    done, in words."""
+    """The contestants by name: each is a function that runs once and returns the seconds it took.
+    And sentences about what could not be done."""
     images, trouble = x.double().numpy(), []
     timers: dict[str, Timer] = {}
     if find_spec("sklearn"):
@@ -206,7 +222,7 @@ def _on_cuda(work: Callable[[], object]) -> Timer:
 
 
 def _captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """The work as a graph, after three times in a side stream to compile what there is."""
+    """The work as a graph, after three calls in a side stream, in which kernels are compiled."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -224,7 +240,7 @@ def _captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 def _smooth(batch: int, tokens: int, generator: torch.Generator) -> Tensor:
-    """Coarse noise, enlarged: neighbours in the image are alike."""
+    """Coarse noise, enlarged, so that neighbours in the image are similar."""
     side = round(tokens**0.5)
     coarse = torch.randn(batch, DIM, max(2, side // 4), max(2, side // 4), generator=generator)
     fine = F.interpolate(coarse, (side, -(-tokens // side)), mode="bicubic")
@@ -233,7 +249,7 @@ def _smooth(batch: int, tokens: int, generator: torch.Generator) -> Tensor:
 
 
 def _clustered(batch: int, tokens: int, generator: torch.Generator) -> Tensor:
-    """Clouds of about 16 tokens."""
+    """Clouds of about 16 tokens each."""
     centre = torch.randn(batch, max(1, tokens // 16), DIM, generator=generator)
     cloud = torch.randint(centre.shape[1], (batch, tokens, 1), generator=generator)
     noise = torch.randn(batch, tokens, DIM, generator=generator)
@@ -241,7 +257,7 @@ def _clustered(batch: int, tokens: int, generator: torch.Generator) -> Tensor:
 
 
 def _hubs(batch: int, tokens: int, generator: torch.Generator) -> Tensor:
-    """Few tokens that are nearest to very many, which takes the most rounds."""
+    """A few tokens are nearest to very many others, which takes the most rounds of merging."""
     hub = torch.randn(batch, 2, DIM, generator=generator)
     near = torch.randint(2, (batch, tokens, 1), generator=generator)
     noise = torch.randn(batch, tokens, DIM, generator=generator)

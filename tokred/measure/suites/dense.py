@@ -1,11 +1,11 @@
-"""The suite `dense`: models with the published presets, and what token clustering and
-reconstruction cost in them, against the plain way.
+"""The suite `dense`: models with their published presets; token clustering and reconstruction
+against plain implementations.
 
-What is timed of the latter are `tokred.reducers.slic.cluster` and `reconstruct`, at the sizes of a
-ViT-L in three segmentation models (Liang et al., "Expediting Large-Scale Vision Transformer for
-Dense Prediction without Fine-tuning", NeurIPS 2022, table 8). The plain ways are all pairs of
-tokens and centres, masked where they are not neighbours; and distances, the smallest of them, and a
-gathered sum. All contestants take turns, so that a change in the machine's speed meets them alike.
+The functions `tokred.reducers.slic.cluster` and `reconstruct` are timed at the sizes of a ViT-L in
+three segmentation models (Liang et al., "Expediting Large-Scale Vision Transformer for Dense
+Prediction without Fine-tuning", NeurIPS 2022, table 8). The plain clustering computes all pairs of
+tokens and centres, and masks those that are not neighbours. The plain reconstruction computes all
+distances, takes the smallest, and gathers a weighted sum. All contestants take turns.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokred.measure.cost import bench, flops
+from tokred.measure.race import seconds_in_turns
 from tokred.optional import require
 from tokred.patching import applied
 from tokred.patching.presets import presets
@@ -49,8 +50,8 @@ def run(
     rounds: int = 5,
     on_round: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Measures models with their presets on one image, dense, reduced and cut off, in turns; then
-    the kernels (on the CPU, in float32). Returns what `markdown` and JSON take.
+    """Measures models with their presets on one image: dense, reduced and cut off, in turns. Then
+    measures the kernels, on the CPU in float32. The results are for `markdown` and JSON.
 
     Weights are random, which speed does not depend on.
 
@@ -146,25 +147,18 @@ def kernels(
         rounds: measured rounds of each function and size.
         sizes: rows (and columns) of the tokens and of the clusters.
         dim: of the tokens.
-        clock: what seconds are read from; `time.thread_time`, and one thread, where others are
-            busy on the machine.
+        clock: which clock is read; on a busy machine, take `time.thread_time` and one thread.
 
     Returns:
-        For each function and size: its name, the sizes, and the seconds of every contestant in
-        every round.
+        For each function and size: its name, the sizes, and for every contestant the seconds of
+        each round.
     """
     rows = []
     with torch.no_grad():
         for side, few in sizes:
             x = _smooth(side, dim, torch.Generator().manual_seed(0))
             for kernel, contestants in _contestants(x, few).items():
-                seconds: dict[str, list[float]] = {name: [] for name in contestants}
-                for number in range(rounds + 1):
-                    for name, work in contestants.items():
-                        start = clock()
-                        work()
-                        if number > 0:  # the first round warms up
-                            seconds[name].append(clock() - start)
+                seconds = seconds_in_turns(contestants, x.device, rounds, clock)
                 sides = {"tokens": (side, side), "clusters": (few, few), "dim": dim}
                 rows.append({"kernel": kernel, **sides, "seconds": seconds})
     return rows
@@ -190,8 +184,8 @@ def _contestants(x: Tensor, few: int) -> dict[str, dict[str, Callable[[], Tensor
 def all_pairs(
     x: Tensor, grid: tuple[int, int], near: Tensor, iterations: int, tau: float
 ) -> Tensor:
-    """Clustering with all distances, of which `near` says which count. Done as well as that can
-    be: |z|^2, which cancels, is left out, and the mask is made beforehand."""
+    """Clustering with all distances, of which only those in `near` count. It is as fast as that can
+    be: |z|^2 cancels and is left out, and the mask is made once."""
     z = x.flatten(1, 2)
     s = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), grid).flatten(2).transpose(1, 2)
     mask = torch.zeros(near.shape).masked_fill(~near, -torch.inf)
@@ -203,21 +197,21 @@ def all_pairs(
 
 
 def plain(before: Tensor, centres: Tensor, after: Tensor, k: int, tau: float) -> Tensor:
-    """Reconstruction as it is written down."""
+    """Reconstruction, written as in the paper."""
     closest = (-torch.cdist(before, centres).square() / tau).topk(k, dim=-1)
     sample = torch.arange(before.shape[0])[:, None, None]
     return (closest.values.softmax(-1)[..., None] * after[sample, closest.indices]).sum(2)
 
 
 def _near(side: int, few: int) -> Tensor:
-    """Which centres are candidates of which tokens."""
+    """Which centres are candidates for each token."""
     home = torch.arange(side) * few // side
     near = (home[:, None] - torch.arange(few)).abs() <= NEIGHBOURHOOD // 2
     return (near[:, None, :, None] & near[None, :, None, :]).view(side**2, few**2)
 
 
 def _smooth(side: int, dim: int, generator: torch.Generator) -> Tensor:
-    """A feature map whose neighbours are alike."""
+    """A smooth feature map with a little noise."""
     coarse = torch.randn(1, dim, side // 5, side // 5, generator=generator)
     fine = F.interpolate(coarse, (side, side), mode="bilinear").permute(0, 2, 3, 1)
     return fine + 0.3 * torch.randn(fine.shape, generator=generator)

@@ -1,16 +1,16 @@
 """The suite `diffusion`: UNets of Stable Diffusion, dense, with methods, cut off, and with tomesd.
 
 UNets are built from their published configurations, with random weights, on which speed does not
-depend; they are called once with latents of a size, two at a time, as guidance does. A block of the
-finest level of Stable Diffusion 1.5 is measured by itself, and merging and copying back, too. All
+depend. They are called once with two latents, as guidance does. A block of the finest level of
+Stable Diffusion 1.5 is also measured by itself, and so are matching, merging and copying back. All
 contestants take turns. `tomesd` (https://github.com/dbolya/tomesd) is measured if it is installed,
-with fixed destinations as ours; on every model at its default, and so without any effect on SDXL.
+with fixed destinations as our method has them. It runs with its default options, with which it has
+no effect on SDXL.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokred.engine.denoising import Around, Denoising, limit
-from tokred.measure.cost import Arm, device_name, measure, sides, versions_of
+from tokred.measure.conditions import device_name, versions_of
+from tokred.measure.race import Arm, measure, seconds_in_turns, sides
 from tokred.optional import require
 from tokred.patching import apply, hang, host_of, remove
 from tokred.reducers import Tokens
@@ -66,7 +67,7 @@ SIDES: Mapping[str, tuple[str, Around]] = {
     "atc, shared": ("atc", Around(0.5, shared=True)),
     "todo": ("todo", Around(0.5)),
 }
-"""Methods, and where they stand."""
+"""The methods that are measured, and around which modules."""
 
 DENSE, LIMIT, THEIRS = "dense", "limit", "tomesd"
 
@@ -85,19 +86,19 @@ def run(
     side: int = 64,
     on_round: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Measures everything. Returns what `markdown` and JSON take.
+    """Measures models, block and kernels. The results are for `markdown` and JSON.
 
     Args:
         models: names of `configs`.
-        image_sizes: in pixels; latents have an eighth.
-        keep_rate: the share of tokens kept.
+        image_sizes: in pixels; latents are an eighth as high and wide.
+        keep_rate: the share of tokens that is kept.
         device: "cpu" or "cuda".
         dtype: of weights and latents.
-        batch: latents at a time.
+        batch: latents per batch.
         rounds: measured rounds of each side.
-        compile: measure copies under `torch.compile` (models only; not tomesd).
-        configs: what the models are built from.
-        side: rows and columns of the tokens of the single block.
+        compile: measure compiled copies of the models (`torch.compile`); then tomesd is left out.
+        configs: the configurations of the models.
+        side: rows and columns of the tokens in the single block.
         on_round: called after every round with (rounds done, rounds in all), part by part.
     """
     measured = []
@@ -177,7 +178,7 @@ def _seconds(arms: Mapping[str, Arm]) -> dict[str, tuple[float, ...]]:
 
 
 def _reductions(model: nn.Module, keep_rate: float) -> dict[str, Denoising]:
-    """What is hung on the model in turn; it is left without any."""
+    """The reductions that hang on the model in turn; none is left on it."""
     found: dict[str, Denoising] = {}
     for name, (method, around) in SIDES.items():
         found[name] = apply(model, method, replace(around, keep_rate=keep_rate))
@@ -208,7 +209,7 @@ def _with_theirs(
     keep_rate: float,
     info: Callable[[], None] = lambda: None,
 ) -> dict[str, tuple[Callable[..., Any], Callable[[], None]]]:
-    """The contestants and tomesd, each of which takes away what the other has left."""
+    """The contestants and tomesd; each removes the other's changes before it runs."""
     tomesd = import_module(THEIRS)
 
     def ours(prepare: Callable[[], None]) -> Callable[[], None]:
@@ -228,7 +229,7 @@ def _with_theirs(
 
 
 def _by_position(target: Callable[..., Any]) -> Callable[..., Any]:
-    """tomesd looks for latents among the positional arguments."""
+    """A model that is called with positional arguments, among which tomesd looks for latents."""
 
     def run(**inputs: Any) -> Any:
         if "sample" not in inputs:
@@ -240,7 +241,7 @@ def _by_position(target: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _inputs(unet: Any, batch: int, side: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Latents whose neighbours are alike, a time step, and a text of 77 tokens."""
+    """Smooth latents, a time step, and a text of 77 tokens."""
     coarse = torch.randn(batch, 4, side // 8, side // 8)
     latents = F.interpolate(coarse, (side, side), mode="bilinear") + 0.3 * torch.randn(
         batch, 4, side, side
@@ -262,7 +263,7 @@ def _inputs(unet: Any, batch: int, side: int, device: str, dtype: torch.dtype) -
 
 
 def _smooth(batch: int, side: int, device: str, dtype: torch.dtype) -> Tensor:
-    """Tokens of a square whose neighbours are alike, [batch, side * side, 320]."""
+    """The tokens of a smooth square image, [batch, side * side, 320]."""
     image = F.interpolate(torch.randn(batch, 320, 8, 8), (side, side), mode="bilinear")
     image = image + 0.3 * torch.randn(batch, 320, side, side)
     return image.flatten(2).transpose(1, 2).contiguous().to(device=device, dtype=dtype)
@@ -271,8 +272,8 @@ def _smooth(batch: int, side: int, device: str, dtype: torch.dtype) -> Tensor:
 def _block(
     keep_rate: float, batch: int, side: int, device: str, dtype: torch.dtype, rounds: int
 ) -> dict[str, Arm]:
-    """A block of the finest level of Stable Diffusion 1.5. Where blocks share a matching, it is
-    there already."""
+    """Measures a block of the finest level of Stable Diffusion 1.5. If blocks share a matching, it
+    was made before."""
     options = dict(CONFIGS["sd-1.5"])
     options.update(
         block_out_channels=(320, 640),
@@ -319,7 +320,7 @@ def _block(
 def kernels(
     keep_rate: float, batch: int, side: int, device: str, dtype: torch.dtype, rounds: int
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds of matching, and of merging and copying back, ours and those of tomesd."""
+    """Measures matching, and merging with copying back: the seconds of ours and of tomesd's."""
     x = _smooth(batch, side, device, dtype)
     num = x.shape[1]
     keep = Around(keep_rate).keep(num)
@@ -340,24 +341,11 @@ def kernels(
         merge, unmerge = matched()
         contestants["matching"][THEIRS] = matched
         contestants["merging and copying back"][THEIRS] = lambda: unmerge(merge(x))
-    found: dict[str, dict[str, list[float]]] = {}
     with torch.no_grad():
-        for kernel, by_name in contestants.items():
-            found[kernel] = {name: [] for name in by_name}
-            for number in range(rounds + 1):
-                for name, work in by_name.items():
-                    _wait(device)
-                    start = time.perf_counter()
-                    work()
-                    _wait(device)
-                    if number > 0:  # the first round warms up
-                        found[kernel][name].append(time.perf_counter() - start)
-    return found
-
-
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
+        return {
+            kernel: seconds_in_turns(works, torch.device(device), rounds)
+            for kernel, works in contestants.items()
+        }
 
 
 def _version_of_theirs() -> dict[str, str]:

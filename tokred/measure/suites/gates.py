@@ -1,10 +1,11 @@
 """The suite `gates`: SViT, whose images have different numbers of tokens, against the dense model.
 
-Four sides take turns: the dense model; SViT with the tokens of all images laid end to end, as it
-runs (`tokred.kernels.varlen`); SViT with images padded to the one that keeps the most; and the free
-limit, which cuts every image off to the mean number. The images are the bundled cluttered digits,
-enlarged, so that some have more to see than others; gates are random and calibrated to their
-targets on these images (`tokred.calibrate`), weights are random: neither matters to speed.
+Four sides take turns: the dense model; SViT as it runs, with the tokens of all images laid end to
+end (`tokred.kernels.varlen`); SViT with images padded to the one that keeps most tokens; and the
+free limit, which cuts every image off to the mean number. The images are the bundled cluttered
+digits, enlarged, because some of them have more to see than others. Gates are random, and
+calibrated to their targets on these images (`tokred.calibrate`). Weights are random, too: speed
+depends on neither.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from torch import Tensor, nn
 from tokred.data import zoo
 from tokred.host import find_host
 from tokred.measure.calibration import calibrate
-from tokred.measure.cost import counts_of, cut_off, device_name, measure, sides, versions_of
+from tokred.measure.conditions import device_name, versions_of
+from tokred.measure.limit import counts_of, cut_off
+from tokred.measure.race import measure, sides
 from tokred.measure.tracing import Trace, inspect
 from tokred.optional import require
 from tokred.patching import apply, remove
@@ -43,12 +46,12 @@ def run(
     rounds: int = 20,
     on_round: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Measures all four sides, group by group. Returns what `markdown` and JSON take.
+    """Measures all four sides, group by group. The results are for `markdown` and JSON.
 
     Args:
         models: timm names.
-        batches: images in a batch.
-        keep_rate: what gates are to keep at each of three stages, 0.7 in the paper.
+        batches: images per batch.
+        keep_rate: the share of tokens that gates keep at each of three stages; 0.7 in the paper.
         device: "cpu" or "cuda".
         dtype: of the models.
         rounds: measured rounds of each group.
@@ -82,7 +85,7 @@ def _group(
 ) -> dict[str, Any]:
     host, tower = find_host(model)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that gates are random
+        warnings.simplefilter("ignore")  # it warns that gates are random
         reduction = apply(model, SViT(), keep_rate)
     assert reduction.gates is not None
     for gate in reduction.gates.values():
@@ -115,14 +118,14 @@ def _group(
 
 
 def pictures(batch: int, size: tuple[int, int]) -> Tensor:
-    """Bundled images, enlarged to `size` pixels and in three equal colours."""
+    """Bundled images, enlarged to `size` pixels, with three equal channels."""
     held_out = zoo.held_out(zoo.DEFAULT).images[:batch]
     images = F.interpolate(zoo.normalise(held_out), size, mode="bilinear")
     return images.repeat(-(-batch // len(images)), 3, 1, 1)[:batch]
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """A table: speed-up of each side over the dense model."""
+    """A table of the speed-up of each side over the dense model."""
     lines = [
         "| model | batch | SViT | padded | free limit | of it | over padded | tokens in the gated "
         "layers, fewest, mean, most |",

@@ -1,29 +1,29 @@
-"""The suite `tcformer`: TCFormerV2-Small against TCFormer, which differ only in whether tokens are
-clustered within parts of the image, at rising resolutions.
+"""The suite `tcformer`: TCFormerV2-Small against TCFormer.
 
-Both have the same weights (random ones, which speed does not depend on) and take turns. What
-clustering, merging and the conversions between tokens and maps take of a forward pass is timed
-inside of it, from the calls that the model makes. With one thread on the CPU, all times are that
-thread's own, so that others may be busy on the machine. The most memory that a process
-ever had is that of a fresh process for each model, weights and libraries included.
+They differ in one thing: TCFormerV2 clusters tokens within parts of the image. Both have the same
+weights (random ones, which speed does not depend on) and take turns. The calls for clustering,
+merging and conversion between tokens and maps are timed inside of the forward pass. On the CPU with
+one thread, the time of that thread counts, so other work on the machine does not. Memory is
+measured in a process of its own for each model, weights and libraries included.
 """
 
 from __future__ import annotations
 
 import copy
-import random
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokred.measure.cost import device_name, flops
+from tokred.measure.conditions import device_name
+from tokred.measure.cost import flops
+from tokred.measure.race import in_turns, now
 from tokred.models.tcformer import backbone
 
 MODELS = ("tcformer", "tcformerv2_small")
@@ -51,14 +51,14 @@ def run(
     on_round: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Measures the models in turns, size by size. Returns what `markdown` and JSON take.
+    """Measures the models in turns, size by size. The results are for `markdown` and JSON.
 
     Args:
         sizes: heights and widths of the images, in pixels.
-        models: names of `tokred.models.tcformer`, of which the second is compared with the first.
-        batch: images at once.
+        models: names in `tokred.models.tcformer`; all are compared with the first.
+        batch: images per batch.
         rounds: measured rounds of each model and size.
-        memory: the size for which memory is measured; None for not at all.
+        memory: the image size for which memory is measured; None: it is not measured.
         device: "cpu" or "cuda".
         dtype: of the models.
         on_round: called after every round with (rounds done, rounds in all), size by size.
@@ -71,27 +71,7 @@ def run(
     measured = []
     for size in sizes:
         images = torch.randn(batch, 3, size, size).to(device, dtype)
-        seconds: dict[str, list[dict[str, float]]] = {name: [] for name in made}
-        for number in range(-1, rounds):  # the first warms up
-            # Shuffled, because a model may gain or lose by which one came before it.
-            for name in random.Random(number).sample(list(made), len(made)):
-                took = inside(made[name], images)
-                if number >= 0:
-                    seconds[name].append(took)
-            if on_round and number >= 0:
-                on_round(number + 1, rounds)
-        for name, model in made.items():
-            measured.append(
-                {
-                    "name": name,
-                    "size": size,
-                    "macs": flops(model, images[:1]).dense,
-                    "seconds": {
-                        part: [took[part] for took in seconds[name]]
-                        for part in ("all", *PARTS_OF_A_PASS)
-                    },
-                }
-            )
+        measured += _raced(made, images, rounds, on_round)
     return {
         "models": measured,
         "memory": None if memory is None else peak_memory(models[-1], memory, device, dtype),
@@ -104,8 +84,33 @@ def run(
     }
 
 
+def _raced(
+    models: Mapping[str, nn.Module],
+    images: Tensor,
+    rounds: int,
+    on_round: Callable[[int, int], None] | None,
+) -> list[dict[str, Any]]:
+    """What each model takes for these images, in turns."""
+
+    def turn(name: str, number: int) -> dict[str, float]:
+        return inside(models[name], images)
+
+    taken = in_turns(models, turn, rounds, 1, on_round)
+    return [
+        {
+            "name": name,
+            "size": images.shape[-1],
+            "macs": flops(model, images[:1]).dense,
+            "seconds": {
+                part: [took[part] for took in taken[name]] for part in ("all", *PARTS_OF_A_PASS)
+            },
+        }
+        for name, model in models.items()
+    ]
+
+
 def inside(model: nn.Module, images: Tensor) -> dict[str, float]:
-    """The seconds of a pass ("all"), and of those of its parts that `PARTS_OF_A_PASS` names."""
+    """The seconds of a pass ("all"), and of the parts that are named in `PARTS_OF_A_PASS`."""
     seconds = dict.fromkeys(PARTS_OF_A_PASS, 0.0)
     with torch.no_grad(), _timed(seconds, images.device):
         begin = _now(images.device)
@@ -116,7 +121,7 @@ def inside(model: nn.Module, images: Tensor) -> dict[str, float]:
 
 @contextmanager
 def _timed(seconds: dict[str, float], device: torch.device) -> Iterator[None]:
-    """Adds up what calls take, by what they do, while it lasts."""
+    """In the `with` block, adds the seconds of each call to those of its part."""
     module: Any = backbone
     plain = {call: getattr(module, call) for calls in PARTS_OF_A_PASS.values() for call in calls}
 
@@ -140,11 +145,9 @@ def _timed(seconds: dict[str, float], device: torch.device) -> Iterator[None]:
 
 
 def _now(device: torch.device) -> float:
-    if device.type == "cpu" and torch.get_num_threads() == 1:
-        return time.thread_time()  # whatever else the machine does
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    # With one thread its own time counts, whatever else the machine does.
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return now(device, time.thread_time if alone else time.perf_counter)
 
 
 _PROGRAM = """
@@ -165,8 +168,8 @@ else:
 
 
 def peak_memory(name: str, size: int, device: str, dtype: torch.dtype) -> int:
-    """Bytes that a process has at most which runs a model once on one image: of memory on the CPU,
-    or what torch allocates on another device.
+    """The most bytes of memory that a process takes which runs a model once on one image; on
+    another device than the CPU, the most that torch allocates there.
 
     Raises:
         RuntimeError: the process has failed.

@@ -1,14 +1,13 @@
 """The suite `vit`: models, methods and keep rates, measured against each other in one run.
 
-A group is one model at one image size and batch: the dense model, every method at every keep
-rate, and the free limits, interleaved round by round. The result is one versioned dictionary,
-which `markdown` turns into tables.
+A group is one model at one image size and batch. In it the dense model, every method at every keep
+rate and the free limits take turns. The result is one versioned dictionary, which `markdown` turns
+into tables.
 """
 
 from __future__ import annotations
 
 import platform
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,9 +17,12 @@ from torch import nn
 
 from tokred.engine.reduction import Reduction
 from tokred.host import find_host
-from tokred.measure.cost import Arm, counts_of, cut_off, device_name, measure, sides, versions_of
+from tokred.measure.conditions import device_name, versions_of
+from tokred.measure.limit import counts_of, cut_off
+from tokred.measure.race import Arm, measure, seconds_of, sides
 from tokred.optional import require
-from tokred.reducers import Reducer, make, place, proportional, varies
+from tokred.reducers import make
+from tokred.reducers.protocol import traits
 from tokred.schedule import Stages
 
 FORMAT = 1
@@ -35,7 +37,7 @@ MODELS = (
     ("deit_base_patch16_224", 384),
     ("vit_large_patch16_224", 224),
 )
-"""Models and image sizes of the suite `vit`; patches are 16 pixels wide."""
+"""Models and image sizes in pixels; patches are 16 pixels wide."""
 
 BATCHES = (1, 8, 32)
 KEEP_RATES = (0.9, 0.7, 0.5, 0.25)
@@ -49,12 +51,12 @@ class Cell:
         method: its name.
         keep_rate: as for `tokred.apply`.
         counts: patch tokens after each layer.
-        speed_up: over the dense model.
-        free_limit: the speed-up of cutting as many tokens off at no cost.
-        efficiency: the first as a share of the second.
+        speed_up: the speed-up over the dense model.
+        free_limit: the speed-up of cutting off as many tokens at no cost.
+        efficiency: the speed-up divided by that of the free limit.
         milliseconds: median per batch.
         spread: half the distance between the quartiles, as a share of the median.
-        peak_memory: bytes, as a share of the dense model's; None on the CPU.
+        peak_memory: as a share of the dense model's; None on the CPU.
     """
 
     method: str
@@ -70,11 +72,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Group:
-    """One model at one image size and batch, and all that was measured against it.
+    """One model at one image size and batch, and all that was measured in turns with it.
 
     Attributes:
         milliseconds: of the dense model, median per batch.
-        rounds: how often each side was run.
+        rounds: measured runs of each side.
         skipped: why nothing was measured; empty if it was.
     """
 
@@ -102,10 +104,10 @@ def run(
     on_group: Callable[[Group], None] | None = None,
     on_round: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Measures all of it; returns what `markdown` and JSON take.
+    """Measures all groups. The results are for `markdown` and JSON.
 
-    Weights are random, which speed does not depend on; the images are noise, on which methods
-    that leave some images with fewer tokens than others may behave otherwise than on pictures.
+    Weights are random, which speed does not depend on. The images are noise: methods that keep a
+    different number of tokens of each image may keep other numbers of real pictures.
 
     Args:
         models: timm names with image sizes in pixels.
@@ -114,11 +116,12 @@ def run(
         keep_rates: as for `tokred.apply`.
         device: "cpu" or "cuda".
         dtype: of model and images.
-        compile: put every side under `torch.compile` (those that can be).
+        compile: compile every side (`torch.compile`); methods that keep different numbers of tokens
+            are left out.
         rounds: measured rounds of each group, at most.
-        seconds: after which no further round of a group begins, but for three that are always
-            run. A group that would need more than three times that for them is skipped.
-        on_group: called with every group that is done.
+        seconds: after which no further round of a group begins; three rounds are run in any case.
+            A group is skipped if three rounds would take more than three times these seconds.
+        on_group: called with every finished group.
         on_round: called after every round with (rounds done, rounds in all).
     """
     timm = require("timm", "timm")
@@ -128,20 +131,11 @@ def run(
         for batch in batches:
             images = torch.randn(batch, 3, image_size, image_size).to(device, dtype)
             arms = _arms(model, images, methods, keep_rates, compile)
-            dense_seconds = _once(model, images)
-            need = 4 * dense_seconds * len(arms)
-            if need > 3 * seconds:
-                why = f"three rounds would take about {need:.0f} s"
-                group = Group(name, image_size, batch, dense_seconds * 1e3, 0.0, 0, (), why)
-            else:
-                reductions = {arm: reduction for arm, (reduction, _) in arms.items()}
-                made = sides(model, find_host(model)[0], reductions, compile)
-                measured = measure(made, images, rounds, 1, on_round, seconds)
-                group = _group(name, image_size, batch, measured, arms)
+            group = _measured(name, model, images, arms, compile, rounds, seconds, on_round)
             groups.append(group)
             if on_group:
                 on_group(group)
-        versions = versions_of(model)  # now that backends have been imported
+        versions = versions_of(model)
     return {
         "format": FORMAT,
         "suite": "vit",
@@ -205,18 +199,19 @@ def _arms(
     keep_rates: Sequence[float],
     compile: bool,
 ) -> dict[str, tuple[Reduction | None, str]]:
-    """Every side by name: its reduction, and the name of its free limit."""
+    """Every side by name: its reduction, and the name of the side that is its free limit."""
     host, tower = find_host(model)
     layout = host.layout(tower, None)
     arms: dict[str, tuple[Reduction | None, str]] = {"dense": (None, "")}
     for rate in keep_rates:
         for method in methods:
-            reducer: Reducer = make(method)
-            if compile and varies(reducer):
+            reducer = make(method)
+            said = traits(reducer)
+            if compile and said.varies:
                 continue
-            reduction = Reduction(reducer, Stages(rate), layout, proportional(reducer))
+            reduction = Reduction(reducer, Stages(rate), layout, said.proportional)
             counts = counts_of(model, host, images, reduction, layout.grid)
-            limit = f"limit {place(reducer)} {counts}"
+            limit = f"limit {said.place} {counts}"
             cut = cut_off(reduction, counts)
             arms.setdefault(limit, (cut, ""))
             arms[f"{method} {rate}"] = (reduction, limit)
@@ -224,16 +219,33 @@ def _arms(
 
 
 def _once(model: nn.Module, images: torch.Tensor) -> float:
-    """Seconds that the dense model takes, roughly."""
+    """The seconds of one pass of the dense model, a rough estimate."""
     with torch.no_grad():
         model(images[:1])
-        if images.device.type == "cuda":
-            torch.cuda.synchronize(images.device)
-        begin = time.perf_counter()
-        model(images)
-        if images.device.type == "cuda":
-            torch.cuda.synchronize(images.device)
-    return time.perf_counter() - begin
+        return seconds_of(lambda: model(images), images.device)
+
+
+def _measured(
+    name: str,
+    model: nn.Module,
+    images: torch.Tensor,
+    arms: dict[str, tuple[Reduction | None, str]],
+    compile: bool,
+    rounds: int,
+    seconds: float,
+    on_round: Callable[[int, int], None] | None,
+) -> Group:
+    """One group; nothing is measured in it if that would take too long."""
+    batch, image_size = len(images), images.shape[-1]
+    once = _once(model, images)
+    need = 4 * once * len(arms)
+    if need > 3 * seconds:
+        why = f"three rounds would take about {need:.0f} s"
+        return Group(name, image_size, batch, once * 1e3, 0.0, 0, (), why)
+    reductions = {arm: reduction for arm, (reduction, _) in arms.items()}
+    racing = sides(model, find_host(model)[0], reductions, compile)
+    measured = measure(racing, images, rounds, 1, on_round, seconds)
+    return _group(name, image_size, batch, measured, arms)
 
 
 def _group(
