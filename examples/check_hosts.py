@@ -49,7 +49,7 @@ from tqdm import tqdm
 
 import tokred
 from tokred.data.inputs import Inputs, call
-from tokred.host.host import Host, find_host, hosts
+from tokred.host import Host, Stage, find_host, hosts
 from tokred.measure import contract
 
 METHODS = ("tome", "topk")
@@ -529,14 +529,14 @@ def refused_at_once(result: Result, model: nn.Module) -> bool:
     return True
 
 
-def name_of(host: Host) -> str:
+def name_of(host: Host | Stage) -> str:
     """The file of a patch."""
-    return next(name for name, one in hosts().items() if one is (host.base or host))
+    return next(name for name, one in hosts().items() if one is host.family)
 
 
-def methods_of(host: Host) -> tuple[str, ...]:
+def methods_of(host: Host | Stage) -> tuple[str, ...]:
     """The methods to try: of a model in windows, the one that it can have."""
-    return ("slic",) if host.stages else METHODS
+    return ("slic",) if isinstance(host, Stage) else METHODS
 
 
 def judge(result: Result, model: nn.Module, inputs: Inputs) -> None:
@@ -562,20 +562,20 @@ def describe(result: Result, model: nn.Module, inputs: Inputs) -> None:
     reduction = None
     for method in methods_of(host):
         try:
-            reduction = tokred.apply(model, method, 0.5 if host.stages else KEEP)
+            reduction = tokred.apply(model, method, 0.5 if isinstance(host, Stage) else KEEP)
         except tokred.UnsupportedModelError as error:
             result.notes.append(f"not {method}: {plainly(str(error))}")
     if reduction is None:
         return
-    if host.stages:
+    if isinstance(host, Stage):
         result.notes.append("slic, in the windows of its longest stage")
     else:
         blocks, mlps = contract.entered(host.blocks(tower), model, inputs)
         if blocks == mlps:
             result.notes.append("reduced between blocks")
-    inside = bool(host.pools(tower)) or any(
-        name in host.methods for name in ("pool", "_pool", "forward_head")
-    )
+    inside = any(name in host.family.methods for name in ("pool", "_pool", "forward_head"))
+    if isinstance(host, Host):
+        inside = inside or bool(host.pools(tower))
     layout = reduction.layout
     result.layout = {
         "prefix": layout.prefix,

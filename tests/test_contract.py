@@ -78,7 +78,7 @@ def test_what_the_patch_refuses_is_not_broken_but_untried() -> None:
     model, inputs = plain()
     verdicts = {one.promise: one for one in contract.examine(model, inputs, host)}
     assert not any(one.broken for one in verdicts.values())
-    assert verdicts["keys"].untried == "no keys"
+    assert "no keys" in str(verdicts["keys"].untried)
     assert "no keys" in str(verdicts["attention received"].untried)
     assert verdicts["merging"].untried is None
 

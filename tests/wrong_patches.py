@@ -20,9 +20,10 @@ from families import transformers_maskless as maskless
 from families import transformers_vit as hf_vit
 from torch import Tensor, nn
 
-from tokred.engine.run import Layout, Reduction, Step
-from tokred.host.host import Host
+from tokred.engine import Layout, Reduction, Step
+from tokred.host import Host
 from tokred.patches import (
+    _timm,
     timm_eva,
     timm_relpos,
     timm_vit,
@@ -142,11 +143,8 @@ def late_intermediates(
     reduction: Reduction, original: Any, model: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """The full grid one layer too late."""
-    reduction.set_tapped(frozenset(range(1, reduction.layout.layers)))
-    try:
-        return original(model, *args, **kwargs)
-    finally:
-        reduction.set_tapped(frozenset())
+    late = frozenset(range(1, reduction.layout.layers))
+    return reduction.handing_out(late, original, model, *args, **kwargs)
 
 
 VIT, TIMM = vit.SMALL, timm_vit.HOST
@@ -251,8 +249,6 @@ def rotary_block(
     rope = rope[: x.shape[1] - prefix] if by_position else step.rows(rope)
     y = block.attn(block.norm1(x), rope=rope, attn_mask=mask)
     if by_position and step.wants_signals:
-        from tokred.patches import _timm
-
         step.rotate = lambda heads: _timm.rotated(block.attn, heads, rope)
     x = x + block.drop_path1(y if block.gamma_1 is None else block.gamma_1 * y)
     x = step.reduce(x)

@@ -31,11 +31,11 @@ from tokred.data import (
     samples,
     zoo,  # fmt: skip
 )
+from tokred.engine.denoising import MODULES
 from tokred.host import host
 from tokred.measure import advising, evaluating, fid, metrics, tracing
 from tokred.measure.suites import clustering, dense, diffusion, gates, vit
 from tokred.optional import require
-from tokred.patching.denoising import MODULES
 from tokred.reducers import Reducer
 from tokred.reducers.truncate import Truncate
 from tokred.show import drawing, report

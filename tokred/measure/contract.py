@@ -25,11 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from tokred.data.inputs import Inputs, call, pixels
-from tokred.engine.run import Layout
-from tokred.host.host import (
+from tokred.engine import Layout
+from tokred.host import (
     Denoiser,
     Host,
+    Stage,
     UnsupportedModelError,
+    WindowedHost,
     find_denoiser,
     find_host,
 )
@@ -84,7 +86,7 @@ class Verdict:
 def check(
     model: nn.Module,
     inputs: Inputs,
-    host: Host | None = None,
+    host: Host | WindowedHost | None = None,
     *,
     features: Features | None = None,
     scores: Scores | None = None,
@@ -124,7 +126,7 @@ def check(
 def examine(
     model: nn.Module,
     inputs: Inputs,
-    host: Host | None = None,
+    host: Host | WindowedHost | None = None,
     *,
     features: Features | None = None,
     scores: Scores | None = None,
@@ -241,7 +243,7 @@ class Trial:
         model: the model.
         inputs: what it is called with.
         given: the host that was given, if one was.
-        host: the host or denoiser.
+        host: the host, one stage of it, or the denoiser.
         tower: the part of the model that it is for.
         features: what the model hands out besides its answer.
         scores: what outputs say of whole images; None for what can be told from their shapes.
@@ -251,8 +253,8 @@ class Trial:
 
     model: nn.Module
     inputs: Inputs
-    given: Host | None
-    host: Host | Denoiser
+    given: Host | WindowedHost | None
+    host: Host | Stage | Denoiser
     tower: nn.Module
     features: Features
     scores: Scores | None
@@ -262,12 +264,12 @@ class Trial:
     @property
     def windowed(self) -> bool:
         """Whether blocks attend in windows."""
-        return isinstance(self.host, Host) and self.host.stages is not None
+        return isinstance(self.host, Stage)
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
         """The blocks, in order; none of a denoiser, whose modules are not all of one kind."""
-        return self.host.blocks(self.tower) if isinstance(self.host, Host) else ()
+        return () if isinstance(self.host, Denoiser) else self.host.blocks(self.tower)
 
     @property
     def methods(self) -> list[Any]:
@@ -282,8 +284,7 @@ class Trial:
     @property
     def fewer(self) -> Any:
         """A keep rate or a schedule for `methods`, under which tokens become fewer."""
-        sequence = not self.windowed and isinstance(self.host, Host)
-        return self.shares(0) if sequence else 0.5
+        return self.shares(0) if isinstance(self.host, Host) else 0.5
 
     def shares(self, first: int) -> Shares:
         """Three quarters of the tokens from layer `first` on, half of them half-way behind it."""
