@@ -705,15 +705,24 @@ def ignores_dropped(trial: Trial) -> Findings:
 
 def hands_out_few(trial: Trial) -> Findings:
     """With `full_grid=False`, features keep their width and dtype, and what the model says of whole
-    images stays the same."""
+    images stays the same. (Where the rest of a model cannot do without the full grid, what leaves
+    its tower is looked at.)"""
     _needs_a_sequence(trial)
     schedule = trial.fewer
+    remove(trial.model)
+    _, whole_left = _leaving(trial)
     for method in _accepted(trial, lambda method: trial.apply(method, schedule, full_grid=False)):
-        found = trial.answer()
-        features = trial.handed_out() if leaves(trial.dense_features) else None
+        found, left = _leaving(trial)
+        pairs = [(left, whole_left)]
+        if found is not None:
+            pairs.append((found, trial.dense))
+            if leaves(trial.dense_features):
+                pairs.append((trial.handed_out(), trial.dense_features))
         allowed = _token_counts(trial)
-        for got, want in ((found, trial.dense), (features, trial.dense_features)):
+        for got, want in pairs:
             yield from _narrower(method, leaves(got), leaves(want), allowed)
+        if found is None:
+            continue
         trial.apply(method, schedule)
         whole = _of_images(trial, trial.answer())
         for (path, one), (_, other) in zip(_of_images(trial, found), whole, strict=False):
@@ -722,6 +731,21 @@ def hands_out_few(trial: Trial) -> Findings:
                     f"with {method}, {path or 'the output'} is {difference}",
                     "the same as with full_grid=True",
                 )
+
+
+def _leaving(trial: Trial) -> tuple[Any, list[Any]]:
+    """The answer of the model, None if what stands behind the tower raises; and what has left the
+    tower."""
+    left: list[Any] = []
+    hook = trial.tower.register_forward_hook(lambda module, args, output: left.append(output))
+    try:
+        return trial.answer(), left
+    except Exception:
+        if trial.tower is trial.model or not left:
+            raise
+        return None, left
+    finally:
+        hook.remove()
 
 
 def _token_counts(trial: Trial) -> Mapping[int, set[int]]:
