@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import pytest
 from families import Small, visible
 from families import timm_eva as eva
 from families import timm_relpos as relpos
@@ -353,9 +354,8 @@ def deepseek_layout(model: Any, image_size: tuple[int, int] | None) -> Layout:
 
 def deepseek(cls: str, **options: Any) -> Small:
     def build() -> nn.Module:
-        from timm.models import deepseek_vit
-
-        made = getattr(deepseek_vit, cls)(
+        module = pytest.importorskip("timm.models.deepseek_vit")
+        made = getattr(module, cls)(
             img_size=64, patch_size=16, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, **options
         )
         return eva.strong(visible(made))
