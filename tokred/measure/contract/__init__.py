@@ -75,6 +75,7 @@ def check(
     Raises:
         UnsupportedModelError: no patch knows the model.
         ValueError: the model is training, or has a reduction; or there is no such promise.
+        Exception: what the unpatched model raises.
     """
     verdicts = examine(
         model, inputs, host, features=features, scores=scores, equal=equal, promises=promises

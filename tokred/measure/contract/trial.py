@@ -204,7 +204,10 @@ class Trial:
 
     def look_around(self) -> None:
         """Sees what the unpatched model is like, before anything is tried."""
-        _ = self.dense_features, self.hung
+        # Features first: a library may hang something on the model when it is asked for them.
+        _ = self.dense_features, self.hung, self.dense
+        if self.blocks:
+            _ = self.entering
 
     def needs_a_sequence(self) -> None:
         """Raises unless blocks attend to a sequence of tokens, which can be merged or dropped.
@@ -289,18 +292,16 @@ class Trial:
         except ValueError as error:
             raise UntriedError(f"masks are refused: {error}") from error
 
-    # The unpatched model
+    # The unpatched model, as `look_around` sees it
 
     @cached_property
     def dense(self) -> Any:
         """The answer of the unpatched model."""
-        remove(self.model)
         return self.answer()
 
     @cached_property
     def dense_features(self) -> Any:
         """What the unpatched model hands out; None if it does not."""
-        remove(self.model)
         try:
             return self.handed_out()
         except Exception:  # the unpatched model says so: that is no fault of its patch
@@ -308,15 +309,12 @@ class Trial:
 
     @cached_property
     def hung(self) -> Hung:
-        """What hangs on the modules of the unpatched model. Its library may have hung something
-        there when it was asked for features."""
-        remove(self.model)
+        """What hangs on the modules of the unpatched model."""
         return hanging_on(self.model)
 
     @cached_property
     def entering(self) -> Tensor:
         """The tokens that enter the first block."""
-        remove(self.model)
         return self.run().trace.entered[0][0]
 
     @cached_property
