@@ -7,15 +7,16 @@
 Models are built with random weights, and as small as their constructor lets them be, with every
 parameter drawn away from defaults such as 1e-5. Each one is found to be:
 
-*accepted*: with `keep_rate=1` its answer, and its features where it offers them, are bit-identical
-to the dense model's; with `keep_rate=0.5` exactly the asked number of tokens reaches every MLP, and
-the answer is finite and another one, in which dropped tokens have no part; after `tokred.remove` it
-is bit-identical again. All of that for a method that merges (`tome`) and one that prunes (`topk`);
-where one of the two is refused, the page says so. (Models that attend in windows can have `slic`
-alone: they are tried with that, and their tokens are not counted.)
+*accepted*: the patch keeps every promise of `tokred.measure.contract` that can be tried on the
+model. Among them: with `keep_rate=1` the answer, and features where the model offers them, are
+bit-identical to the dense model's; exactly the asked number of tokens reaches every MLP; what
+merged and other tokens become is what the dense model computes under a mask; dropped tokens have no
+part in answers; after `tokred.remove` all is bit-identical again. Where the model can have only one
+of `tome`, which merges, and `topk`, which prunes, the page says so. (Models that attend in windows
+can have `slic` alone, and of the promises those on answers, features and removal.)
 *refused*: `tokred.apply` says why.
 *not built*: no small model could be made or run, so nothing is known.
-*wrong*: anything else. The script then exits with 1.
+*wrong*: anything else, exceptions included. The script then exits with 1.
 
 Not counted: models in which no block has both an attention, made of queries and keys, and an MLP.
 """
@@ -32,12 +33,11 @@ import sys
 import textwrap
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from importlib import import_module
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ from tqdm import tqdm
 
 import tokred
 from tokred.data.inputs import Inputs, call
-from tokred.host import Host, find_host, hosts
+from tokred.host import Host, Stage, find_host, hosts
+from tokred.measure import contract
 
 METHODS = ("tome", "topk")
 KEEP = tokred.Stages(0.5)
@@ -170,7 +171,7 @@ def survey(job: Job) -> list[Result]:
     try:
         classes = vars(import_module(module))
     except Exception as error:
-        return [Result("transformers", module, "", "not built", said(error))]
+        return [Result("transformers", module, "", "not built", contract.said(error))]
     return [found for name in names if (found := survey_transformers(classes.get(name)))]
 
 
@@ -184,7 +185,7 @@ def survey_timm(name: str) -> Result | None:
         with torch.device("meta"):
             full = timm.create_model(name)
     except Exception as error:
-        result.reason = said(error)
+        result.reason = contract.said(error)
         return result
     result.family = type(full).__name__
     if not is_transformer(full):
@@ -195,9 +196,9 @@ def survey_timm(name: str) -> Result | None:
     try:
         model, images = small_timm(name, full)
     except Exception as error:
-        result.reason = said(error)
+        result.reason = contract.said(error)
         return result
-    judge(result, model, images, timm_features)
+    judge(result, model, images)
     return result
 
 
@@ -226,6 +227,7 @@ def small_timm(name: str, full: nn.Module) -> tuple[nn.Module, Tensor]:
         image,
         {},
     ]
+    reasons = []
     for options in tries:
         try:
             with torch.device("meta"):
@@ -234,18 +236,14 @@ def small_timm(name: str, full: nn.Module) -> tuple[nn.Module, Tensor]:
                 continue
             if sum(parameter.numel() for parameter in outline.parameters()) > LARGEST:
                 continue
-            model = visible(timm.create_model(name, **options))
-        except Exception:  # what constructors raise is of all kinds
+            model = contract.lively(timm.create_model(name, **options)).eval()
+        except Exception as error:  # what constructors raise is of all kinds
+            reasons.append(contract.said(error))
             continue
         return model, torch.randn((2, size[0], *options.get("img_size", size[1:])))
-    raise ValueError("no smaller model of the same modules could be made")
-
-
-def timm_features(model: Any, images: Inputs) -> list[Tensor]:
-    return [
-        *tensors(model.forward_features(images)),
-        *tensors(model.forward_intermediates(images, intermediates_only=True)),
-    ]
+    raise ValueError(
+        f"no smaller model of the same modules could be made: {'; '.join(dict.fromkeys(reasons))}"
+    )
 
 
 # ---- transformers
@@ -259,7 +257,7 @@ def survey_transformers(cls: Any) -> Result | None:
     try:
         full = full_transformer(cls)
     except Exception as error:
-        result.reason = said(error)
+        result.reason = contract.said(error)
         return result
     if not is_transformer(full):
         result.verdict = NO_TRANSFORMER
@@ -274,9 +272,9 @@ def survey_transformers(cls: Any) -> Result | None:
             if any(one.unique().numel() > 1 for one in answered(model, inputs)):
                 break  # a head that ends in a ReLU may say 0 whatever comes
     except Exception as error:
-        result.reason = said(error)
+        result.reason = contract.said(error)
         return result
-    judge(result, model, inputs, hidden_states)
+    judge(result, model, inputs)
     return result
 
 
@@ -349,7 +347,7 @@ def full_transformer(cls: Any) -> nn.Module:
 
 
 def small_transformer(cls: Any) -> nn.Module:
-    return visible(cls(small_config(cls.config_class())))
+    return contract.lively(cls(small_config(cls.config_class()))).eval()
 
 
 def small_config(default: Any) -> Any:
@@ -434,10 +432,10 @@ def random_inputs(model: Any, images: int) -> dict[str, Tensor]:
             inputs["image_embeds_position_mask"] = mask.expand_as(ids).long()
     if "decoder_input_ids" in taken:
         inputs["decoder_input_ids"] = torch.randint(40, 90, (2, 4))
-    if "bool_masked_pos" in required:  # every second patch
+    if "bool_masked_pos" in required:  # two of four patches; neither the first nor the last one
         count = height // vision.patch_size * (width // vision.patch_size)
         count *= getattr(vision, "num_frames", 1) // getattr(vision, "tubelet_size", 1)
-        inputs["bool_masked_pos"] = torch.arange(count).expand(2, -1) % 2 == 1
+        inputs["bool_masked_pos"] = (torch.arange(count).expand(2, -1) + 1) % 4 > 1
     return inputs
 
 
@@ -462,11 +460,6 @@ def vision_config(config: Any) -> Any:
         if isinstance(getattr(config, name, None), transformers.PreTrainedConfig):
             return getattr(config, name)
     return config
-
-
-def hidden_states(model: Any, inputs: Inputs) -> list[Tensor]:
-    assert isinstance(inputs, Mapping)
-    return tensors(model(**inputs, output_hidden_states=True))
 
 
 # ---- the same for both
@@ -507,37 +500,10 @@ def kinds(model: nn.Module) -> set[type]:
     return {type(module) for module in model.modules()}
 
 
-def visible(model: nn.Module) -> nn.Module:
-    """Draws parameters away from defaults such as 0, 1 and 1e-5, so that a patch that drops or
-    doubles one cannot hide; in evaluation mode."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not parameter.is_floating_point():
-                continue
-            if parameter.ndim < 2 or name.endswith(("gamma", "lambda1", "lambda_1", "lambda_2")):
-                parameter.uniform_(0.1, 0.5) if "bias" not in name else parameter.normal_(std=0.1)
-            elif name.endswith("weight"):  # small ones make every attention the same average
-                parameter.normal_(std=parameter[0].numel() ** -0.5)
-            else:
-                parameter.normal_(std=0.5)
-    return model.eval()
-
-
-def tensors(output: Any) -> list[Tensor]:
-    """All that a model has put out, as far as it is numbers with a fraction."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    if isinstance(output, Mapping):
-        return [one for part in output.values() for one in tensors(part)]
-    if isinstance(output, list | tuple):
-        return [one for part in output for one in tensors(part)]
-    return []
-
-
 @torch.no_grad()
 def answered(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     torch.manual_seed(1)  # some models draw masks
-    return tensors(call(model, inputs))
+    return [one for _, one in contract.leaves(call(model, inputs))]
 
 
 def refused_at_once(result: Result, model: nn.Module) -> bool:
@@ -563,177 +529,60 @@ def refused_at_once(result: Result, model: nn.Module) -> bool:
     return True
 
 
-def name_of(host: Host) -> str:
+def name_of(host: Host | Stage) -> str:
     """The file of a patch."""
-    return next(name for name, one in hosts().items() if one is (host.base or host))
+    return next(name for name, one in hosts().items() if one is host.family)
 
 
-def methods_of(host: Host) -> tuple[str, ...]:
+def methods_of(host: Host | Stage) -> tuple[str, ...]:
     """The methods to try: of a model in windows, the one that it can have."""
-    return ("slic",) if host.stages else METHODS
+    return ("slic",) if isinstance(host, Stage) else METHODS
 
 
-Features = Callable[[Any, Inputs], list[Tensor]]
-
-
-def judge(result: Result, model: nn.Module, inputs: Inputs, features: Features) -> None:
+def judge(result: Result, model: nn.Module, inputs: Inputs) -> None:
     """Fills in the verdict, and why."""
     host, tower = find_host(model)
     result.patch, result.tower = name_of(host), type(tower).__name__
-    dense = answered(model, inputs)
-    hidden = offered(features, model, inputs)
-    result.verdict = "accepted"
+    try:
+        verdicts = contract.examine(model, inputs)
+        describe(result, model, inputs)
+    except Exception as error:
+        result.verdict, result.reason = "wrong", contract.said(error)
+        return
+    finally:
+        tokred.remove(model)
+    broken = [str(one) for verdict in verdicts for one in verdict.broken]
+    result.verdict = "wrong" if broken else "accepted"
+    result.reason = "; ".join(dict.fromkeys(broken))[:600]
+
+
+def describe(result: Result, model: nn.Module, inputs: Inputs) -> None:
+    """Fills in what the page tells of a model: which methods it cannot have, and its layout."""
+    host, tower = find_host(model)
+    reduction = None
     for method in methods_of(host):
         try:
-            problem = tried(result, model, inputs, method, dense, hidden, features)
+            reduction = tokred.apply(model, method, 0.5 if isinstance(host, Stage) else KEEP)
         except tokred.UnsupportedModelError as error:
             result.notes.append(f"not {method}: {plainly(str(error))}")
-            continue
-        except Exception as error:
-            problem = said(error)
-        finally:
-            tokred.remove(model)
-        if problem:
-            result.verdict, result.reason = "wrong", f"{method}: {problem}"
-            return
-
-
-def tried(
-    result: Result,
-    model: nn.Module,
-    inputs: Inputs,
-    method: str,
-    dense: list[Tensor],
-    hidden: list[Tensor] | None,
-    features: Features,
-) -> str | None:
-    """What is wrong with one method; None if nothing is."""
-    full, _ = entered(model, inputs)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that nothing is reduced
-        tokred.apply(model, method, keep_rate=1.0)
-    if not same(answered(model, inputs), dense):
-        return "keep_rate=1 is not the dense model"
-    if hidden is not None and not same(offered(features, model, inputs), hidden):
-        return "with keep_rate=1, the features are not the dense model's"
-    if method == "slic":  # in windows: feature maps have no sequence whose tokens could be counted
-        reduction = tokred.apply(model, tokred.SLIC(tau=5.0), 0.5)
-        layout = reduction.layout
+    if reduction is None:
+        return
+    if isinstance(host, Stage):
         result.notes.append("slic, in the windows of its longest stage")
     else:
-        reduction = tokred.apply(model, method, KEEP)
-        layout = reduction.layout
-        asked = [n + layout.others for n in KEEP(full[0] - layout.others, layout.layers)]
-        blocks, mlps = entered(model, inputs)
-        if mlps != asked:
-            if [*mlps, *asked[-1:]] != [full[0], *asked] or blocks != mlps:
-                return f"{mlps} tokens enter the MLPs instead of {asked}"
+        blocks, mlps = contract.entered(host.blocks(tower), model, inputs)
+        if blocks == mlps:
             result.notes.append("reduced between blocks")
-    reduced = answered(model, inputs)
-    if hidden is not None and offered(features, model, inputs) is None:
-        return "features cannot be had"
-    shapes = [one.shape for one in reduced], [one.shape for one in dense]
-    if shapes[0] != shapes[1] and not reduction.averages:
-        return f"the answer has shapes {shapes[0]} instead of {shapes[1]}"
-    if any(
-        got.shape == want.shape and bool((want.isfinite() & ~got.isfinite()).any())
-        for got, want in zip(reduced, dense, strict=True)
-    ):
-        return "the answer is not finite"
-    if all(close(got, want) for got, want in zip(reduced, dense, strict=True)):
-        return "fewer tokens give the dense model's answer"
-    if method == "topk":
-        # Scores of whole images must not depend on what stands in for dropped tokens in features.
-        wanted = offered(scores, model, inputs)
-        tokred.apply(model, method, KEEP, full_grid=False)
-        found = offered(scores, model, inputs)  # none, if the head needs the full grid
-        if wanted and found and not all(map(close, found, wanted, repeat(1e-3))):
-            return "tokens that were dropped are pooled"
-    tokred.remove(model)
-    if not same(answered(model, inputs), dense):
-        return "not the dense model any more after it was removed"
-    host, tower = find_host(model)
-    inside = bool(host.pools(tower)) or any(
-        name in host.methods for name in ("pool", "_pool", "forward_head")
-    )
+    inside = any(name in host.family.methods for name in ("pool", "_pool", "forward_head"))
+    if isinstance(host, Host):
+        inside = inside or bool(host.pools(tower))
+    layout = reduction.layout
     result.layout = {
         "prefix": layout.prefix,
         "suffix": layout.suffix,
         "positions": "by token" if layout.by_position else "before",
         "pooling": "outside" if reduction.averages else "inside" if inside else "none",
     }
-    return None
-
-
-def entered(model: nn.Module, inputs: Inputs) -> tuple[list[int], list[int]]:
-    """How many tokens entered every block, and its last part that was given tokens: the MLP, or
-    what follows it."""
-    host, tower = find_host(model)
-    first: list[int] = []
-    last: list[int] = []
-    batch: list[int] = []
-
-    def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = next(one for one in (*args, *kwargs.values()) if isinstance(one, Tensor))
-        first.append(x.shape[1])
-        last.append(x.shape[1])
-        batch[:] = [x.shape[0]]
-
-    def part(module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0] if args else None
-        if isinstance(x, Tensor) and x.ndim == 3 and x.shape[0] == batch[0]:
-            last[-1] = x.shape[1]
-
-    hooks = []
-    for block in host.blocks(tower):
-        hooks.append(block.register_forward_pre_hook(enter, with_kwargs=True))
-        parts = [module for module in block.modules() if module is not block]
-        hooks += [module.register_forward_pre_hook(part) for module in parts]
-    answered(model, inputs)
-    for hook in hooks:
-        hook.remove()
-    return first, last
-
-
-def scores(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """What the model says of whole images."""
-    output = call(model, inputs)
-    if isinstance(output, Mapping):
-        output = [output.get(name) for name in ("logits", "logits_per_image", "image_embeds")]
-    return [one for one in tensors(output) if one.ndim == 2]
-
-
-@torch.no_grad()
-def offered(features: Features, model: nn.Module, inputs: Inputs) -> list[Tensor] | None:
-    """What the model hands out besides its answer; None if it does not."""
-    torch.manual_seed(1)
-    try:
-        return features(model, inputs)
-    except Exception:
-        return None
-
-
-def close(found: Tensor, wanted: Tensor, share: float = 1e-5) -> bool:
-    """Whether two tensors differ by less than a share of the largest finite value."""
-    if found.shape != wanted.shape or not wanted.numel():
-        return found.shape == wanted.shape
-    found, wanted = found.nan_to_num(0, 0, 0), wanted.nan_to_num(0, 0, 0)
-    return bool((found - wanted).abs().max() <= share * wanted.abs().max())
-
-
-def same(found: list[Tensor] | None, wanted: list[Tensor]) -> bool:
-    return (
-        found is not None
-        and len(found) == len(wanted)
-        and all(
-            a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
-            for a, b in zip(found, wanted, strict=True)
-        )
-    )
-
-
-def said(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def plainly(reason: str) -> str:

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import Small
+from families import Small, _swin
+from test_diffusers import CASES as DENOISERS
 from test_patching import traces
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ import tokred
 from tokred import reducers
 from tokred.data.inputs import call
 from tokred.host import find_host, submodule
+from tokred.measure import contract
 
 FAMILIES = sorted(file.stem for file in (Path(__file__).parent / "families").glob("[a-z]*.py"))
 SMALL: dict[str, Small] = {
@@ -319,3 +321,93 @@ def test_every_supported_method_of_the_library_runs(some: Small) -> None:
                 "different numbers of tokens in different images|neighbours on a grid|not padded"
             )
             assert re.search(known, str(error))
+
+
+# The contract that anybody can try a patch on: tests/test_contract.py shows what it notices. What
+# has tests of its own above is left out here, and half precision is slow on CPUs.
+CONTRACT = [
+    name
+    for name in contract.PROMISES
+    if name not in ("keep_rate=1", "token counts", "half precision", "equal tokens", "removal")
+]
+# Faults of patches that are known, by model and promise.
+FAULTS = {
+    (name, promise): "the first patch, which may be dropped, is taken for all of them"
+    for name in ("transformers_clip-janus", "transformers_maskless-videomae-first-token")
+    for promise in ("dropped tokens", "full_grid=False")
+}
+# Why a promise need not be tried on a model.
+UNTRIED = (
+    "take no mask|takes no mask|masks are refused|says nothing of whole images|mixes tokens between"
+    "|2 attentions between its|handed out reduced"  # differential attention; maps
+)
+
+
+def examined(name: str, promises: list[str]) -> list[contract.Verdict]:
+    torch.manual_seed(0)
+    small = SMALL[name]
+    model, inputs = small.build(), small.inputs(2)
+    # What CoCa says of images is not told by shapes.
+    scores = small.answer if name.startswith("openclip") else None
+    return contract.examine(model, inputs, scores=scores, promises=promises)
+
+
+def broken(verdicts: list[contract.Verdict]) -> str:
+    return "\n".join(str(one) for verdict in verdicts for one in verdict.broken)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_contract_is_kept(name: str) -> None:
+    verdicts = examined(name, [one for one in CONTRACT if (name, one) not in FAULTS])
+    assert not broken(verdicts), broken(verdicts)
+    reasons = "|".join([UNTRIED, *(SMALL[name].refuses or {}).values()])
+    for verdict in verdicts:
+        assert verdict.untried is None or re.search(reasons, verdict.untried), verdict
+
+
+@pytest.mark.parametrize(
+    ("name", "promise"),
+    [
+        pytest.param(*which, marks=pytest.mark.xfail(reason=why, strict=True))
+        for which, why in FAULTS.items()
+    ],
+)
+def test_the_contract_is_kept_in_spite_of_known_faults(name: str, promise: str) -> None:
+    verdicts = examined(name, [promise])
+    assert not broken(verdicts), broken(verdicts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_all_of_the_contract_is_kept(name: str) -> None:
+    left = [one for one in contract.PROMISES if one not in CONTRACT]
+    assert not broken(examined(name, left))
+
+
+WINDOWED_FAULTS = {"transformers-maskformer": "hidden states inside of a stage come out reduced"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.xfail(reason=WINDOWED_FAULTS[name], strict=True))
+        if name in WINDOWED_FAULTS
+        else name
+        for name in _swin.SWIN
+    ],
+)
+def test_the_contract_is_kept_by_models_in_windows(name: str) -> None:
+    model, images = _swin.SWIN[name].build(), _swin.images(2)
+    inputs = {"pixel_values": images} if name.startswith("transformers") else images
+    verdicts = contract.examine(model, inputs)
+    assert not broken(verdicts), broken(verdicts)
+    tried = {verdict.promise for verdict in verdicts if verdict.untried is None}
+    assert tried == {"keep_rate=1", "outputs", "half precision", "removal"}
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_the_contract_is_kept_by_denoisers(name: str) -> None:
+    verdicts = contract.examine(DENOISERS[name].build(), DENOISERS[name].inputs(2))
+    assert not broken(verdicts), broken(verdicts)
+    tried = {verdict.promise for verdict in verdicts if verdict.untried is None}
+    assert tried == {"keep_rate=1", "outputs", "half precision", "removal"}
