@@ -14,7 +14,8 @@ from PIL import Image
 
 import tokred
 from tokred import reducers
-from tokred.cli.main import HEAD, main
+from tokred.cli.demo import HEAD
+from tokred.cli.main import main
 from tokred.measure.cost import Arm, Bench
 from tokred.measure.suites import dense, diffusion
 from tokred.measure.suites import tcformer as tcformer_suite
