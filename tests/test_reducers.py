@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import re
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,12 +13,12 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tokred import reducers
-from tokred.maps import TokenMap
-from tokred.reducers import Tokens
+from tokred.maps import Clusters, Kept, TokenMap
+from tokred.reducers import Tokens, atc, evit, slic, svit, todo, tome, tome2d, truncate
 
 every_method = pytest.mark.parametrize("method", reducers.names())
 static_methods = pytest.mark.parametrize(
-    "method", [name for name in reducers.names() if not reducers.varies(reducers.make(name))]
+    "method", [name for name in reducers.names() if not reducers.traits(reducers.make(name)).varies]
 )
 SIGNALS = ("x", "size", "key", "value", "class_attention", "attention_received")
 GRIDS = {16: (4, 4), 15: (3, 5), 2: (1, 2)}
@@ -32,8 +33,18 @@ def soft(small: TokenMap) -> bool:
 
 def fitting(method: str, keep: int, num: int) -> int:
     """The number of tokens nearest to `keep` that the method can make of these."""
-    fit = getattr(reducers.make(method), "fit", None)
-    return int(fit(keep, GRIDS[num])) if fit else keep
+    fit = reducers.traits(reducers.make(method)).fit
+    return fit(keep, GRIDS[num]) if fit else keep
+
+
+class Says:
+    """A method that says no more than it must."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    bibtex: ClassVar[str] = ""
+
+    def __call__(self, tokens: Tokens, keep: int) -> TokenMap:
+        raise NotImplementedError
 
 
 class Odds(nn.Module):
@@ -75,8 +86,7 @@ def test_keeps_exactly_as_many_as_asked(method: str, num: int, keep: int) -> Non
     keep = fitting(method, keep, num)
     small = made(tokens, keep)
     assert isinstance(small, TokenMap)
-    assert small.ragged == reducers.varies(made)
-    assert reducers.prunes(made) != small.merges or reducers.place(made) == "around"
+    assert small.ragged == reducers.traits(made).varies
     down = small.down(tokens.x, tokens.size)
     assert down.shape == (2, small.num_coarse, 12)
     assert small.up(down, tokens.x).shape == tokens.x.shape
@@ -91,7 +101,7 @@ def test_keeps_exactly_as_many_as_asked(method: str, num: int, keep: int) -> Non
     assert groups == [list(range(len(row))) for row in groups]
     if small.ragged:
         assert max(map(len, groups)) == small.num_coarse
-        assert small.num_coarse <= keep or reducers.learned(made)  # as many as gates like
+        assert small.num_coarse <= keep or reducers.traits(made).learned  # as many as gates like
         assert (small.total(tokens.size) > 0).sum(1).tolist() == list(map(len, groups))
     else:
         assert [len(row) for row in groups] == [keep, keep] == [small.num_coarse] * 2
@@ -181,9 +191,9 @@ def test_exact_duplicates_and_zeros_are_no_trouble(method: str) -> None:
     for keep in (15, 9, 4, 1):
         made, keep = reducers.make(method), fitting(method, keep, 16)
         small = made(flat, keep)
-        if not reducers.varies(made):
+        if not reducers.traits(made).varies:
             assert small.num_coarse == keep
-        elif not reducers.learned(made):
+        elif not reducers.traits(made).learned:
             assert small.num_coarse <= keep
         assert small.down(flat.x, flat.size).isfinite().all()
 
@@ -242,3 +252,114 @@ def test_a_name_is_given_once() -> None:
     with pytest.raises(ValueError, match="'tome' is registered already"):
         reducers.register("tome")(lambda: reducers.make("atc"))
     assert reducers.register("tome")(reducers.tome.ToMe) is reducers.tome.ToMe
+
+
+@every_method
+def test_its_maps_do_what_it_says(method: str) -> None:
+    tokens, made = some_tokens(), reducers.make(method)
+    reducers.check_map(made, made(tokens, fitting(method, 7, 16)))
+
+
+def test_every_method_of_the_folder_does_what_it_says() -> None:
+    """Those without a name, too, and with other options."""
+    tokens = some_tokens()
+    for made, keep in [
+        (truncate.Truncate(), 7), (truncate.Truncate("before"), 7), (todo.ToDo(), 4),
+        (tome2d.ToMe2d(), 7), (tome.ToMe(threshold=0.5), 7), (evit.EViT(published=True), 7),
+        (svit.SViT(fixed=True), 7), (svit.SViT(reactivate=False), 7), (slic.SLIC(iterations=0), 4),
+        (svit.SViT(reactivate=False, preserve=False), 7),
+    ]:  # fmt: skip
+        reducers.check_map(made, made(tokens, keep))
+
+
+def test_the_defaults_of_traits_are_those_of_a_method_that_says_nothing() -> None:
+    said = reducers.traits(Says())
+    assert said == reducers.Traits(needs=frozenset(), bibtex="")
+    assert (said.place, said.varies, said.prunes, said.proportional) == (
+        "between",
+        False,
+        False,
+        True,
+    )
+    assert not said.own_schedule and not said.drops
+
+
+def test_traits_are_read_off_options_too() -> None:
+    assert reducers.traits(svit.SViT()).place == "around"
+    dropping = reducers.traits(svit.SViT(reactivate=False, preserve=False, fixed=True))
+    assert (dropping.place, dropping.prunes, dropping.varies) == ("before", True, False)
+    assert dropping.remembers and dropping.learned == "svit" and dropping.gates is None
+    assert reducers.traits(tome.ToMe(threshold=0.9)).varies
+    assert reducers.traits(tome2d.ToMe2d(cell=(4, 2))).least == 1 / 8
+    assert reducers.traits(todo.ToDo()).keys_only
+    assert reducers.traits(slic.SLIC()).open_grid
+    set_grid = reducers.traits(slic.SLIC(grid=(2, 2), k=7))
+    assert not set_grid.open_grid and set_grid.own_schedule
+    assert set_grid.reconstruction == slic.Nearest(7) and set_grid.fit is not None
+    assert set_grid.fit(9, (4, 4)) == 4
+    on = reducers.traits(atc.ATC()).on
+    assert on is not None and on(torch.device("cpu")) != atc.ATC()
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"place": "behind"}, "Says.place must be one of between, before, around, not 'behind'"),
+        ({"needs": frozenset({"keys"})}, r"Says.needs must be .*'class_attention'.*, not .*'keys'"),
+        ({"needs": {"key"}}, "Says.needs must be a frozenset"),
+        ({"prunes": "yes"}, "Says.prunes must be True or False, not 'yes'"),
+        ({"varies": None}, "Says.varies must be True or False, not None"),
+        ({"least": 2}, r"Says.least must be a keep rate in \[0, 1\], not 2"),
+        ({"fit": 3}, "Says.fit must be something that can be called, not 3"),
+        (
+            {"learned": "says"},
+            "Says.learned is 'says', but .* needs gates, remembers, layers, gate",
+        ),
+    ],
+)
+def test_what_a_method_says_must_make_sense(
+    said: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in said.items():
+        monkeypatch.setattr(Says, name, value, raising=False)
+    with pytest.raises(ValueError, match=message):
+        reducers.traits(Says())
+
+
+CLUSTERS = Clusters(torch.tensor([[0, 0, 1]]), 2)
+KEPT = Kept(torch.tensor([[0, 2]]), 3)
+RAGGED = Kept(torch.tensor([[0, 2]]), 3, counts=torch.tensor([1]))
+
+
+@pytest.mark.parametrize(
+    ("said", "returned", "message"),
+    [
+        ({}, KEPT, r"Says returned Kept, which drops .* add the line `prunes: ClassVar\[bool\]"),
+        (
+            {"prunes": True},
+            CLUSTERS,
+            "Says says that it prunes, but returned Clusters, which merge",
+        ),
+        ({"place": "around"}, CLUSTERS, 'Says says place = "around", but returned Clusters'),
+        ({"prunes": True}, RAGGED, r"different numbers .* `varies: ClassVar\[bool\] = True`"),
+        ({}, CLUSTERS, None),
+        ({"prunes": True}, KEPT, None),
+        ({"prunes": True, "varies": True}, RAGGED, None),
+        ({"place": "around"}, KEPT, None),
+        ({"keys_only": True}, KEPT, None),
+        ({"limit": True}, KEPT, None),
+    ],
+)
+def test_a_map_must_do_what_its_method_says(
+    said: dict[str, object],
+    returned: TokenMap,
+    message: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in said.items():
+        monkeypatch.setattr(Says, name, value, raising=False)
+    if message is None:
+        reducers.check_map(Says(), returned)
+    else:
+        with pytest.raises(ValueError, match=message):
+            reducers.check_map(Says(), returned)

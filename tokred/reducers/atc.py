@@ -23,7 +23,8 @@ from torch import Tensor
 
 from tokred.maps import Clusters
 from tokred.optional import installed, require
-from tokred.reducers import Tokens, register
+from tokred.reducers.protocol import Tokens
+from tokred.reducers.registry import register
 from tokred.reducers.tome import mean_over_heads
 
 _AT_ONCE = 2**21
@@ -50,6 +51,7 @@ class ATC:
     backend: str = "auto"
 
     needs: ClassVar[frozenset[str]] = frozenset({"key"})
+    variants: ClassVar[tuple[str, ...]] = ("complete",)
     bibtex: ClassVar[str] = """@inproceedings{haurum2024atc,
   title     = {Agglomerative Token Clustering},
   author    = {Haurum, Joakim Bruslund and Escalera, Sergio and Taylor, Graham W. and

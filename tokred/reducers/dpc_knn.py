@@ -22,7 +22,8 @@ from torch import Tensor
 
 from tokred.maps import Clusters, in_order_of_first_member, ranked, take
 from tokred.optional import installed
-from tokred.reducers import Tokens, register
+from tokred.reducers.protocol import Tokens
+from tokred.reducers.registry import register
 
 
 @register("dpc_knn")

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from tokred.gates import Gates
 from tokred.maps import Kept
-from tokred.reducers import Tokens, register
+from tokred.reducers.protocol import Tokens
+from tokred.reducers.registry import register
 from tokred.reducers.svit import kept, start_at
 
 

@@ -20,13 +20,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tokred.maps import Clusters, in_order_of_first_member, ranked
-from tokred.reducers import Tokens, register
 from tokred.reducers.dpc_knn import (
     check_number,
     join_nearest,
     samples_at_once,
     squared_distances,
 )
+from tokred.reducers.protocol import Tokens
+from tokred.reducers.registry import register
 
 
 @register("kmedoids")

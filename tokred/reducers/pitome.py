@@ -18,7 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tokred.maps import Clusters, in_order_of_first_member, ranked, take
-from tokred.reducers import Tokens, register
+from tokred.reducers.protocol import Tokens
+from tokred.reducers.registry import register
 from tokred.reducers.tome import mean_over_heads
 
 

@@ -10,13 +10,14 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tokred.maps import Clusters, in_order_of_first_member
-from tokred.reducers import Tokens, register
+from tokred.reducers.protocol import Tokens
+from tokred.reducers.registry import register
 
 
 @register("random")
 @dataclass(frozen=True)
 class Random:
-    """Merges tokens that are drawn by lot, whatever is in them.
+    """Merges tokens at random, whatever is in them.
 
     The draw depends on the seed, the layer and the number of tokens alone: every image of a
     batch, and every pass, gets the same one. The global random stream does not move.
@@ -25,6 +26,7 @@ class Random:
     seed: int = 0
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    baseline: ClassVar[bool] = True
     bibtex: ClassVar[str] = ""
 
     def __call__(self, tokens: Tokens, keep: int) -> Clusters:

@@ -21,7 +21,8 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from tokred.maps import blend, take
-from tokred.reducers import Tokens, register
+from tokred.reducers.protocol import Tokens
+from tokred.reducers.registry import register
 from tokred.schedule import Hourglass
 
 

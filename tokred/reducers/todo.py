@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tokred.maps import Kept
-from tokred.reducers import Tokens
+from tokred.reducers.protocol import Tokens
 from tokred.reducers.slic import nearest_grid
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tokred.maps import Clusters, in_order_of_first_member, ranked
-from tokred.reducers import Tokens
+from tokred.reducers.protocol import Tokens
 from tokred.reducers.tome import best
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tokred.maps import Kept, ranked
-from tokred.reducers import Tokens, register
+from tokred.reducers.protocol import Tokens
+from tokred.reducers.registry import register
 
 
 @register("topk")

@@ -1,5 +1,5 @@
-"""Cutting sequences off: the ceiling that methods are measured against, and none of them, so that
-it has no name."""
+"""Cutting sequences off: the limit that methods are measured against. It is no method itself, so it
+has no short name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokred.maps import Kept
-from tokred.reducers import Tokens
+from tokred.reducers.protocol import Tokens
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Truncate:
     keys_only: bool = False
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    limit: ClassVar[bool] = True
     bibtex: ClassVar[str] = ""
 
     def __call__(self, tokens: Tokens, keep: int) -> Leading:
