@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -30,7 +31,7 @@ Batch: TypeAlias = tuple[Tensor, Tensor]
 
 KEEP_RATES = (0.9, 0.7, 0.5, 0.25)
 GATES_KEEP = 0.7
-"""What the bundled gates of SViT are trained for."""
+"""What those bundled gates are trained for that decide themselves how many tokens stay."""
 BATCH = 40
 """Images per batch."""
 HEAD = ("method", "keep", "tokens after", "accuracy", "change", "M mult-adds", "fewer", "images/s",
@@ -90,17 +91,20 @@ def run(options: argparse.Namespace) -> None:
 
 def _methods(keep_rate: float) -> dict[str, Reducer]:
     """Every method that has a place in the table, at this keep rate."""
-    made = {name: reducers.make(name) for name in reducers.names()}
-    # Methods for dense prediction have a schedule of their own.
-    methods = {
-        name: one
-        for name, one in made.items()
-        if not hasattr(one, "schedule") and not reducers.learned(one)
-    }
-    methods["atc complete"] = tokred.ATC(linkage="complete")
-    methods["dynamicvit"] = tokred.DynamicViT(zoo.gates(method="dynamicvit"))
-    if keep_rate == GATES_KEEP:
-        methods["svit"] = tokred.SViT(zoo.gates())
+    methods: dict[str, Reducer] = {}
+    for name in reducers.names():
+        made = reducers.make(name)
+        about = reducers.traits(made)
+        if about.own_schedule:  # for dense prediction
+            continue
+        if about.learned is None:
+            methods[name] = made
+            for variant in about.variants:
+                methods[f"{name} {variant}"] = reducers.parse(f"{name}:{variant}")
+        elif keep_rate == GATES_KEEP or not about.varies:
+            with contextlib.suppress(ValueError):  # there are no bundled gates
+                gates = zoo.gates(method=about.learned)
+                methods[name] = replace(made, gates=gates)  # type: ignore[type-var]
     return methods
 
 
@@ -152,7 +156,7 @@ def _race(
     """The dense model and all methods, taking turns batch by batch."""
     arms: dict[str, Any] = {"dense": None}
     for name, reducer in methods.items():
-        around = reducers.place(reducer) == "around"
+        around = reducers.traits(reducer).place == "around"
         arms[name] = tokred.apply(model, reducer, keep_rate, full_grid=around)
     tokred.remove(model)
     made = sides(model, host_of(model), arms, compile=False)
@@ -212,9 +216,10 @@ def _cells(
 
 def _more_or_less(reducer: Reducer) -> str:
     """What to write before the numbers of tokens that a schedule asks for."""
-    if not reducers.varies(reducer):
+    about = reducers.traits(reducer)
+    if not about.varies:
         return ""
-    return "~ " if reducers.learned(reducer) else "<= "
+    return "<= " if about.learned is None else "~ "
 
 
 def _draw(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import tokred
 from tokred import reducers
@@ -21,8 +21,8 @@ from tokred.cli.shared import (
 )
 from tokred.reducers import Reducer
 
-Setting: TypeAlias = tuple[str, Reducer | tokred.Preset, Any]
-"""A name, a method, and a keep rate or a schedule."""
+Setting: TypeAlias = tuple[str, Reducer | tokred.Preset, float | None]
+"""A name, a method, and a keep rate (None: its own)."""
 
 
 def add(commands: Commands) -> None:
@@ -56,16 +56,17 @@ def run(options: argparse.Namespace) -> None:
     )
     batches = images.split(8)
     with bar(len(settings), "settings") as rows:
-        for name, method, schedule in settings:
+        for name, method, rate in settings:
+            hourglass = options.hourglass and not options.preset
+            schedule = tokred.Hourglass(rate) if hourglass else rate
             reduction = tokred.apply(model, method, schedule, reconstruction=options.reconstruction)
             found = tokred.fidelity(model, batches)
             tokred.remove(model)
             counts = reduction.counts(reduction.layout.patches, reduction.layout.grid)
-            keep = getattr(schedule, "keep_rate", schedule)
             same = "" if found.agreement is None else f"{found.agreement:.2%}"
             depth = "" if found.depth_error is None else f"{found.depth_error:.2%}"
             rows.write(
-                f"{name:26s}{'' if keep is None else keep:>6}{found.cosine:9.4f}{same:>15s}"
+                f"{name:26s}{'' if rate is None else rate:>6}{found.cosine:9.4f}{same:>15s}"
                 f"{depth:>13s}  {' '.join(map(str, dict.fromkeys(counts)))}",
                 file=sys.stdout,
             )
@@ -82,8 +83,5 @@ def _settings(options: argparse.Namespace) -> list[Setting]:
     methods = {name: with_gates(reducers.parse(name), options) for name in named}
     if options.option or not options.methods:
         methods = {options.method: reducer_of(options)}
-    settings: list[Setting] = []
-    for rate in options.keep_rates or [keep_rate_of(options)]:
-        schedule = tokred.Hourglass(rate) if options.hourglass else rate
-        settings += [(name, method, schedule) for name, method in methods.items()]
-    return settings
+    rates = options.keep_rates or [keep_rate_of(options)]
+    return [(name, method, rate) for rate in rates for name, method in methods.items()]

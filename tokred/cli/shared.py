@@ -163,8 +163,7 @@ def keep_rate_of(options: argparse.Namespace) -> float | None:
     """What was given; if nothing, 0.5, but of gates what they were trained for."""
     if options.keep_rate is not None:
         return float(options.keep_rate)
-    made = reducer_of(options)
-    return None if reducers.learned(made) and made.gates else 0.5
+    return None if reducers.traits(reducer_of(options)).gates else 0.5
 
 
 def bar(total: int, text: str, disable: bool = False) -> Any:

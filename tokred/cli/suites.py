@@ -42,6 +42,10 @@ def _vit(options: argparse.Namespace, rounds: Any) -> tuple[Results, str]:
         for name, _, pixels in (given.partition(":") for given in options.models or ())
     ]
 
+    untrained = [
+        name for name in reducers.names() if reducers.traits(reducers.make(name)).learned is None
+    ]
+
     def done(group: vit.Group) -> None:
         what = f"{group.model}, {group.image_size} px, batch {group.batch}"
         rounds.write(f"{what}: {group.skipped or f'{group.rounds} rounds'}", file=sys.stderr)
@@ -49,8 +53,7 @@ def _vit(options: argparse.Namespace, rounds: Any) -> tuple[Results, str]:
     results = vit.run(
         models or vit.MODELS,
         options.batches or vit.BATCHES,
-        options.methods
-        or [name for name in reducers.names() if not reducers.learned(reducers.make(name))],
+        options.methods or untrained,
         options.keep_rates or vit.KEEP_RATES,
         compile=options.compile,
         seconds=options.seconds,

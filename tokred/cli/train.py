@@ -138,8 +138,9 @@ def _recipe(options: argparse.Namespace, method: Reducer | None) -> training.Rec
         for field in dataclasses.fields(usual)
         if getattr(options, field.name, None) is not None
     }
-    # A method whose gates keep a fixed number of tokens is best trained to.
-    fixed = method is not None and reducers.learned(method) and not reducers.varies(method)
+    about = None if method is None else reducers.traits(method)
+    # Gates that keep a fixed number of tokens are best trained to.
+    fixed = about is not None and about.learned is not None and not about.varies
     per_image = options.per_image or usual.per_image or fixed
     return dataclasses.replace(usual, **{**given, "per_image": per_image})
 
