@@ -17,12 +17,17 @@ def add(commands: Commands) -> None:
     made = command(commands, "advise", run, text)
     trial.add_options(made, " ".join(advising.METHODS))
     budget = made.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--speedup", type=float, help="how many times as fast it has to be")
+    budget.add_argument(
+        "--speedup", type=float, help="how many times as fast the model has to become"
+    )
     budget.add_argument(
         "--max-drop", type=float, metavar="POINTS",
-        help="how much accuracy it may lose (without labels: agreement with the dense model)",
+        help="how much accuracy the model may lose "
+        "(without labels: agreement with the dense model)",
     )  # fmt: skip
-    made.add_argument("--images", type=int, default=256, help="to try on (default: 256)")
+    made.add_argument(
+        "--images", type=int, default=256, help="how many to try settings on (default: 256)"
+    )
 
 
 def run(options: argparse.Namespace) -> None:

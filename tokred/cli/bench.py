@@ -26,15 +26,15 @@ def add(commands: Commands) -> None:
     made = command(commands, "bench", run, text)
     add_model_options(made, model_needed=False)
     add_speed_options(made, rounds=20)
-    made.add_argument("--compile", action="store_true", help="under torch.compile")
+    made.add_argument("--compile", action="store_true", help="measure under torch.compile")
     add = made.add_argument_group("suites: many models and methods at once").add_argument
     add("--suite", choices=tuple(suites.SUITES))
-    add("--models", nargs="+", metavar="NAME[:PIXELS]", help="not all of it")
+    add("--models", nargs="+", metavar="NAME[:PIXELS]", help="only these models")
     add("--batches", nargs="+", type=int)
     add("--methods", nargs="+", metavar="METHOD", help="default: all")
     add("--keep-rates", nargs="+", type=float)
-    add("--tokens", nargs="+", type=int, help="of the suite clustering")
-    add("--seconds", type=float, default=120, help="for each model and batch (default: 120)")
+    add("--tokens", nargs="+", type=int, help="how many, in the suite clustering")
+    add("--seconds", type=float, default=120, help="limit for each model and batch (default: 120)")
     add("--out", type=Path, help="folder for the JSON and Markdown files (default: none)")
 
 

@@ -43,8 +43,10 @@ def add(commands: Commands) -> None:
     """Adds the command and its arguments."""
     text = "what every method costs and gains on the bundled checkpoint"
     made = command(commands, "demo", run, text)
-    made.add_argument("--out", type=Path, default=Path("tokred-demo.png"), help="picture to write")
-    made.add_argument("--limit", type=int, help="use only so many of the held-out images")
+    made.add_argument(
+        "--out", type=Path, default=Path("tokred-demo.png"), help="the picture to write"
+    )
+    made.add_argument("--limit", type=int, help="use only this many of the held-out images")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -25,12 +25,17 @@ def add(commands: Commands) -> None:
     )  # fmt: skip
     add(
         "--hourglass", action="store_true",
-        help="few tokens from a third of the way on, for every method (slic always does)",
+        help="few tokens from a third of the layers on, with every method (slic always does this)",
     )  # fmt: skip
-    add("--limit", type=int, help="look at only so many images, spread evenly")
-    add("--plot", type=Path, metavar="FILE", help="write the plot, too")
-    add("--csv", type=Path, metavar="FILE", help="write the table, too")
-    add("--cache", type=Path, metavar="FOLDER", help="for what is finished (default: the user's)")
+    add("--limit", type=int, help="use only this many images, evenly spaced")
+    add("--plot", type=Path, metavar="FILE", help="also write the plot")
+    add("--csv", type=Path, metavar="FILE", help="also write the table")
+    add(
+        "--cache",
+        type=Path,
+        metavar="FOLDER",
+        help="where finished settings are kept (default: the user's cache)",
+    )
     add("--fresh", action="store_true", help="measure everything again")
 
 

@@ -39,18 +39,24 @@ def add(commands: Commands) -> None:
         help=f"in (0, 1] (default: {' '.join(f'{rate:g}' for rate in fid.KEEP_RATES)})",
     )  # fmt: skip
     _add_reduction_options(made)
-    add("--seeds", nargs="+", type=int, default=[0], help="every setting for each (default: 0)")
+    add(
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=[0],
+        help="draw every setting with each of them (default: 0)",
+    )
     add(
         "--prompts", metavar="FILE|PRESET",
-        help="a file with a prompt on each line, or a preset, which also sets images, steps, "
-        f"guidance, size and reference, if not given: {', '.join(fid.presets)}",
+        help="a file with a prompt on each line, or a preset, which also sets those of images, "
+        f"steps, guidance, size and reference that are not given: {', '.join(fid.presets)}",
     )  # fmt: skip
     add("--images", type=int, help="of each setting and seed (default: the preset's, or 500)")
     add("--steps", type=int, help="default: the preset's, or the pipeline's")
     add("--guidance", type=float, help="default: the preset's, or the pipeline's")
     add("--size", type=int, help="height and width (default: the preset's, or the pipeline's)")
     _add_score_options(made)
-    add("--out", type=Path, default=Path("tokred-fid"), help="folder for all of it")
+    add("--out", type=Path, default=Path("tokred-fid"), help="folder for all results")
     add("--batch", type=int, default=8, help="images per call (default: 8)")
     add("--dtype", default="float32", choices=DTYPES)
     add("--device", choices=("cpu",), help="default: what accelerate finds")
@@ -63,9 +69,20 @@ def _add_reduction_options(made: argparse.ArgumentParser) -> None:
         "--modules", nargs="+", default=["attention"], choices=MODULES,
         help="around which tokens are merged (default: attention)",
     )  # fmt: skip
-    add("--levels", nargs="+", type=int, help="resolutions (default: the finest that attends)")
+    add(
+        "--levels",
+        nargs="+",
+        type=int,
+        help="resolutions, 0 is that of the latents (default: the finest that has attention)",
+    )
     add("--shared", action="store_true", help="one matching for all blocks of a level")
-    add("--every", type=int, default=1, metavar="STEPS", help="how long a matching is kept")
+    add(
+        "--every",
+        type=int,
+        default=1,
+        metavar="STEPS",
+        help="for how many steps a matching is kept",
+    )
     add(
         "--during", nargs=2, type=float, default=[0.0, 1.0], metavar=("BEGIN", "END"),
         help="the part of the sampling, 0 (noise) to 1 (image), in which tokens are merged",
@@ -78,11 +95,12 @@ def _add_score_options(made: argparse.ArgumentParser) -> None:
     add("--reference", type=Path, help="a folder of pictures (digits_diffusion comes with some)")
     add(
         "--reference-per-folder", dest="per_folder", type=int, metavar="NUMBER",
-        help="take so many of each of its folders (default: the preset's, or 0, all)",
+        help="how many pictures of each of its folders to take (default: the preset's, or 0, all)",
     )  # fmt: skip
     add(
         "--features", choices=("inception", "digits"),
-        help="what images are compared in (default: inception; for digits_diffusion: digits)",
+        help="the features that images are compared by "
+        "(default: inception; for digits_diffusion: digits)",
     )  # fmt: skip
     add("--weights", type=Path, help="the file with the weights of inception")
 

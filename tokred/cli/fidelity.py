@@ -37,11 +37,11 @@ def add(commands: Commands) -> None:
     add("--preset", choices=sorted(tokred.presets), help="in place of method and keep rate")
     add(
         "--hourglass", action="store_true",
-        help="few tokens from a third of the way on, for every method (slic always does)",
+        help="few tokens from a third of the layers on, with every method (slic always does this)",
     )  # fmt: skip
     add(
         "--reconstruction", choices=("copy", "nearest", "bilinear"),
-        help="what the full grid is made of (default: as the method has it)",
+        help="what the full grid is made of (default: what the method says)",
     )  # fmt: skip
 
 

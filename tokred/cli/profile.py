@@ -22,11 +22,11 @@ from tokred.show import report
 
 def add(commands: Commands) -> None:
     """Adds the command and its arguments."""
-    text = "what every layer spends its time on, and where merging loses"
+    text = "what every layer spends its time on, and where merging costs more than it saves"
     made = command(commands, "profile", run, text)
     add_model_options(made)
     add_speed_options(made, rounds=10)
-    made.add_argument("--html", type=Path, metavar="FILE", help="write a page, too")
+    made.add_argument("--html", type=Path, metavar="FILE", help="also write a page")
 
 
 def run(options: argparse.Namespace) -> None:

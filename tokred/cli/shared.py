@@ -43,7 +43,7 @@ def add_model_options(made: argparse.ArgumentParser, model_needed: bool = True) 
         "--option", action="append", default=[], metavar="NAME=VALUE",
         help="an option of the method, such as linkage=complete",
     )  # fmt: skip
-    add("--keep-rate", type=float, help="in (0, 1] (default: 0.5; of gates, what they learned)")
+    add("--keep-rate", type=float, help="in (0, 1] (default: 0.5; of trained gates, their own)")
     add("--gates", type=Path, help="file of a learned method (default: the bundled one, if any)")
     add("--pretrained", action="store_true", help="fetch timm's weights")
     add("--device", default="cpu")
@@ -61,7 +61,7 @@ def add_speed_options(made: argparse.ArgumentParser, rounds: int) -> None:
 def add_image_options(made: argparse.ArgumentParser) -> None:
     """Which pictures."""
     made.add_argument("--image", type=Path, action="append", help="a picture; repeatable")
-    made.add_argument("--images", type=int, default=4, help="of the bundled images, how many")
+    made.add_argument("--images", type=int, default=4, help="how many of the bundled images")
 
 
 def model_and_noise(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:

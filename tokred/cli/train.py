@@ -39,14 +39,22 @@ def add(commands: Commands) -> None:
         help="a folder with a folder of pictures for each class, perhaps in 'train' and 'val'; or "
         "a Hugging Face dataset",
     )  # fmt: skip
-    add("--validate", type=Path, metavar="FOLDER", help="if not 'val' of the data")
-    add("--out", type=Path, required=True, help="folder for all that comes of it")
+    add(
+        "--validate",
+        type=Path,
+        metavar="FOLDER",
+        help="pictures to validate on (default: 'val' of the data)",
+    )
+    add("--out", type=Path, required=True, help="folder for all results")
     add("--keep-rate", type=float, help="in (0, 1] (default: 0.7)")
     add("--pretrained", action="store_true", help="fetch timm's weights")
     add(
-        "--weights", type=Path, metavar="FILE", help="of the model, as an earlier training wrote it"
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="weights of the model, written by an earlier training",
     )
-    add("--frozen", action="store_true", help="train gates alone; the model stays as it is")
+    add("--frozen", action="store_true", help="train only the gates; the model stays as it is")
     add("--per-image", action="store_true", help="every image keeps the same share of tokens")
     _add_recipe_options(made)
     add("--precision", choices=("no", "bf16", "fp16"), default="no", help="mixed precision")
@@ -56,9 +64,17 @@ def add(commands: Commands) -> None:
     )  # fmt: skip
     add("--workers", type=int, default=4, help="processes that read pictures (default: 4)")
     add(
-        "--every", type=int, default=500, metavar="STEPS", help="between checkpoints (default: 500)"
+        "--every",
+        type=int,
+        default=500,
+        metavar="STEPS",
+        help="how many between two checkpoints (default: 500)",
     )
-    add("--fresh", action="store_true", help="start anew, though there is a checkpoint")
+    add(
+        "--fresh",
+        action="store_true",
+        help="start from the beginning, even if there is a checkpoint",
+    )
 
 
 def _add_recipe_options(made: argparse.ArgumentParser) -> None:

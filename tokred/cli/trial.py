@@ -42,8 +42,10 @@ def add_options(made: argparse.ArgumentParser, usual: str) -> None:
         help="with options after a colon, such as atc:single, or presets "
         f"(default: {usual})",
     )  # fmt: skip
-    add("--unlabelled", action="store_true", help="compare with the dense model alone")
-    add("--task", choices=tuple(metrics.TASKS), help="if the labels do not say it")
+    add(
+        "--unlabelled", action="store_true", help="ignore labels; compare with the dense model only"
+    )
+    add("--task", choices=tuple(metrics.TASKS), help="needed if the labels do not tell it")
     add(
         "--batch", type=int, help="images per batch (default: 32, fewer for large models; CUDA: 64)"
     )
@@ -52,7 +54,7 @@ def add_options(made: argparse.ArgumentParser, usual: str) -> None:
     add("--random-weights", action="store_true", help="do not fetch timm's weights")
     add("--device", default="cpu")
     add("--dtype", default="float32", choices=DTYPES)
-    add("--html", type=Path, metavar="FILE", help="write a page with all of it, too")
+    add("--html", type=Path, metavar="FILE", help="also write all of it on a page")
     add("--json", action="store_true", help="print everything as JSON")
 
 
