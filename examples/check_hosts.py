@@ -49,7 +49,7 @@ from tqdm import tqdm
 
 import tokred
 from tokred.data.inputs import Inputs, call
-from tokred.host.host import Host, find_host, hosts
+from tokred.host import Host, find_host, hosts
 
 METHODS = ("tome", "topk")
 KEEP = tokred.Stages(0.5)

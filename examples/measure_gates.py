@@ -26,7 +26,7 @@ import tokred
 from tokred.data import zoo
 from tokred.models.segmenter import mean_iou
 from tokred.optional import require
-from tokred.patching.patching import reduction_of
+from tokred.patching import reduction_of
 from tokred.show import drawing
 from tokred.training.training import usage
 

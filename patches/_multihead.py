@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokred.engine.run import Step
+from tokred.engine import Step
 
 
 def attend(attention: Any, step: Step, x: Tensor) -> Tensor:

@@ -1,9 +1,13 @@
-"""What timm's Eva and NaFlexVit have in common. (No patch itself.)"""
+"""What timm's models have in common. (No patch itself.)"""
 
 from __future__ import annotations
 
+import copy
 import inspect
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +15,166 @@ from timm.layers import GlobalResponseNormMlp
 from timm.layers.attention import Attention, AttentionRope
 from timm.layers.mlp import ConvMlp
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
+from timm.models._features import feature_take_indices
 from timm.models.eva import EvaAttention
-from torch import Tensor
+from torch import Tensor, nn
 
-from tokred.engine.run import Step
+from tokred.engine import Layout, Reduction, Step, pooled
+
+
+def layout_of(
+    model: Any, image_size: tuple[int, int] | None, class_token: bool, by_position: bool = False
+) -> Layout:
+    """The layout of a model with prefix tokens and `patch_embed`."""
+    rows, columns = model.patch_embed.grid_size
+    if image_size is not None:
+        rows, columns = model.patch_embed.dynamic_feat_size(image_size)
+    return Layout(
+        prefix=model.num_prefix_tokens,
+        layers=len(model.blocks),
+        grid=(int(rows), int(columns)),
+        class_token=class_token,
+        by_position=by_position,
+    )
+
+
+def layout_of_map(model: Any, image_size: tuple[int, int] | None) -> Layout:
+    """The patches of an image, in a model whose blocks attend in windows."""
+    rows, columns = model.patch_embed.grid_size
+    if image_size is not None:
+        rows, columns = model.patch_embed.dynamic_feat_size(image_size)
+    return Layout(prefix=0, layers=1, grid=(int(rows), int(columns)), class_token=False)
+
+
+def grid(block: Any, x: Tensor) -> tuple[int, int]:
+    """Rows and columns of tokens [batch, rows, columns, dim]."""
+    return int(x.shape[1]), int(x.shape[2])
+
+
+def blocks(model: Any) -> list[nn.Module]:
+    return list(model.blocks)
+
+
+def norm(model: Any) -> list[nn.Module]:
+    """What tokens pass behind the last block."""
+    return [model.norm]
+
+
+def scale(block: Any) -> float:
+    return float(block.attn.scale)
+
+
+# Methods of models
+
+
+def forward_intermediates(
+    reduction: Reduction,
+    original: Callable[..., Any],
+    model: Any,
+    x: Any,
+    indices: int | list[int] | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Full grids at the layers that are asked for. Also serves `get_intermediate_layers` and
+    `features_only` models, which call it."""
+    layers, _ = feature_take_indices(reduction.layout.layers, indices)
+    tapped = frozenset(layers)
+    return reduction.handing_out(tapped, original, model, x, indices, *args, **kwargs)
+
+
+def pool(
+    reduction: Reduction,
+    original: Callable[..., Tensor],
+    model: Any,
+    x: Tensor,
+    pool_type: str | None = None,
+) -> Tensor:
+    """What the head pools."""
+    return pooled(
+        reduction,
+        x,
+        lambda seen: original(model, seen, pool_type),
+        patches=pools_patches(model, pool_type),
+        positions=getattr(model.attn_pool, "pos_embed", None) is not None,
+    )
+
+
+def pools_patches(model: Any, pool_type: str | None) -> bool:
+    """Whether a model pools its patch tokens, rather than take a prefix token."""
+    chosen = model.global_pool if pool_type is None else pool_type
+    return model.attn_pool is not None or chosen not in ("", "token")
+
+
+def forward_head(
+    reduction: Reduction,
+    original: Callable[..., Tensor],
+    model: Any,
+    x: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """The head of a model that pools inside of it."""
+    return pooled(
+        reduction,
+        x,
+        lambda seen: original(model, seen, *args, **kwargs),
+        patches=model.global_pool == "avg",
+    )
+
+
+def set_input_size(
+    reduction: Reduction, original: Callable[..., None], model: Any, *args: Any, **kwargs: Any
+) -> None:
+    """The reduction goes on, on the new grid."""
+    original(model, *args, **kwargs)
+    rows, columns = model.patch_embed.grid_size
+    reduction.layout = replace(reduction.layout, grid=(int(rows), int(columns)))
+
+
+def prune_intermediate_layers(
+    reduction: Reduction, original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any
+) -> None:
+    """Refused: another block would be the last one."""
+    raise RuntimeError(
+        "blocks cannot be cut off while a reduction is applied, which is laid out for "
+        f"{reduction.layout.layers} of them: call tokred.remove(model) first, and tokred.apply "
+        "again afterwards"
+    )
+
+
+# Blocks and attention
+
+
+def explicit(block: Any) -> nn.Module | None:
+    """timm's own attention with its switch turned; weights, submodules and hooks are shared."""
+    if not getattr(block.attn, "fused_attn", False):
+        return None
+    twin = copy.copy(block.attn)
+    twin.fused_attn = False
+    return cast(nn.Module, twin)
+
+
+def attend_plainly(
+    attention: Any, step: Step, qkv: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, x: Tensor
+) -> Tensor:
+    """Attention that takes no mask, from its queries, keys and values on, with a mask: fused, or as
+    two products, as it is set up."""
+    query, key, value = qkv
+    if step.attend(attention, x, attention.num_heads).fused_attn:
+        y = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=attention.attn_drop.p if attention.training else 0.0,
+        )
+    else:
+        logits = (query * attention.scale) @ key.transpose(-2, -1)
+        logits = logits if mask is None else logits + mask
+        y = attention.attn_drop(logits.softmax(dim=-1)) @ value
+    y = y.transpose(1, 2).reshape(x.shape)
+    return attention.proj_drop(attention.proj(y))
 
 
 def forward_eva(
@@ -51,10 +211,7 @@ def rotary(
     """The host's own attention, `EvaAttention` or `AttentionRope`, with the rotations of those
     tokens that are left."""
     if rope is not None:
-        rope = step.rows(rope)
-        if step.wants_signals:
-            turn = rope
-            step.rotate = lambda heads: rotated(attention, heads, turn)
+        (rope,) = step.rotary(partial(rotated, attention), rope)
     show_value(attention, step, x)
     return step.attend(attention, x, attention.num_heads)(x, rope=rope, attn_mask=mask)
 
@@ -71,7 +228,7 @@ def rotated(attention: Any, heads: Tensor, rope: Tensor) -> Tensor:
 def show_value(attention: Any, step: Step, x: Tensor) -> None:
     """Shows the values, if the method wants them: projected once more, because `EvaAttention` uses
     the weights of its projection without calling it."""
-    if not step.wants_signals or "value" not in step.reduction.reducer.needs:
+    if not step.wants("value"):
         return
     if attention.qkv is None:
         value = attention.v_proj(x)
@@ -97,6 +254,8 @@ def _every_head(attention: Any, heads: Tensor) -> Tensor:
 def refuse(model: Any, signals: frozenset[str]) -> str | None:
     """Why the blocks of a model cannot be patched; None if they can."""
     for layer, block in enumerate(model.blocks):
+        if not hasattr(block, "attn"):  # a parallel block computes attention by itself
+            continue
         attention = type(block.attn)
         if "attn_mask" not in inspect.signature(attention.forward).parameters or not hasattr(
             block.attn, "k_norm"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,8 +17,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 from transformers.utils.output_capturing import _active_collector
 
-from tokred.engine.run import Step
-from tokred.host.host import is_a
+from tokred.engine import Layout, Step
+from tokred.host import is_a
 
 # Since transformers 5.23 a layer is checkpointed in its forward, which a stand-in replaces, and
 # not in its `__call__` any more.
@@ -69,6 +70,17 @@ def grid_of(patch_size: Any, own_size: Any, image_size: tuple[int, int] | None) 
     return height // rows, width // columns
 
 
+def layout_of_map(model: Any, image_size: tuple[int, int] | None) -> Layout:
+    """The patches of an image, in a model whose layers attend in windows."""
+    full = grid(model.config, image_size)
+    return Layout(prefix=0, layers=1, grid=full, class_token=False)
+
+
+def window(layer: Any) -> tuple[int, int] | None:
+    """Rows and columns of a layer's windows; None if it attends to the whole feature map."""
+    return (layer.window_size, layer.window_size) if layer.window_size > 0 else None
+
+
 def contains(root: nn.Module, names: Sequence[str]) -> bool:
     """Whether a model is, or wraps, an instance of one of the named classes."""
     return any(is_a(module, names) for module in root.modules())
@@ -77,6 +89,37 @@ def contains(root: nn.Module, names: Sequence[str]) -> bool:
 # Attention by functions that take no mask (flash attention)
 
 WEIGHED = "tokred_weighed"
+
+
+def attend_without_mask(
+    attention: Any, step: Step, hidden_states: Tensor, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """`transformers.models.dpt.modeling_dpt.DPTSelfAttention.forward` (transformers 5.9 to 5.23),
+    with a mask where it has None; the others of this file are the same."""
+    key = heads_of(attention, attention.key(hidden_states))
+    value = heads_of(attention, attention.value(hidden_states))
+    query = heads_of(attention, attention.query(hidden_states))
+    step.see(key=key, query=query, value=value)
+    mask = step.bias(query)
+    eager = sys.modules[type(attention).__module__].eager_attention_forward
+    module, function = function_for(attention, mask, eager)
+    context, weights = function(
+        module,
+        query,
+        key,
+        value,
+        mask,
+        is_causal=attention.is_causal,
+        scaling=attention.scaling,
+        dropout=attention.dropout_prob if attention.training else 0.0,
+        **kwargs,
+    )
+    return context.reshape(*context.shape[:-2], attention.all_head_size), weights
+
+
+def heads_of(attention: Any, output: Tensor) -> Tensor:
+    """[batch, tokens, dim] of a projection, by heads."""
+    return output.unflatten(-1, (-1, attention.attention_head_size)).transpose(1, 2)
 
 
 def attend(attention: Any, step: Step, *args: Any, **kwargs: Any) -> Any:

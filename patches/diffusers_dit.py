@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from tokred.host.host import Denoiser, Place, is_a
+from tokred.host import Denoiser, Place, is_a
 
-from .diffusers_unet import BLOCK, modules_of, progress
+from ._diffusers import BLOCK, modules_of, progress
 
 
 def places(model: Any) -> list[Place]:

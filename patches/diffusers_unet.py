@@ -8,13 +8,14 @@ are the frames of a video (motion modules, temporal layers) are left alone.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from tokred.host.host import Denoiser, Place, is_a
+from tokred.host import Denoiser, Place, is_a
+
+from ._diffusers import BLOCK, modules_of, progress
 
 
 def places(model: Any) -> list[Place]:
@@ -44,16 +45,6 @@ def _inside(model: Any, part: str) -> list[tuple[str, Any]]:
     return list(model.get_submodule(part).named_modules(prefix=part))
 
 
-def modules_of(block: Any) -> dict[str, str]:
-    """What a block has to merge tokens around."""
-    found = {"mlp": "ff"}
-    if not block.only_cross_attention:
-        found["attention"] = "attn1"
-    if block.attn2 is not None and not block.double_self_attention:
-        found["cross_attention"] = "attn2"
-    return found
-
-
 def grid(owner: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
     """Rows and columns of a feature map, [batch, channels, rows, columns]."""
     x: Tensor = args[0] if args else kwargs["hidden_states"]
@@ -63,16 +54,6 @@ def grid(owner: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[in
     return rows, columns
 
 
-def progress(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
-    """By the time step, of which there are 1,000, the first one being the last."""
-    given = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
-    step = given["timestep"]
-    if isinstance(step, Tensor):
-        step = step.flatten()[0].item()
-    return 1 - float(step) / 1000
-
-
-BLOCK = "diffusers.models.attention.BasicTransformerBlock"
 OWNERS = (
     "diffusers.models.transformers.transformer_2d.Transformer2DModel",
     "diffusers.models.transformers.transformer_temporal.TransformerSpatioTemporalModel",

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from open_clip.utils import feature_take_indices
 from torch import Tensor
 
-from tokred.engine.run import Layout, Reduction, Step, needed_for_pooling
-from tokred.host.host import Host
+from tokred.engine import Layout, Reduction, Step, pooled
+from tokred.host import Host
 
 from . import _multihead as common
 
@@ -82,36 +81,20 @@ def forward_intermediates(
 ) -> Any:
     """Full grids at the layers that are asked for."""
     layers, _ = feature_take_indices(reduction.layout.layers, indices)
-    reduction.set_tapped(frozenset(layers))
-    try:
-        return original(model, x, indices, *args, **kwargs)
-    finally:
-        reduction.set_tapped(frozenset())
+    tapped = frozenset(layers)
+    return reduction.handing_out(tapped, original, model, x, indices, *args, **kwargs)
 
 
 def pool(
     reduction: Reduction, original: Callable[..., Any], model: Any, x: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What is pooled: merged tokens as often as the tokens they stand for, dropped ones not at
-    all. The tokens that are handed out beside it stay what they are."""
-    state = reduction.carried(x)
-    reduction.forget()
+    """What is pooled, and the tokens that are handed out beside it, which stay what they are."""
     averages = model.attn_pool is None and model.pool_type == "avg"
     pools = averages or model.attn_pool is not None
-    if state is None or not needed_for_pooling(state) or not pools:
-        return original(model, x)
-    seen = reduction.compress(x, state) if state.prunes else reduction.expand(x, state)
-    if state.prunes and state.size is not None and bool((state.size == 0).any()):
-        # Padding has no part in pooling, and no pooling module can be told of it.
-        counts = (reduction.layout.prefix + (state.size > 0).sum(1)).tolist()
-        alone = [original(model, y[:, :n]) for y, n in zip(seen.split(1), counts, strict=True)]
-        pooled = torch.cat([one for one, _ in alone])
-        tokens = x if averages else torch.cat([queries for _, queries in alone])
-    else:
-        pooled, tokens = original(model, seen)
+    pooled_, tokens = pooled(reduction, x, lambda seen: original(model, seen), patches=pools)
     if averages and model.output_tokens:
         tokens = original(model, x)[1]
-    return pooled, tokens
+    return pooled_, tokens
 
 
 def refuse(model: Any, signals: frozenset[str]) -> str | None:

@@ -12,14 +12,15 @@ from typing import Any
 
 from torch import Tensor
 
-from tokred.engine.run import Layout, Reduction
-from tokred.host.host import Host
+from tokred.engine import Layout, Reduction
+from tokred.host import Host
 
-from .timm_vit import HOST as VIT
+from . import _timm as common
+from ._timm_vit import BLOCKS
 
 
 def layout(model: Any, image_size: tuple[int, int] | None) -> Layout:
-    found = VIT.layout(model.vit, None)
+    found = common.layout_of(model.vit, None, model.vit.has_class_token)
     if image_size is None:
         return found
     return replace(found, grid=(image_size[0] // 16, image_size[1] // 16))
@@ -31,20 +32,16 @@ def interact(
     """Full grids at the end of every group, where the extractor and the next injector look."""
     layers, groups = len(model.vit.blocks), len(model.injectors)
     size = layers // groups
-    reduction.set_tapped(frozenset(range(size - 1, layers, size)))
-    try:
-        return original(model, x, *args)
-    finally:
-        reduction.set_tapped(frozenset())
+    tapped = frozenset(range(size - 1, layers, size))
+    return reduction.handing_out(tapped, original, model, x, *args)
 
 
-HOST: Host = replace(
-    VIT,
+HOST = Host(
     models=("tokred.models.vit_adapter.ViTAdapter",),
-    blocks=lambda model: VIT.blocks(model.vit),
+    blocks=lambda model: list(model.vit.blocks),
     layout=layout,
-    passes=lambda model: (),
     methods={"interact": interact},
-    refuse=lambda model, signals: VIT.refuse(model.vit, signals),
+    refuse=lambda model, signals: common.refuse(model.vit, signals),
     summary="ViT-Adapter, and Mask R-CNN on it",
+    **BLOCKS,
 )

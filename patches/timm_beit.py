@@ -6,24 +6,16 @@ token has the relative positions of its first member.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from timm.models.beit import Attention, Beit, Block
-from torch import Tensor, nn
+from torch import Tensor
 
-from tokred.engine.run import Layout, Reduction, Step
-from tokred.host.host import Host
+from tokred.engine import Layout, Step
+from tokred.host import Host
 
-from .timm_vit import (
-    explicit,
-    forward_intermediates,
-    pooled,
-    prune_intermediate_layers,
-    set_input_size,
-)
+from . import _timm as common
+from ._timm import forward_head
 
 
 def forward(
@@ -87,52 +79,27 @@ def attend(
 
 
 def layout(model: Beit, image_size: tuple[int, int] | None) -> Layout:
-    grid = model.patch_embed.grid_size
-    if image_size is not None:
-        grid = model.patch_embed.dynamic_feat_size(image_size)
     tables = [block.attn.relative_position_bias_table for block in model.blocks]
-    return Layout(
-        prefix=model.num_prefix_tokens,
-        layers=len(model.blocks),
-        grid=(int(grid[0]), int(grid[1])),
-        class_token=True,
-        by_position=model.rel_pos_bias is not None or any(one is not None for one in tables),
-    )
-
-
-def forward_head(
-    reduction: Reduction,
-    original: Callable[..., Tensor],
-    model: Beit,
-    x: Tensor,
-    *args: Any,
-    **kwargs: Any,
-) -> Tensor:
-    """The head, which pools by itself."""
-    patches = model.global_pool == "avg"
-    return pooled(reduction, lambda y: original(model, y, *args, **kwargs), x, patches)
-
-
-def passes(model: Beit) -> list[nn.Module]:
-    return [model.norm]
+    biased = model.rel_pos_bias is not None or any(one is not None for one in tables)
+    return common.layout_of(model, image_size, class_token=True, by_position=biased)
 
 
 HOST = Host(
     models=("timm.models.beit.Beit",),
     forwards={"timm.models.beit.Block": forward},
-    blocks=lambda model: list(model.blocks),
+    blocks=common.blocks,
     layout=layout,
-    scale=lambda block: float(block.attn.scale),
+    scale=common.scale,
     attention=lambda block: block.attn,
     attend=attend,
     shows=frozenset({"key", "query", "value"}),
-    explicit=explicit,
-    passes=passes,
+    explicit=common.explicit,
+    passes=common.norm,
     methods={
-        "forward_intermediates": forward_intermediates,
+        "forward_intermediates": common.forward_intermediates,
         "forward_head": forward_head,
-        "set_input_size": set_input_size,
-        "prune_intermediate_layers": prune_intermediate_layers,
+        "set_input_size": common.set_input_size,
+        "prune_intermediate_layers": common.prune_intermediate_layers,
     },
     summary="BEiT, BEiT v2",
 )

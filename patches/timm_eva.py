@@ -8,19 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from tokred.engine.run import Layout, Step
-from tokred.host.host import Host
+from tokred.engine import Layout, Step
+from tokred.host import Host
 
 from . import _timm as common
-from .timm_vit import (
-    explicit,
-    forward_intermediates,
-    pool,
-    prune_intermediate_layers,
-    set_input_size,
-)
 
 
 def forward_post_norm(
@@ -40,20 +33,8 @@ def forward_post_norm(
 
 
 def layout(model: Any, image_size: tuple[int, int] | None) -> Layout:
-    grid = model.patch_embed.grid_size
-    if image_size is not None:
-        grid = model.patch_embed.dynamic_feat_size(image_size)
-    return Layout(
-        prefix=model.num_prefix_tokens,
-        layers=len(model.blocks),
-        grid=(int(grid[0]), int(grid[1])),
-        class_token=model.cls_token is not None,
-        by_position=model.rope is not None,
-    )
-
-
-def _passes(model: Any) -> list[nn.Module]:
-    return [model.norm]
+    class_token, rotary = model.cls_token is not None, model.rope is not None
+    return common.layout_of(model, image_size, class_token, by_position=rotary)
 
 
 HOST = Host(
@@ -62,19 +43,19 @@ HOST = Host(
         "timm.models.eva.EvaBlock": common.forward_eva,
         "timm.models.eva.EvaBlockPostNorm": forward_post_norm,
     },
-    blocks=lambda model: list(model.blocks),
+    blocks=common.blocks,
     layout=layout,
     taps={"key": "attn.k_norm", "query": "attn.q_norm"},
     reads={"key": common.key},
     shows=frozenset({"value"}),
-    explicit=explicit,
-    scale=lambda block: float(block.attn.scale),
-    passes=_passes,
+    explicit=common.explicit,
+    scale=common.scale,
+    passes=common.norm,
     methods={
-        "forward_intermediates": forward_intermediates,
-        "pool": pool,
-        "set_input_size": set_input_size,
-        "prune_intermediate_layers": prune_intermediate_layers,
+        "forward_intermediates": common.forward_intermediates,
+        "pool": common.pool,
+        "set_input_size": common.set_input_size,
+        "prune_intermediate_layers": common.prune_intermediate_layers,
     },
     refuse=common.refuse,
     summary="EVA, EVA-02, DINOv3, Perception Encoder, RoPE-ViT",

@@ -10,13 +10,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tokred.engine.run import Layout, Reduction, State, Step, needed_for_pooling
-from tokred.host.host import Host
+from tokred.engine import (
+    Layout,
+    Reduction,
+    Step,
+    outside_of_the_graph,
+    pooled_with_mask,
+    tokens_there,
+)
+from tokred.host import Host
 
 from . import _timm as common
-from . import timm_vit
 
 
 def forward(
@@ -65,15 +71,12 @@ def forward_features(
     """The features, and which of them are not padding."""
     if torch.compiler.is_compiling() and patch_coord is not None:
         again = (reduction, original, model, patches, patch_coord, patch_valid, attn_mask)
-        return _eagerly(forward_features, *again)
+        return outside_of_the_graph(forward_features, *again)
     features = original(model, patches, patch_coord, patch_valid, attn_mask)
     if isinstance(features, dict):
-        x = features["patches"]
-        state = reduction.carried(x)
-        if state is not None and state.trail is not None and not state.expanded:
-            few = x.shape[0], x.shape[1] - model.num_prefix_tokens
-            valid = torch.ones(few, dtype=torch.bool, device=x.device)
-            features["patch_valid"] = valid if state.size is None else state.size > 0
+        there = tokens_there(reduction, features["patches"])
+        if there is not None:
+            features["patch_valid"] = there
     return features
 
 
@@ -86,9 +89,10 @@ def forward_intermediates(
     **kwargs: Any,
 ) -> Any:
     """Full grids at the layers that are asked for."""
+    call: Callable[..., Any] = common.forward_intermediates
     if torch.compiler.is_compiling() and (isinstance(x, dict) or "patch_coord" in kwargs):
-        return _eagerly(forward_intermediates, reduction, original, model, x, *args, **kwargs)
-    return timm_vit.forward_intermediates(reduction, original, model, x, *args, **kwargs)
+        return outside_of_the_graph(call, reduction, original, model, x, *args, **kwargs)
+    return call(reduction, original, model, x, *args, **kwargs)
 
 
 def pool(
@@ -99,40 +103,16 @@ def pool(
     pool_type: str | None = None,
     patch_valid: Tensor | None = None,
 ) -> Tensor:
-    """What the head pools: merged tokens as often as the tokens they stand for (the full grid of
-    copies gives just that), dropped tokens and padding not at all."""
+    """What the head pools, which is told of padding."""
     if torch.compiler.is_compiling() and patch_valid is not None:
-        return _eagerly(pool, reduction, original, model, x, pool_type, patch_valid)
-    chosen = model.global_pool if pool_type is None else pool_type
-    patches = model.attn_pool is not None or chosen not in ("", "token")
-    state = reduction.carried(x)
-    reduction.forget()
-    if not patches or state is None or not needed_for_pooling(state):
-        return original(model, x, pool_type, patch_valid)
-    if state.prunes:
-        x, size = reduction.compress(x, state), state.size
-    else:
-        x, size = reduction.expand(x, state), _first_size(state)
-    return original(model, x, pool_type, None if size is None else size > 0)
-
-
-def _first_size(state: State) -> Tensor | None:
-    """How many original tokens each patch token of the full grid stood for: 1, or 0 for padding."""
-    first = state.trail
-    assert first is not None
-    while first.former is not None:
-        first = first.former
-    return first.size
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _eagerly(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Leaves the graph that is being compiled: how many tokens there are depends on the images."""
-    return call(*args, **kwargs)
-
-
-def _passes(model: Any) -> list[nn.Module]:
-    return [model.norm]
+        return outside_of_the_graph(pool, reduction, original, model, x, pool_type, patch_valid)
+    return pooled_with_mask(
+        reduction,
+        x,
+        lambda seen, there: original(model, seen, pool_type, there),
+        patch_valid,
+        patches=common.pools_patches(model, pool_type),
+    )
 
 
 HOST = Host(
@@ -141,19 +121,19 @@ HOST = Host(
         "timm.models.vision_transformer.Block": forward,
         "timm.models.eva.EvaBlock": common.forward_eva,
     },
-    blocks=lambda model: list(model.blocks),
+    blocks=common.blocks,
     layout=layout,
     taps={"key": "attn.k_norm", "query": "attn.q_norm"},
     reads={"key": common.key},
     shows=frozenset({"value"}),
-    explicit=timm_vit.explicit,
-    scale=lambda block: float(block.attn.scale),
-    passes=_passes,
+    explicit=common.explicit,
+    scale=common.scale,
+    passes=common.norm,
     methods={
         "forward_features": forward_features,
         "forward_intermediates": forward_intermediates,
         "_pool": pool,
-        "prune_intermediate_layers": timm_vit.prune_intermediate_layers,
+        "prune_intermediate_layers": common.prune_intermediate_layers,
     },
     pads=True,
     refuse=common.refuse,

@@ -6,9 +6,6 @@ token has the relative positions of its first member.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch.nn.functional as F
 from timm.models.vision_transformer_relpos import (
     RelPosAttention,
     RelPosBlock,
@@ -17,16 +14,10 @@ from timm.models.vision_transformer_relpos import (
 )
 from torch import Tensor
 
-from tokred.engine.run import Layout, Step
-from tokred.host.host import Host
+from tokred.engine import Layout, Step
+from tokred.host import Host
 
-from .timm_beit import forward_head, passes
-from .timm_vit import (
-    explicit,
-    forward_intermediates,
-    prune_intermediate_layers,
-    set_input_size,
-)
+from . import _timm as common
 
 
 def forward(
@@ -55,7 +46,7 @@ def attend(
 ) -> Tensor:
     """`timm.models.vision_transformer_relpos.RelPosAttention.forward` (timm 1.0.16 to 1.0.31),
     which takes no mask."""
-    batch, tokens, dim = x.shape
+    batch, tokens, _ = x.shape
     qkv = attention.qkv(x)
     qkv = qkv.reshape(batch, tokens, 3, attention.num_heads, attention.head_dim)
     query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -64,34 +55,11 @@ def attend(
 
     # A bias of its own comes instead of the shared one.
     bias = shared_rel_pos if attention.rel_pos is None else attention.rel_pos.get_bias()
-    mask = step.bias(x, bias)
-    if step.attend(attention, x, attention.num_heads).fused_attn:
-        y = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=attention.attn_drop.p if attention.training else 0.0,
-        )
-    else:
-        logits = (query * attention.scale) @ key.transpose(-2, -1)
-        logits = logits if mask is None else logits + mask
-        y = attention.attn_drop(logits.softmax(dim=-1)) @ value
-    y = y.transpose(1, 2).reshape(batch, tokens, dim)
-    return attention.proj_drop(attention.proj(y))
+    return common.attend_plainly(attention, step, (query, key, value), step.bias(x, bias), x)
 
 
 def layout(model: VisionTransformerRelPos, image_size: tuple[int, int] | None) -> Layout:
-    grid: Any = model.patch_embed.grid_size
-    if image_size is not None:
-        grid = model.patch_embed.dynamic_feat_size(image_size)
-    return Layout(
-        prefix=model.num_prefix_tokens,
-        layers=len(model.blocks),
-        grid=(int(grid[0]), int(grid[1])),
-        class_token=model.cls_token is not None,
-        by_position=True,
-    )
+    return common.layout_of(model, image_size, model.cls_token is not None, by_position=True)
 
 
 HOST = Host(
@@ -100,19 +68,19 @@ HOST = Host(
         "timm.models.vision_transformer_relpos.RelPosBlock": forward,
         "timm.models.vision_transformer_relpos.ResPostRelPosBlock": forward_post_norm,
     },
-    blocks=lambda model: list(model.blocks),
+    blocks=common.blocks,
     layout=layout,
-    scale=lambda block: float(block.attn.scale),
+    scale=common.scale,
     attention=lambda block: block.attn,
     attend=attend,
     shows=frozenset({"key", "query", "value"}),
-    explicit=explicit,
-    passes=passes,
+    explicit=common.explicit,
+    passes=common.norm,
     methods={
-        "forward_intermediates": forward_intermediates,
-        "forward_head": forward_head,
-        "set_input_size": set_input_size,
-        "prune_intermediate_layers": prune_intermediate_layers,
+        "forward_intermediates": common.forward_intermediates,
+        "forward_head": common.forward_head,
+        "set_input_size": common.set_input_size,
+        "prune_intermediate_layers": common.prune_intermediate_layers,
     },
     summary="ViTs with relative position biases",
 )

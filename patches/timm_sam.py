@@ -14,18 +14,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokred.engine.run import Step
-from tokred.engine.windows import Seen, few_of
-from tokred.host.host import Host
+from tokred.engine import Seen, Step
+from tokred.host import WindowedHost
 
-from .timm_swin import grid, layout
-from .timm_vit import forward_intermediates
+from . import _timm as common
 
 
 def forward(block: Any, step: Step, x: Tensor) -> Tensor:
     """`timm.models.vision_transformer_sam.Block.forward` (timm 1.0.16 to 1.0.31), of tokens [batch,
     rows, columns, dim], in windows of their size."""
-    few, seen = few_of(step), block
+    few, seen = step.window, block
     if few is not None and block.window_size > 0:
         seen = Seen(block, window_size=few[0])
     return type(block).forward(seen, x)
@@ -46,16 +44,14 @@ def refuse(model: Any, signals: frozenset[str]) -> str | None:
     return None
 
 
-HOST = Host(
+HOST = WindowedHost(
     models=("timm.models.vision_transformer_sam.VisionTransformerSAM",),
     forwards={"timm.models.vision_transformer_sam.Block": forward},
-    blocks=lambda model: [],
     stages=stages,
     window=window,
-    grid=grid,
-    layout=layout,
-    scale=lambda block: 1.0,
-    methods={"forward_intermediates": forward_intermediates},
+    grid=common.grid,
+    layout=common.layout_of_map,
+    methods={"forward_intermediates": common.forward_intermediates},
     refuse=refuse,
     summary="SAM's vision transformer (`samvit_*`)",
 )

@@ -11,16 +11,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokred.engine.run import Layout, Reduction, Step
-from tokred.engine.windows import Seen, coordinates, few_of, relative_positions, resized, shifts
-from tokred.host.host import Host, is_a
+from tokred.engine import Reduction, Seen, Step, biased, shifts
+from tokred.host import WindowedHost, is_a
+
+from . import _timm as common
+from ._timm import grid
 
 
 def forward(block: Any, step: Step, x: Tensor) -> Tensor:
     """The forward of `timm.models.swin_transformer.SwinTransformerBlock` and
     `timm.models.swin_transformer_v2.SwinTransformerV2Block` (timm 1.0.16 to 1.0.31), of tokens
     [batch, rows, columns, dim], in windows of their size."""
-    few, seen = few_of(step), block
+    few, seen = step.window, block
     if few is not None:
         seen = Seen(
             block,
@@ -34,23 +36,7 @@ def forward(block: Any, step: Step, x: Tensor) -> Tensor:
 
 def attend(attention: Any, step: Step, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """The forward of the two `WindowAttention`, with the biases of windows of their size."""
-    few, seen = few_of(step), attention
-    if few is not None:
-        own = attention.window_size
-        if is_a(attention, (V2_ATTENTION,)):
-            like, pretrained = attention.relative_coords_table, attention.pretrained_window_size
-            replaced = {"relative_coords_table": coordinates(own, few, pretrained, like)}
-        else:
-            table = resized(attention.relative_position_bias_table, own, few)
-            replaced = {"relative_position_bias_table": table}
-        seen = Seen(
-            attention,
-            window_size=few,
-            window_area=few[0] * few[1],
-            relative_position_index=relative_positions(few, x.device),
-            **replaced,
-        )
-    return type(attention).forward(seen, x, mask)
+    return type(attention).forward(biased(attention, step), x, mask)
 
 
 def stages(model: Any) -> list[Sequence[nn.Module]]:
@@ -60,18 +46,6 @@ def stages(model: Any) -> list[Sequence[nn.Module]]:
 
 def has_stages(model: Any) -> bool:
     return bool(stages(model))
-
-
-def grid(block: Any, x: Tensor) -> tuple[int, int]:
-    return int(x.shape[1]), int(x.shape[2])
-
-
-def layout(model: Any, image_size: tuple[int, int] | None) -> Layout:
-    """The patches of an image."""
-    rows, columns = model.patch_embed.grid_size
-    if image_size is not None:
-        rows, columns = model.patch_embed.dynamic_feat_size(image_size)
-    return Layout(prefix=0, layers=1, grid=(int(rows), int(columns)), class_token=False)
 
 
 def set_input_size(
@@ -84,13 +58,12 @@ def set_input_size(
     )
 
 
-V2_ATTENTION = "timm.models.swin_transformer_v2.WindowAttention"
 STAGES = (
     "timm.models.swin_transformer.SwinTransformerStage",
     "timm.models.swin_transformer_v2.SwinTransformerV2Stage",
 )
 
-HOST = Host(
+HOST = WindowedHost(
     models=(
         "timm.models.swin_transformer.SwinTransformer",
         "timm.models.swin_transformer_v2.SwinTransformerV2",
@@ -102,12 +75,10 @@ HOST = Host(
         "timm.models.swin_transformer.SwinTransformerBlock": forward,
         "timm.models.swin_transformer_v2.SwinTransformerV2Block": forward,
     },
-    blocks=lambda model: [],
     stages=stages,
     window=lambda block: (int(block.window_size[0]), int(block.window_size[1])),
     grid=grid,
-    layout=layout,
-    scale=lambda block: 1.0,
+    layout=common.layout_of_map,
     attention=lambda block: block.attn,
     attend=attend,
     methods={"set_input_size": set_input_size},

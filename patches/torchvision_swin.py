@@ -11,9 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokred.engine.run import Layout, Step
-from tokred.engine.windows import Seen, coordinates, few_of, relative_positions, resized, shifts
-from tokred.host.host import Host, is_a
+from tokred.engine import Layout, Step, biased, shifts
+from tokred.host import WindowedHost, is_a
 
 
 def forward(block: Any, step: Step, x: Tensor) -> Tensor:
@@ -25,23 +24,9 @@ def forward(block: Any, step: Step, x: Tensor) -> Tensor:
 def attend(attention: Any, step: Step, x: Tensor) -> Tensor:
     """The forward of `ShiftedWindowAttention` and `ShiftedWindowAttentionV2`, of tokens [batch,
     rows, columns, dim], in windows of their size."""
-    few, seen = few_of(step), attention
-    if few is not None:
-        own = window(attention)
-        if is_a(attention, (V2_ATTENTION,)):
-            like = attention.relative_coords_table
-            replaced = {"relative_coords_table": coordinates(own, few, (0, 0), like)}
-        else:
-            table = resized(attention.relative_position_bias_table, own, few)
-            replaced = {"relative_position_bias_table": table}
-        seen = Seen(
-            attention,
-            window_size=list(few),
-            shift_size=list(shifts(attention.shift_size, few)),
-            relative_position_index=relative_positions(few, x.device).flatten(),
-            **replaced,
-        )
-    return type(attention).forward(seen, x)
+    few = step.window
+    replaced = {} if few is None else {"shift_size": list(shifts(attention.shift_size, few))}
+    return type(attention).forward(biased(attention, step, **replaced), x)
 
 
 def stages(model: Any) -> list[Sequence[nn.Module]]:
@@ -67,18 +52,15 @@ def layout(model: Any, image_size: tuple[int, int] | None) -> Layout:
 
 
 MODULE = "torchvision.models.swin_transformer"
-V2_ATTENTION = f"{MODULE}.ShiftedWindowAttentionV2"
 BLOCKS = (f"{MODULE}.SwinTransformerBlock", f"{MODULE}.SwinTransformerBlockV2")
 
-HOST = Host(
+HOST = WindowedHost(
     models=(f"{MODULE}.SwinTransformer",),
     forwards=dict.fromkeys(BLOCKS, forward),
-    blocks=lambda model: [],
     stages=stages,
     window=lambda block: window(block.attn),
     grid=grid,
     layout=layout,
-    scale=lambda block: 1.0,
     attention=lambda block: block.attn,
     attend=attend,
     summary="Swin, SwinV2",

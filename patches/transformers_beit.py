@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tokred.engine.run import Layout, Step
-from tokred.host.host import Host, is_a
+from tokred.engine import Layout, Step
+from tokred.host import Host, is_a
 
 from . import _transformers as common
 
@@ -48,12 +48,6 @@ def forward_data2vec(
 ) -> tuple[Any, ...]:  # fmt: skip
     """`transformers.models.data2vec.modeling_data2vec_vision.Data2VecVisionLayer.forward`
     (transformers 5.9 to 5.23), with the seam."""
-    ahead = step.state.ahead
-    assert ahead is not None
-    if ahead.rest is not None:
-        # The encoder may hand out what leaves a layer, and says so to nobody; and it makes the
-        # shared bias for as many tokens as it sees. So it sees the full grid behind every layer.
-        step.hand_out()
     attention, *others = layer.attention(
         layer.layernorm_before(hidden_states),
         output_attentions=output_attentions,
@@ -189,12 +183,19 @@ def scale(layer: Any) -> float:
     return float(attention.scaling)
 
 
+def is_seen(layer: Any) -> bool:
+    """Whether the encoder sees what leaves a layer. Data2Vec's may hand it out, and says so to
+    nobody; and it makes the shared bias for as many tokens as it sees."""
+    return is_a(layer, (_DATA2VEC_LAYER,))
+
+
 def pools(model: Any) -> list[nn.Module]:
     """The pooler, if it averages the patch tokens rather than take the class token."""
     return [model.pooler] if model.pooler is not None and model.config.use_mean_pooling else []
 
 
 _BEIT = "transformers.models.beit.modeling_beit"
+_DATA2VEC_LAYER = "transformers.models.data2vec.modeling_data2vec_vision.Data2VecVisionLayer"
 _DATA2VEC_SDPA = (
     "transformers.models.data2vec.modeling_data2vec_vision.Data2VecVisionSdpaSelfAttention"
 )
@@ -210,9 +211,7 @@ HOST = Host(
     ),
     forwards={
         "transformers.models.beit.modeling_beit.BeitLayer": forward,
-        "transformers.models.data2vec.modeling_data2vec_vision.Data2VecVisionLayer": (
-            forward_data2vec
-        ),
+        _DATA2VEC_LAYER: forward_data2vec,
     },
     blocks=blocks,
     layout=layout,
@@ -220,6 +219,7 @@ HOST = Host(
     attention=attention_of,
     attend=attend,
     shows=frozenset({"key", "query", "value"}),
+    always_full=is_seen,
     passes=lambda model: [model.layernorm],
     pools=pools,
     tapped=common.tapped,

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokred.engine.run import Layout, Step
-from tokred.host.host import Host
+from tokred.engine import Layout, Step
+from tokred.host import Host
 
 from . import _transformers as common
 

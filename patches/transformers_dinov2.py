@@ -6,17 +6,15 @@ Tokens are reduced between attention and MLP, as in ToMe (figure 1) and ATC (sec
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokred.engine.run import Layout, Step
-from tokred.host.host import Host
+from tokred.engine import Layout, Step
+from tokred.host import Host
 
 from . import _transformers as common
-from . import transformers_maskless as maskless
 
 
 def forward(
@@ -53,7 +51,7 @@ def attention_of(layer: Any) -> Any:
 
 def attend(attention: Any, step: Step, *args: Any, **kwargs: Any) -> Any:
     if hasattr(attention, "query"):
-        return maskless.attend(attention, step, *args, **kwargs)
+        return common.attend_without_mask(attention, step, *args, **kwargs)
     return common.attend(attention, step, *args, **kwargs)
 
 
@@ -64,9 +62,7 @@ def rotary_forward(
     """`transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayer.forward` (transformers 5.9
     to 5.23), with the seam; so does the layer of Sapiens2."""
     assert position_embeddings is not None
-    cos, sin = (step.rows(table) for table in position_embeddings)
-    if step.wants_signals:
-        step.rotate = partial(rotated, cos=cos, sin=sin)
+    cos, sin = step.rotary(rotated, *position_embeddings)
     mask = step.bias(hidden_states, attention_mask)
     attention, _ = layer.attention(
         layer.norm1(hidden_states),
@@ -116,7 +112,7 @@ def value(layer: Any, output: Tensor) -> Tensor:
 
 def _normed(layer: Any, norm: str, output: Tensor) -> Tensor:
     if takes_no_mask(layer):
-        return maskless.heads(layer.attention.attention, output)
+        return common.heads_of(layer.attention.attention, output)
     found = getattr(layer.attention, norm, None)
     by_head = common.heads(layer.attention, output)
     return by_head if found is None else found(by_head)

@@ -5,20 +5,20 @@ Tokens are reduced between attention and MLP, as in ToMe (figure 1) and ATC (sec
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from torch import Tensor
 
-from tokred.engine.run import Layout, Step
-from tokred.host.host import Host
+from tokred.engine import Layout, Step
+from tokred.host import Host
 
 from . import _transformers as common
+from ._transformers import attend_without_mask as attend
 
 
 def forward(layer: Any, step: Step, hidden_states: Tensor, **kwargs: Any) -> Tensor:
     """`transformers.models.dpt.modeling_dpt.DPTViTLayer.forward` (transformers 5.9 to 5.23), with
-    the seam; VideoMAE's is the same."""
+    the seam; those of VideoMAE and YOLOS are the same."""
     attention = layer.attention(layer.layernorm_before(hidden_states), **kwargs)
     hidden_states = attention + hidden_states
     hidden_states = step.reduce(hidden_states)
@@ -27,14 +27,14 @@ def forward(layer: Any, step: Step, hidden_states: Tensor, **kwargs: Any) -> Ten
     return layer.output(inside, hidden_states)
 
 
-def forward_yolos(layer: Any, step: Step, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-    """`transformers.models.yolos.modeling_yolos.YolosLayer.forward` (transformers 5.9 to 5.23),
-    with the seam."""
-    if layer.attention.attention.config.use_mid_position_embeddings:
-        # The encoder adds position embeddings of the full grid to what leaves a layer. On the full
-        # grid, a merged token then gets the mean of those of its members.
-        step.hand_out()
-    return forward(layer, step, hidden_states, **kwargs)
+def has_positions(layer: Any) -> bool:
+    """Whether the encoder adds position embeddings of the full grid to what leaves a layer. On the
+    full grid, a merged token then gets the mean of those of its members."""
+    config = layer.attention.attention.config
+    return config.model_type == "yolos" and config.use_mid_position_embeddings
+
+
+forward_yolos = forward  # models that were pickled with version 0.7 look for it
 
 
 def forward_vitpose(
@@ -52,37 +52,6 @@ def forward_vitpose(
     # Experts are chosen by image, not by token.
     inside = layer.mlp(inside) if layer.num_experts == 1 else layer.mlp(inside, dataset_index)
     return inside + hidden_states
-
-
-def attend(
-    attention: Any, step: Step, hidden_states: Tensor, **kwargs: Any
-) -> tuple[Tensor, Tensor | None]:
-    """`transformers.models.dpt.modeling_dpt.DPTSelfAttention.forward` (transformers 5.9 to 5.23),
-    with a mask where it has None; the others of this file are the same."""
-    key = heads(attention, attention.key(hidden_states))
-    value = heads(attention, attention.value(hidden_states))
-    query = heads(attention, attention.query(hidden_states))
-    step.see(key=key, query=query, value=value)
-    mask = step.bias(query)
-    eager = sys.modules[type(attention).__module__].eager_attention_forward
-    module, function = common.function_for(attention, mask, eager)
-    context, weights = function(
-        module,
-        query,
-        key,
-        value,
-        mask,
-        is_causal=attention.is_causal,
-        scaling=attention.scaling,
-        dropout=attention.dropout_prob if attention.training else 0.0,
-        **kwargs,
-    )
-    return context.reshape(*context.shape[:-2], attention.all_head_size), weights
-
-
-def heads(attention: Any, output: Tensor) -> Tensor:
-    """[batch, tokens, dim] of a projection, by heads."""
-    return output.unflatten(-1, (-1, attention.attention_head_size)).transpose(1, 2)
 
 
 def layout(model: Any, image_size: tuple[int, int] | None) -> Layout:
@@ -111,7 +80,7 @@ HOST = Host(
         "transformers.models.dpt.modeling_dpt.DPTModel",
     ),
     forwards={
-        "transformers.models.yolos.modeling_yolos.YolosLayer": forward_yolos,
+        "transformers.models.yolos.modeling_yolos.YolosLayer": forward,
         "transformers.models.videomae.modeling_videomae.VideoMAELayer": forward,
         "transformers.models.vitpose_backbone.modeling_vitpose_backbone.VitPoseBackboneLayer": (
             forward_vitpose
@@ -124,6 +93,7 @@ HOST = Host(
     attention=lambda layer: layer.attention.attention,
     attend=attend,
     shows=frozenset({"key", "query", "value"}),
+    always_full=has_positions,
     tapped=common.tapped,
     checkpoint=common.checkpoint,
     averages=lambda root, model: common.contains(root, _AVERAGES) and model.config.use_mean_pooling,

@@ -15,9 +15,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokred.engine.run import Layout, Step
-from tokred.engine.windows import Seen, few_of
-from tokred.host.host import Host
+from tokred.engine import Seen, Step
+from tokred.host import WindowedHost, is_a
 
 from . import _transformers as common
 
@@ -25,7 +24,7 @@ from . import _transformers as common
 def forward(layer: Any, step: Step, hidden_states: Tensor) -> Tensor:
     """`transformers.models.sam.modeling_sam.SamVisionLayer.forward` (transformers 5.9 to 5.23), in
     windows of the size of its tokens; the others of this file are the same."""
-    few = few_of(step)
+    few = step.window
     # Whoever checkpoints it has called us.
     seen = Seen(layer) if common.checkpoint(layer) else layer
     if few is not None and layer.window_size > 0:
@@ -33,36 +32,25 @@ def forward(layer: Any, step: Step, hidden_states: Tensor) -> Tensor:
     return type(layer).forward(seen, hidden_states)
 
 
-def forward_hq(layer: Any, step: Step, hidden_states: Tensor) -> Tensor:
-    """`transformers.models.sam_hq.modeling_sam_hq.SamHQVisionLayer.forward` (transformers 5.9 to
-    5.23), likewise."""
-    if layer.window_size == 0:
-        step.hand_out()  # the decoder reads those that attend to the whole map
-    return forward(layer, step, hidden_states)
+def is_read(layer: Any) -> bool:
+    """Whether the decoder reads what leaves a layer: SAM-HQ's those that attend to the whole
+    map."""
+    return is_a(layer, (f"{_SAM_HQ}Layer",)) and layer.window_size == 0
 
 
 def stages(model: Any) -> list[Sequence[nn.Module]]:
     return [list(model.layers)]
 
 
-def window(layer: Any) -> tuple[int, int] | None:
-    return (layer.window_size, layer.window_size) if layer.window_size > 0 else None
-
-
 def grid(layer: Any, x: Tensor) -> tuple[int, int]:
     return int(x.shape[1]), int(x.shape[2])
 
 
-def layout(model: Any, image_size: tuple[int, int] | None) -> Layout:
-    """The patches of an image."""
-    full = common.grid(model.config, image_size)
-    return Layout(prefix=0, layers=1, grid=full, class_token=False)
-
-
 _MODELS = "transformers.models"
+_SAM_HQ = f"{_MODELS}.sam_hq.modeling_sam_hq.SamHQVision"
 _PREFIXES = (
     f"{_MODELS}.sam.modeling_sam.SamVision",
-    f"{_MODELS}.sam_hq.modeling_sam_hq.SamHQVision",
+    _SAM_HQ,
     f"{_MODELS}.got_ocr2.modeling_got_ocr2.GotOcr2Vision",
     f"{_MODELS}.deepseek_ocr2.modeling_deepseek_ocr2.DeepseekOcr2SamVision",
     f"{_MODELS}.unlimited_ocr.modeling_unlimited_ocr.UnlimitedOcrSamVision",
@@ -70,19 +58,18 @@ _PREFIXES = (
     f"{_MODELS}.pp_formulanet.modeling_pp_formulanet.PPFormulaNetVision",
 )
 
-HOST = Host(
+forward_hq = forward  # models that were pickled with version 0.7 look for it
+
+HOST = WindowedHost(
     models=tuple(
         prefix + ("Model" if "PPFormulaNet" in prefix else "Encoder") for prefix in _PREFIXES
     ),
-    forwards={
-        f"{prefix}Layer": forward_hq if "SamHQ" in prefix else forward for prefix in _PREFIXES
-    },
-    blocks=lambda model: [],
+    forwards={f"{prefix}Layer": forward for prefix in _PREFIXES},
     stages=stages,
-    window=window,
+    window=common.window,
     grid=grid,
-    layout=layout,
-    scale=lambda layer: 1.0,
+    layout=common.layout_of_map,
+    always_full=is_read,
     tapped=common.tapped,
     checkpoint=common.checkpoint,
     summary="SAM, SAM-HQ, and others on SAM's vision encoder (GOT-OCR 2, DeepSeek-OCR 2, SLANeXt)",

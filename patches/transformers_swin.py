@@ -12,9 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokred.engine.run import Layout, Step
-from tokred.engine.windows import Seen, coordinates, few_of, relative_positions, resized
-from tokred.host.host import Host, is_a
+from tokred.engine import Layout, Seen, Step, biased
+from tokred.host import WindowedHost
 
 from . import _transformers as common
 
@@ -25,7 +24,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """`transformers.models.swin.modeling_swin.SwinLayer.forward` (transformers 5.9 to 5.23), in
     windows of the size of its tokens."""
-    few = few_of(step)
+    few = step.window
     # Whoever checkpoints it has called us.
     seen, dimensions = Seen(layer) if checkpoint(layer) else layer, input_dimensions
     if few is not None:
@@ -45,7 +44,7 @@ def forward_maskformer(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`transformers.models.maskformer.modeling_maskformer_swin.MaskFormerSwinLayer.forward`
     (transformers 5.9 to 5.23), in windows of the size of its tokens."""
-    few = few_of(step)
+    few = step.window
     seen, dimensions = layer, input_dimensions
     if few is not None:
         shift = 0 if layer.shift_size == 0 else few[0] // 2
@@ -66,27 +65,10 @@ def forward_v2(
 def attend(attention: Any, step: Step, *args: Any, **kwargs: Any) -> Any:
     """The forward of the part that makes biases by relative position: of the whole attention, where
     it is no part of its own."""
-    few = few_of(step)
-    if few is None:
-        return type(attention).forward(attention, *args, **kwargs)
-    own = attention.window_size
-    if is_a(attention, (V2_ATTENTION,)):
-        like, pretrained = attention.relative_coords_table, attention.pretrained_window_size
-        replaced = {"relative_coords_table": coordinates(own, few, pretrained, like)}
-    else:
-        like = attention.relative_position_bias_table
-        replaced = {"relative_position_bias_table": resized(like, own, few)}
-    seen = Seen(
-        attention,
-        window_size=few,
-        window_area=few[0] * few[1],
-        relative_position_index=relative_positions(few, like.device).flatten(),
-        **replaced,
-    )
-    return type(attention).forward(seen, *args, **kwargs)
+    return type(attention).forward(biased(attention, step), *args, **kwargs)
 
 
-def biased(layer: Any) -> Any:
+def part_with_biases(layer: Any) -> Any:
     """The part of a layer that makes biases."""
     own = getattr(layer.attention, "relative_position_bias", None)
     return layer.attention.self if own is None else own
@@ -122,22 +104,19 @@ def checkpoint(layer: Any) -> Callable[..., Any] | None:
 SWIN = "transformers.models.swin.modeling_swin"
 V2 = "transformers.models.swinv2.modeling_swinv2"
 MASKFORMER = "transformers.models.maskformer.modeling_maskformer_swin"
-V2_ATTENTION = f"{V2}.Swinv2SelfAttention"
 
-HOST = Host(
+HOST = WindowedHost(
     models=(f"{SWIN}.SwinEncoder", f"{V2}.Swinv2Encoder", f"{MASKFORMER}.MaskFormerSwinEncoder"),
     forwards={
         f"{SWIN}.SwinLayer": forward,
         f"{V2}.Swinv2Layer": forward_v2,
         f"{MASKFORMER}.MaskFormerSwinLayer": forward_maskformer,
     },
-    blocks=lambda model: [],
     stages=stages,
     window=window,
     grid=grid,
     layout=layout,
-    scale=lambda layer: 1.0,
-    attention=biased,
+    attention=part_with_biases,
     attend=attend,
     checkpoint=checkpoint,
     summary="Swin, SwinV2, and Mask2Former, MaskFormer, UperNet on Swin",

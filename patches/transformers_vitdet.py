@@ -14,12 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokred.engine.run import Step
-from tokred.engine.windows import Seen, few_of
-from tokred.host.host import Host, is_a
+from tokred.engine import Seen, Step
+from tokred.host import WindowedHost, is_a
 
 from . import _transformers as common
-from .transformers_sam import layout, window
 
 
 def forward(
@@ -27,7 +25,7 @@ def forward(
 ) -> tuple[Tensor, ...]:
     """`transformers.models.vitdet.modeling_vitdet.VitDetLayer.forward` (transformers 5.9 to 5.23),
     in windows of the size of its tokens."""
-    few = few_of(step)
+    few = step.window
     # Whoever checkpoints it has called us.
     seen = Seen(layer) if common.checkpoint(layer) else layer
     if few is not None and layer.window_size > 0:
@@ -68,16 +66,14 @@ def refuse(model: Any, signals: frozenset[str]) -> str | None:
 
 BACKBONE = "transformers.models.vitdet.modeling_vitdet.VitDetBackbone"
 
-HOST = Host(
+HOST = WindowedHost(
     models=("transformers.models.vitdet.modeling_vitdet.VitDetModel", BACKBONE),
     forwards={"transformers.models.vitdet.modeling_vitdet.VitDetLayer": forward},
-    blocks=lambda model: [],
     stages=stages,
-    window=window,
+    window=common.window,
     grid=grid,
     channels_first=True,
-    layout=layout,
-    scale=lambda layer: 1.0,
+    layout=common.layout_of_map,
     handed_out=handed_out,
     checkpoint=common.checkpoint,
     refuse=refuse,

@@ -60,7 +60,7 @@ def test_classes_of_transformers_are_built_and_tried(script: Any) -> None:
 def test_tokens_that_are_not_reduced_are_found_out(
     script: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tokred.engine.run.Step.reduce", lambda step, x: x)
+    monkeypatch.setattr("tokred.engine.step.Step.reduce", lambda step, x: x)
     (found,) = script.survey(("timm", "", ["deit_tiny_patch16_224"]))
     assert found.verdict == "wrong" and "tokens enter the MLPs" in found.reason
 
@@ -68,7 +68,7 @@ def test_tokens_that_are_not_reduced_are_found_out(
 def test_another_answer_at_keep_rate_one_is_found_out(
     script: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tokred.engine.run.Step.reduce", lambda step, x: x * 1.001)
+    monkeypatch.setattr("tokred.engine.step.Step.reduce", lambda step, x: x * 1.001)
     (found,) = script.survey(("timm", "", ["deit_tiny_patch16_224"]))
     assert found.verdict == "wrong" and "keep_rate=1" in found.reason
 

@@ -23,7 +23,7 @@ from torch.torch_version import TorchVersion
 
 import tokred
 from tokred.data.inputs import call
-from tokred.host.host import find_host, innermost, submodule
+from tokred.host import find_host, innermost, submodule
 
 PROPERTIES: dict[str, Small] = {
     "timm": Small(lambda: timm_small("dinov2, registers"), lambda n: torch.randn(n, 3, 70, 70)),

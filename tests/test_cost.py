@@ -14,7 +14,7 @@ from torch import nn
 import tokred
 from tokred.measure import cost
 from tokred.measure.cost import free_limit_of
-from tokred.patching.patching import hang, host_of, reduction_of
+from tokred.patching import hang, host_of, reduction_of
 from tokred.reducers.truncate import Truncate
 
 

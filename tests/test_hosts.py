@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import tokred
 from tokred import reducers
 from tokred.data.inputs import call
-from tokred.host.host import find_host, submodule
+from tokred.host import find_host, submodule
 
 FAMILIES = sorted(file.stem for file in (Path(__file__).parent / "families").glob("[a-z]*.py"))
 SMALL: dict[str, Small] = {

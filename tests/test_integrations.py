@@ -24,8 +24,8 @@ from test_transformers_swin import mask2former
 from torch import Tensor, nn
 
 import tokred
-from tokred.host.host import find_host
-from tokred.patching.patching import reduction_of
+from tokred.host import find_host
+from tokred.patching import reduction_of
 
 LAYERS = 4
 VIT: dict[str, Any] = {

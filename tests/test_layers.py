@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tokred.host.host import library_of
+from tokred.host import library_of
 
 ROOT = Path(__file__).parent.parent
 HOSTS = {"timm", "transformers", "diffusers", "torchvision", "open_clip"}

@@ -8,7 +8,7 @@ import torch
 from families.openclip_vit import SMALL, TEXT, tower
 
 import tokred
-from tokred.host.host import find_host
+from tokred.host import find_host
 from tokred.patches import openclip_vit, timm_vit
 
 

@@ -10,7 +10,9 @@ import subprocess
 import sys
 import threading
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -21,7 +23,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import tokred
 from tokred import reducers
-from tokred.patching.patching import reduction_of
+from tokred.maps import Kept
+from tokred.patching import reduction_of
 
 every_method = pytest.mark.parametrize("method", reducers.names())
 # Methods for dense prediction have a schedule of their own: see test_hourglass.py.
@@ -302,8 +305,7 @@ def test_nothing_of_a_pass_is_kept(plain: nn.Module, images: torch.Tensor, metho
     assert not vars(features)
     del features
     gc.collect()
-    assert len(reduction._riding) == 0
-    assert not any(vars(reduction._local).values()) and not reduction._traced
+    assert reduction.memory.empty
 
 
 @pytest.mark.parametrize("name", ["vit", "no class token", "distilled", "QK-norm"])
@@ -602,15 +604,11 @@ def test_forward_still_has_the_hosts_signature(plain: nn.Module) -> None:
 
 
 def test_a_method_of_ones_own_needs_no_registration(plain: nn.Module, images: torch.Tensor) -> None:
-    from dataclasses import dataclass
-    from typing import ClassVar
-
-    from tokred.maps import Kept
-
     @dataclass(frozen=True)
     class EveryOther:
         bibtex: ClassVar[str] = ""
         needs: ClassVar[frozenset[str]] = frozenset()
+        prunes: ClassVar[bool] = True
 
         def __call__(self, tokens: reducers.Tokens, keep: int) -> Kept:
             num = tokens.x.shape[1]
@@ -620,6 +618,22 @@ def test_a_method_of_ones_own_needs_no_registration(plain: nn.Module, images: to
     tokred.apply(plain, EveryOther(), keep_rate=0.5)
     assert outputs(plain, images).shape == (2, 10)
     assert [stage.after for stage in tokred.inspect(plain, images).stages] == [8, 4, 2]
+
+
+def test_a_method_that_drops_tokens_and_does_not_say_so_is_caught(
+    plain: nn.Module, images: torch.Tensor
+) -> None:
+    @dataclass(frozen=True)
+    class First:
+        bibtex: ClassVar[str] = ""
+        needs: ClassVar[frozenset[str]] = frozenset()
+
+        def __call__(self, tokens: reducers.Tokens, keep: int) -> Kept:
+            return Kept(torch.arange(keep).expand(len(tokens.x), -1), tokens.x.shape[1])
+
+    tokred.apply(plain, First(), keep_rate=0.5)
+    with pytest.raises(ValueError, match="add the line `prunes: ClassVar"):
+        outputs(plain, images)
 
 
 def test_a_method_that_returns_the_wrong_number_is_caught(

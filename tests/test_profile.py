@@ -19,7 +19,7 @@ import tokred
 from tokred.maps import Clusters, TokenMap
 from tokred.measure.cost import Arm
 from tokred.measure.profiling import PARTS, Clock, LayerTimes, clock_for, timed
-from tokred.patching.patching import hang, host_of, reduction_of
+from tokred.patching import hang, host_of, reduction_of
 from tokred.reducers import Tokens
 
 NAP = 0.02

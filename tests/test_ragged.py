@@ -12,7 +12,7 @@ from torch import nn
 
 import tokred
 from tokred import ATS, Exactly, ToMe
-from tokred.engine.run import mean_attention
+from tokred.engine.attention import mean_attention
 from tokred.maps import Clusters, Kept
 from tokred.reducers import Reducer, ats, tome
 

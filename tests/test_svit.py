@@ -29,12 +29,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import tokred
 from tokred import DynamicViT, Exactly, Shares, SViT
 from tokred.data import zoo
-from tokred.engine.run import Reduction
+from tokred.engine import Reduction
 from tokred.gates import gumbel, log_mask, straight_through
-from tokred.host.host import find_host
+from tokred.host import find_host
 from tokred.kernels import varlen
 from tokred.models.segmenter import mean_iou
-from tokred.patching.patching import reduction_of
+from tokred.patching import reduction_of
 from tokred.reducers import Tokens
 from tokred.reducers.dynamicvit import Predictor
 from tokred.reducers.svit import Gate
@@ -119,7 +119,7 @@ def test_masked_gathered_and_padded_forms_agree(
     chosen[3][-1] = False  # and one that keeps nothing
     reduction = decided(model, SViT(), QUARTERS, chosen)
     few = model.forward_features(images)
-    assert not reduction._unfused
+    assert not reduction.unfused
     many = masked(model, reduction, lambda: model.forward_features(images))
     assert all(torch.equal(reduction.decisions[layer] > 0, chosen[layer]) for layer in chosen)
     reduction.padded = True
@@ -187,11 +187,11 @@ def test_attention_that_is_not_fused_runs_padded() -> None:
     chosen = {layer: torch.rand(3, 16) < 0.5 for layer in (1, 2, 3)}
     reduction = decided(model, SViT(), QUARTERS, chosen)
     eager = model(images).last_hidden_state
-    assert reduction._unfused == {1, 2, 3}
+    assert reduction.unfused == {1, 2, 3}
     model.set_attn_implementation("sdpa")
     reduction = decided(model, SViT(), QUARTERS, chosen)
     torch.testing.assert_close(model(images).last_hidden_state, eager)
-    assert not reduction._unfused
+    assert not reduction.unfused
 
 
 @torch.no_grad()

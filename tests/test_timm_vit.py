@@ -11,7 +11,7 @@ from families import Small, timm_beit, timm_relpos, timm_vit
 from torch import Tensor, nn
 
 import tokred
-from tokred.host.host import find_host
+from tokred.host import find_host
 
 SMALL: dict[str, Small] = {
     "vit": timm_vit.SMALL["average pooling"],

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.models.janus.configuration_janus import JanusVisionConfig
 
 import tokred
-from tokred.host.host import find_host
+from tokred.host import find_host
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*keeps all .* tokens")
 

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 import tokred
 from tokred.engine import windows
-from tokred.host.host import find_host
-from tokred.patching.patching import hang, reduction_of
+from tokred.host import find_host
+from tokred.patching import hang, reduction_of
 from tokred.reducers import Tokens
 from tokred.reducers.slic import SLIC, Bilinear, Nearest
 from tokred.schedule import Exactly, Hourglass

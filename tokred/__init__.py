@@ -7,8 +7,9 @@ tokred.remove(model)
 from types import ModuleType
 
 from tokred.data import zoo
-from tokred.engine.run import Reduction
-from tokred.host.host import UnsupportedModelError, hosts
+from tokred.engine.denoising import Around, DenoiserTrace, Denoising
+from tokred.engine.reduction import Reduction
+from tokred.host import UnsupportedModelError, hosts
 from tokred.measure.advising import Advice, advise
 from tokred.measure.calibration import calibrate
 from tokred.measure.cost import Bench, Flops, bench, flops
@@ -18,9 +19,8 @@ from tokred.measure.fidelity import Fidelity, fidelity
 from tokred.measure.profiling import Profile, profile
 from tokred.measure.tracing import Trace, inspect
 from tokred.moved import former, keep_former_paths
+from tokred.patching import applied, apply, remove
 from tokred.patching.citing import cite
-from tokred.patching.denoising import Around, DenoiserTrace, Denoising
-from tokred.patching.patching import applied, apply, remove
 from tokred.patching.presets import Preset, presets
 from tokred.reducers import names as methods
 from tokred.reducers.atc import ATC

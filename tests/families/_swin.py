@@ -26,7 +26,7 @@ from transformers.models.swin import modeling_swin as swin
 from transformers.models.swinv2 import modeling_swinv2 as swin_v2
 from transformers.models.vitdet import modeling_vitdet as vitdet
 
-from tokred.host.host import find_host
+from tokred.host import find_host
 
 IMAGE = (40, 36)
 GRID, WINDOW, FEW, REDUCED = (10, 9), (6, 6), (4, 4), (7, 6)

@@ -21,7 +21,7 @@ from tokred.cli.shared import Commands, bar, command
 from tokred.data import zoo
 from tokred.measure.cost import measure, sides
 from tokred.optional import require
-from tokred.patching.patching import host_of
+from tokred.patching import host_of
 from tokred.reducers import Reducer
 from tokred.reducers.truncate import Truncate
 from tokred.show import drawing

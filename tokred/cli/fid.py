@@ -13,9 +13,9 @@ from torch import nn
 import tokred
 from tokred.cli.shared import DTYPES, Commands, bar, command
 from tokred.data import zoo
+from tokred.engine.denoising import MODULES
 from tokred.measure import fid
 from tokred.optional import require
-from tokred.patching.denoising import MODULES
 
 BUNDLED = "digits_diffusion"
 """The pipeline that comes with prompts, features and a reference."""

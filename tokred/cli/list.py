@@ -6,7 +6,7 @@ import argparse
 
 from tokred import reducers
 from tokred.cli.shared import Commands, command
-from tokred.host import host
+from tokred.host import hosts, library_of, patch_names
 
 
 def add(commands: Commands) -> None:
@@ -20,11 +20,11 @@ def run(options: argparse.Namespace) -> None:
     for name in reducers.names():
         print(f"  {name:12s}{_first_line(reducers.make(name))}")
     print("hosts")
-    for name in host.patch_names():
-        library, extra = host.library_of(name), name.split("_")[0]
+    for name in patch_names():
+        library, extra = library_of(name), name.split("_")[0]
         try:
             __import__(library)
-            print(f"  {name:22s}{host.hosts()[name].summary}")
+            print(f"  {name:22s}{hosts()[name].summary}")
         except ModuleNotFoundError:
             print(f'  {name:22s}(needs {library}: pip install "tokred[{extra}]")')
 

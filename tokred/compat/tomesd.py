@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from tokred.compat.tome import merge
-from tokred.host.host import UnsupportedModelError, find_denoiser, module_of
+from tokred.engine.denoising import Around
+from tokred.host import UnsupportedModelError, find_denoiser, module_of
 from tokred.maps import Clusters
-from tokred.patching.denoising import Around
-from tokred.patching.patching import apply, remove, uncompiled
+from tokred.patching import apply, remove, uncompiled
 from tokred.reducers import Tokens
 from tokred.reducers.tome2d import ToMe2d
 

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from tokred.data import pictures, reading
 from tokred.data.inputs import Inputs
 from tokred.data.zoo import HeldOut, normalise
-from tokred.host.host import module_of
+from tokred.host import module_of
 from tokred.measure.metrics import IGNORED
 from tokred.optional import require
 

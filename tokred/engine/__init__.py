@@ -1,1 +1,25 @@
-"""One forward pass with fewer tokens: what runs while a patched model runs."""
+"""One forward pass with fewer tokens: what runs while a patched model runs.
+
+What is imported here is what a patch may use.
+"""
+
+from tokred.engine.layout import Layout
+from tokred.engine.leaving import outside_of_the_graph
+from tokred.engine.pooling import poolable, pooled, pooled_with_mask, tokens_there
+from tokred.engine.reduction import Reduction
+from tokred.engine.step import Step
+from tokred.engine.windows import Seen, biased, shifts
+
+__all__ = [
+    "Layout",
+    "Reduction",
+    "Seen",
+    "Step",
+    "biased",
+    "outside_of_the_graph",
+    "poolable",
+    "pooled",
+    "pooled_with_mask",
+    "shifts",
+    "tokens_there",
+]

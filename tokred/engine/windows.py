@@ -26,9 +26,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from tokred.engine.run import Reduction, Step, fitted
+from tokred.engine.reduction import Reduction, fitted
+from tokred.engine.step import Step
 from tokred.maps import TokenMap, take
-from tokred.reducers import Reconstruction, Reducer, Tokens, prunes, varies
+from tokred.reducers.protocol import Reconstruction, Reducer, Tokens, traits
 from tokred.schedule import Schedule, plan
 
 
@@ -253,7 +254,7 @@ def in_windows(reduction: Reduction, window: tuple[int, int]) -> Reduction:
     reducer, layers = reduction.reducer, reduction.layout.layers
     area = math.prod(window)
     counts = plan(reduction.schedule, area, layers)
-    sizes = {fitted(reducer, count, area, window) for count in counts} - {area}
+    sizes = {fitted(reduction.traits, count, area, window) for count in counts} - {area}
     if len(sizes) > 1:
         raise ValueError(
             f"{reduction.schedule} leaves {sorted(sizes)} of the {area} tokens of a window; they "
@@ -274,6 +275,7 @@ def in_windows(reduction: Reduction, window: tuple[int, int]) -> Reduction:
         proportional_attention=False,
         tapped_by=reduction.tapped_by,
         reconstruction=rebuilt and ReconstructedInWindows(rebuilt, window, few),
+        windows=few,
     )
 
 
@@ -297,14 +299,16 @@ def limit(reduction: Reduction) -> Reduction:
         reduction.schedule,
         reduction.layout,
         proportional_attention=False,
+        windows=own.few,
     )
 
 
 def why_not(reducer: Reducer, proportional_attention: bool | None, full_grid: bool) -> str | None:
     """Why a method, with these options of `tokred.apply`, cannot be used in windows; None if it
     can."""
-    on_a_grid = hasattr(reducer, "fit") and not reducer.needs - {"grid"}
-    if not on_a_grid or prunes(reducer) or varies(reducer):
+    found = traits(reducer)
+    on_a_grid = found.fit is not None and not found.needs - {"grid"}
+    if not on_a_grid or found.prunes or found.varies:
         return (
             f"what {reducer} leaves is on no grid, but this model attends in windows, which need "
             "one: use 'slic', in which a window of few tokens is a window again"
@@ -412,12 +416,38 @@ class Seen:
         return getattr(self._module, name)
 
 
-def few_of(step: Step) -> tuple[int, int] | None:
-    """Rows and columns of the windows that the running block is to use; None for its own."""
-    reducer = step.reduction.reducer
-    if step.state.trail is None or not isinstance(reducer, InWindows):
-        return None
-    return reducer.few
+def biased(attention: Any, step: Step, **replaced: Any) -> Any:
+    """Attention in windows as its own forward is to see it: itself in windows of its own size,
+    else with the biases by relative position of windows of the reduced size.
+
+    Args:
+        attention: has `window_size`, `relative_position_index`, and a table of biases
+            (`relative_position_bias_table`) or of coordinates that biases are made of
+            (`relative_coords_table`, version 2).
+        step: the block that runs.
+        replaced: further attributes that it is to see, where windows are of the reduced size.
+    """
+    few = step.window
+    if few is None:
+        return attention
+    own = attention.window_size
+    if hasattr(attention, "relative_coords_table"):
+        like = attention.relative_coords_table
+        pretrained = getattr(attention, "pretrained_window_size", (0, 0))
+        replaced["relative_coords_table"] = coordinates(own, few, pretrained, like)
+    else:
+        like = attention.relative_position_bias_table
+        replaced["relative_position_bias_table"] = resized(like, own, few)
+    index = relative_positions(few, like.device)
+    if attention.relative_position_index.ndim == 1:
+        index = index.flatten()
+    return Seen(
+        attention,
+        window_size=type(own)(few),
+        window_area=few[0] * few[1],
+        relative_position_index=index,
+        **replaced,
+    )
 
 
 def relative_positions(

@@ -1,33 +1,43 @@
-"""What a patch says about a model, and how the patch for a model is found."""
+"""What a patch says about a family of models, and how the patch for a model is found."""
 
-from tokred.host.host import (
+from tokred.engine.denoising import Place
+from tokred.host.check import (
     ADDING_A_HOST,
-    Denoiser,
-    Host,
-    Place,
-    UnsupportedModelError,
-    find_denoiser,
-    find_host,
-    hosts,
+    check_host,
+    class_name,
+    forward_of,
     innermost,
     innermost_slot,
     is_a,
     is_patched,
+    named,
+    submodule,
+    tap_of,
+)
+from tokred.host.find import (
+    find_denoiser,
+    find_host,
+    hosts,
     library_of,
     module_of,
-    named,
     patch_names,
-    submodule,
+    stage_of,
 )
+from tokred.host.host import Denoiser, Host, Stage, UnsupportedModelError, WindowedHost
 
 __all__ = [
     "ADDING_A_HOST",
     "Denoiser",
     "Host",
     "Place",
+    "Stage",
     "UnsupportedModelError",
+    "WindowedHost",
+    "check_host",
+    "class_name",
     "find_denoiser",
     "find_host",
+    "forward_of",
     "hosts",
     "innermost",
     "innermost_slot",
@@ -37,5 +47,7 @@ __all__ = [
     "module_of",
     "named",
     "patch_names",
+    "stage_of",
     "submodule",
+    "tap_of",
 ]

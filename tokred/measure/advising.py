@@ -33,13 +33,13 @@ import torch
 
 from tokred.data import samples as sampling
 from tokred.data.samples import Transform
-from tokred.host.host import Host, UnsupportedModelError, module_of
+from tokred.host import Host, UnsupportedModelError, module_of
 from tokred.measure.cost import put_back
 from tokred.measure.evaluating import Setting, Shown, Work, settings_of
 from tokred.measure.evaluation import Evaluation, Row
 from tokred.measure.fidelity import Fidelity
 from tokred.measure.profiling import profile
-from tokred.patching.patching import remove, uncompiled
+from tokred.patching import remove, uncompiled
 from tokred.patching.presets import Preset
 from tokred.reducers import Reducer
 from tokred.reducers.truncate import Truncate

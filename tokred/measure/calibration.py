@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tokred.data.inputs import Inputs, call
-from tokred.host.host import module_of
-from tokred.patching.patching import reduction_of, uncompiled
+from tokred.host import module_of
+from tokred.patching import reduction_of, uncompiled
 from tokred.reducers.svit import Gate
 
 

@@ -30,12 +30,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from tokred.data.inputs import Inputs, call, device_of, pixels
-from tokred.engine.run import Reduction
+from tokred.engine.denoising import Around, Denoising
+from tokred.engine.denoising import limit as limit_of_denoiser
+from tokred.engine.reduction import Reduction
 from tokred.engine.windows import InWindows, limit
-from tokred.host.host import Denoiser, Host, find_host, module_of
-from tokred.patching.denoising import Around, Denoising
-from tokred.patching.denoising import limit as limit_of_denoiser
-from tokred.patching.patching import apply, hang, host_of, reduction_of, remove, uncompiled
+from tokred.host import Denoiser, Host, find_host, module_of
+from tokred.patching import apply, hang, host_of, reduction_of, remove, uncompiled
 from tokred.patching.presets import Preset
 from tokred.reducers import Reducer, place, varies
 from tokred.reducers.truncate import Truncate

@@ -30,8 +30,8 @@ import tokred
 from tokred.data import samples as sampling
 from tokred.data.inputs import Inputs, call, pixels
 from tokred.data.samples import Samples, Transform
-from tokred.engine.run import Layout, Reduction
-from tokred.host.host import Denoiser, Host, UnsupportedModelError, find_host, module_of
+from tokred.engine import Layout, Reduction
+from tokred.host import Denoiser, Host, UnsupportedModelError, find_host, module_of
 from tokred.measure.cost import (
     count,
     counts_of,
@@ -48,7 +48,7 @@ from tokred.measure.evaluation import Evaluation, Row, Speed, row_from
 from tokred.measure.fidelity import Difference, Fidelity, Seen, compare, seeing, total
 from tokred.measure.metrics import TASKS, Scores, Task, task_of
 from tokred.optional import require
-from tokred.patching.patching import apply, hang, host_of, reduction_of, remove, uncompiled
+from tokred.patching import apply, hang, host_of, reduction_of, remove, uncompiled
 from tokred.patching.presets import Preset
 from tokred.reducers import Reducer, learned, names, parse
 from tokred.schedule import Schedule

@@ -42,10 +42,10 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from tokred.data import zoo
-from tokred.host.host import module_of
+from tokred.engine.denoising import NAMED, Around
+from tokred.host import module_of
 from tokred.optional import require
-from tokred.patching.denoising import NAMED, Around
-from tokred.patching.patching import applied, reduction_of
+from tokred.patching import applied, reduction_of
 from tokred.reducers import parse
 
 T = TypeVar("T")

@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokred.data.inputs import Inputs, call, pixels
-from tokred.host.host import Host, find_host
-from tokred.patching.denoising import Denoising
-from tokred.patching.patching import hang, reduction_of, remove, uncompiled
+from tokred.engine.denoising import Denoising
+from tokred.host import Host, find_host
+from tokred.patching import hang, reduction_of, remove, uncompiled
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from tokred.data.inputs import Inputs, device_of, pixels
-from tokred.engine.run import Reduction, State, Step
+from tokred.engine.reduction import Reduction
+from tokred.engine.state import State
+from tokred.engine.step import Step
 from tokred.engine.windows import InWindows
-from tokred.host.host import Denoiser, Host, UnsupportedModelError, find_host, module_of
+from tokred.host import Denoiser, Host, UnsupportedModelError, find_host, module_of
 from tokred.maps import TokenMap
 from tokred.measure.cost import (
     Arm,
@@ -40,7 +42,7 @@ from tokred.measure.cost import (
     versions_of,
 )
 from tokred.optional import require
-from tokred.patching.patching import apply, hang, host_of, reduction_of, remove, uncompiled
+from tokred.patching import apply, hang, host_of, reduction_of, remove, uncompiled
 from tokred.patching.presets import Preset
 from tokred.reducers import Reconstruction, Reducer, Tokens, place
 from tokred.schedule import Schedule

@@ -11,10 +11,10 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from tokred.data.inputs import Inputs, call, pixels
-from tokred.host.host import Host, find_host, module_of
+from tokred.engine.denoising import DenoiserTrace, Denoising
+from tokred.host import Host, find_host, module_of
 from tokred.maps import Clusters, TokenMap
-from tokred.patching.denoising import DenoiserTrace, Denoising
-from tokred.patching.patching import reduction_of, uncompiled
+from tokred.patching import reduction_of, uncompiled
 from tokred.reducers import Reducer
 
 

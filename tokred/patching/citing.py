@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from tokred.host.host import module_of
-from tokred.patching.patching import reduction_of
+from tokred.host import module_of
+from tokred.patching import reduction_of
 from tokred.reducers import make
 
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
+from tokred.engine.denoising import DenoiserTrace
 from tokred.measure.tracing import Trace
 from tokred.optional import require
-from tokred.patching.denoising import DenoiserTrace
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -40,11 +40,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from tokred.data.inputs import call
-from tokred.engine.run import Layout, Record
-from tokred.host.host import find_host
+from tokred.engine.layout import Layout
+from tokred.engine.observing import Record
+from tokred.host import find_host
 from tokred.measure.calibration import calibrate
 from tokred.optional import require
-from tokred.patching.patching import reduction_of, remove, uncompiled
+from tokred.patching import reduction_of, remove, uncompiled
 from tokred.reducers import varies
 from tokred.training.losses import (
     check_labels,

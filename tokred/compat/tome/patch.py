@@ -17,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokred.compat.tome.utils import parse_r
-from tokred.engine.run import Attributes, Reduction
-from tokred.host.host import UnsupportedModelError, module_of
-from tokred.patching.patching import hang, reduction_for
+from tokred.engine import Reduction
+from tokred.host import UnsupportedModelError, module_of
+from tokred.patching import hang, reduction_for
 from tokred.schedule import removing
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tokred.measure.cost import bench, flops
 from tokred.optional import require
-from tokred.patching.patching import applied
+from tokred.patching import applied
 from tokred.patching.presets import presets
 from tokred.reducers import slic
 

@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokred.engine.denoising import Around, Denoising, limit
 from tokred.measure.cost import Arm, device_name, measure, sides, versions_of
 from tokred.optional import require
-from tokred.patching.denoising import Around, Denoising, limit
-from tokred.patching.patching import apply, hang, host_of, remove
+from tokred.patching import apply, hang, host_of, remove
 from tokred.reducers import Tokens
 from tokred.reducers.tome2d import ToMe2d
 

@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokred.data import zoo
-from tokred.host.host import find_host
+from tokred.host import find_host
 from tokred.measure.calibration import calibrate
 from tokred.measure.cost import counts_of, cut_off, device_name, measure, sides, versions_of
 from tokred.measure.tracing import Trace, inspect
 from tokred.optional import require
-from tokred.patching.patching import apply, remove
+from tokred.patching import apply, remove
 from tokred.reducers.svit import SViT
 
 MODELS = ("deit_small_patch16_224",)

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokred.engine.run import Reduction
-from tokred.host.host import find_host
+from tokred.engine.reduction import Reduction
+from tokred.host import find_host
 from tokred.measure.cost import Arm, counts_of, cut_off, device_name, measure, sides, versions_of
 from tokred.optional import require
 from tokred.reducers import Reducer, make, place, proportional, varies

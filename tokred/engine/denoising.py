@@ -12,8 +12,6 @@ of the block is restated.
 
 from __future__ import annotations
 
-import threading
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,16 +23,33 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from tokred.host.host import Denoiser, Place, UnsupportedModelError
+from tokred.engine.memory import Memory
 from tokred.maps import TokenMap
-from tokred.reducers import Reducer, Tokens, prunes, varies
-from tokred.reducers import make as named
-from tokred.reducers.todo import ToDo
-from tokred.reducers.tome2d import ToMe2d
+from tokred.reducers.protocol import Reducer, Tokens, Traits, check_map, traits
 from tokred.reducers.truncate import Truncate
-from tokred.schedule import Schedule, check_keep_rate, ratio_of
+from tokred.schedule import check_keep_rate, ratio_of
+
+MODULES = ("attention", "cross_attention", "mlp")
+"""The kinds of modules of a block that tokens can be merged around."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A block of a denoiser.
+
+    Attributes:
+        path: where it is in the model.
+        owner: path of the module that lays its feature map out as the block's tokens.
+        level: how often the grid of the latents (or of the patches) was halved before it.
+        modules: path, in the block, of its "attention" (to itself), "cross_attention" and "mlp",
+            as far as it has them: each is given its tokens first, as [batch, tokens, dim].
+    """
+
+    path: str
+    owner: str
+    level: int
+    modules: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -83,11 +98,6 @@ class Around:
         floor(tokens * (1 - keep_rate))."""
         over, under = self._ratio
         return tokens - tokens * (under - over) // under
-
-
-MODULES = ("attention", "cross_attention", "mlp")
-NAMED: Mapping[str, Callable[[], Reducer]] = {"tome": ToMe2d, "todo": ToDo}
-"""What names mean here that mean something else in other models, or nothing."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +151,34 @@ class DenoiserTrace:
         return "\n".join(lines)
 
 
+@dataclass
+class Sampling:
+    """What is known of the running call of a denoiser, and of those before it in the same sampling,
+    in one thread or in compiled code.
+
+    Attributes:
+        now: where in the sampling the call is, from 0 (noise) to 1 (image).
+        off: whether the call runs on all tokens.
+        step: how many calls of this sampling came before it.
+        maps: matchings that are shared or kept, by what they are for.
+        blocks: by path, the map of each block that runs, and the shape of its tokens.
+        grids: by path of an owner of blocks, rows and columns of its tokens.
+        records: where `Denoising.recording` collects.
+    """
+
+    now: float | None = None
+    off: bool | None = None
+    step: int | None = None
+    maps: dict[Any, TokenMap] | None = None
+    blocks: dict[str, tuple[TokenMap | None, tuple[int, ...]]] | None = None
+    grids: dict[str, tuple[int, int]] | None = None
+    records: list[Merged] | None = None
+
+    def forget(self) -> None:
+        """Forgets the call: it is over, in compiled code."""
+        self.now = self.off = self.step = self.maps = self.blocks = self.grids = None
+
+
 @dataclass(eq=False)
 class Denoising:
     """A method that has been put into a denoiser: what stays the same between calls.
@@ -156,11 +194,13 @@ class Denoising:
     around: Around
     places: tuple[Place, ...]
     total: int
-    # Runtime state: by activation (for recomputation), and by thread. Code that is being compiled
-    # can see neither, and has a plain dictionary instead.
-    _riding: Any = field(default_factory=WeakTensorKeyDictionary, repr=False)
-    _local: Any = field(default_factory=threading.local, repr=False)
-    _traced: dict[Any, Any] = field(default_factory=dict, repr=False)
+    traits: Traits = field(init=False, repr=False)
+    memory: Memory[Sampling, TokenMap] = field(
+        init=False, repr=False, default_factory=lambda: Memory(Sampling)
+    )
+
+    def __post_init__(self) -> None:
+        self.traits = traits(self.reducer)
 
     def __str__(self) -> str:
         levels = ", ".join(
@@ -172,13 +212,10 @@ class Denoising:
             f"{self.around.keep_rate:g}: {levels}, of {self.total} blocks"
         )
 
-    def __getstate__(self) -> dict[str, Any]:
-        runtime = {"_riding", "_local", "_traced"}
-        return {name: value for name, value in vars(self).items() if name not in runtime}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._riding, self._local, self._traced = WeakTensorKeyDictionary(), threading.local(), {}
+        self.__dict__.setdefault("memory", Memory(Sampling))  # version 0.7 has left it out
+        self.traits = traits(self.reducer)
 
     def begin(self, progress: Callable[[], float]) -> None:
         """A call of the model begins.
@@ -186,8 +223,11 @@ class Denoising:
         Args:
             progress: where in the sampling it is, 0 to 1. Only called if that matters: it waits for
                 the device.
+
+        Raises:
+            RuntimeError: matchings are to be kept from call to call, and the code is compiled.
         """
-        state, around = self._state(), self.around
+        state, around = self.memory.here, self.around
         off, fresh = False, True
         if around.every > 1 and torch.compiler.is_compiling():
             raise RuntimeError(
@@ -198,32 +238,33 @@ class Denoising:
             now = progress()
             off = not around.during[0] <= now <= around.during[1]
             # Time only runs backwards where another sampling begins.
-            fresh = now < state.get("now", 2.0)
-            state["now"] = now
-        state["off"] = off
-        state["step"] = 0 if fresh else state["step"] + 1
-        if state["step"] % around.every == 0:
-            state["maps"] = {}
+            fresh = state.now is None or now < state.now
+            state.now = now
+        state.off = off
+        state.step = 0 if fresh or state.step is None else state.step + 1
+        if state.step % around.every == 0:
+            state.maps = {}
 
     def end(self) -> None:
         """The call ends: what only lives as long is let go."""
-        state = self._state()
         if torch.compiler.is_compiling():
-            state.clear()
+            self.memory.compiled.forget()
         elif self.around.every == 1:
-            state.pop("maps", None)
+            self.memory.thread.maps = None
 
     def enter(self, place: Place, x: Float[Tensor, "batch tokens dim"]) -> None:
         """A block begins: its tokens are matched, or get a matching that is there."""
-        state = self._state()
-        token_map: TokenMap | None = None
-        if not state.get("off", False):
-            token_map = self._map(place, x, state)
-        state[place.path] = token_map, tuple(x.shape[:2])
+        state = self.memory.here
+        token_map = None if state.off else self._map(place, x, state)
+        if state.blocks is None:
+            state.blocks = {}
+        state.blocks[place.path] = token_map, tuple(x.shape[:2])
 
     def leave(self, place: Place) -> None:
         """The block ends."""
-        self._state().pop(place.path, None)
+        blocks = self.memory.here.blocks
+        if blocks is not None:
+            blocks.pop(place.path, None)
 
     def here(self, place: Place, x: Float[Tensor, "batch tokens dim"]) -> TokenMap | None:
         """The map of the block that runs, for what enters one of its modules; None if it runs on
@@ -232,67 +273,71 @@ class Denoising:
         Raises:
             RuntimeError: the module is given other tokens than the block.
         """
-        token_map, shape = self._state().get(place.path, (None, None))
+        blocks = self.memory.here.blocks
+        if blocks is None or place.path not in blocks:
+            return None
+        token_map, shape = blocks[place.path]
         if token_map is not None and tuple(x.shape[:2]) != shape:
             raise RuntimeError(
                 f"{place.path}: a module is given {x.shape[0]} x {x.shape[1]} tokens, the block "
                 f"{shape[0]} x {shape[1]}. Chunked feed-forward layers cannot be merged around: "
                 "leave 'mlp' out of modules, or switch chunking off"
             )
-        found: TokenMap | None = token_map
-        return found
+        return token_map
 
     def set_grid(self, owner: str, grid: tuple[int, int]) -> None:
         """Says on which grid the tokens of the blocks of a module stand."""
-        self._state()[owner, "grid"] = grid
+        state = self.memory.here
+        if state.grids is None:
+            state.grids = {}
+        state.grids[owner] = grid
 
     @contextmanager
     def recording(self) -> Iterator[list[Merged]]:
         """Collects what happens in every block of this thread, until the end of the block."""
         records: list[Merged] = []
-        self._local.records = records
+        self.memory.thread.records = records
         try:
             yield records
         finally:
-            self._local.records = None
+            self.memory.thread.records = None
 
     def _map(
-        self, place: Place, x: Float[Tensor, "batch tokens dim"], state: dict[Any, Any]
+        self, place: Place, x: Float[Tensor, "batch tokens dim"], state: Sampling
     ) -> TokenMap | None:
-        compiling = torch.compiler.is_compiling()
+        """The map of a block's tokens: one that is there, or a new one."""
         # Where the block runs once more, for gradients, everything else may have gone on.
-        if not compiling and torch.is_grad_enabled():
-            ridden: TokenMap | None = self._riding.get(x)
-            if ridden is not None:
-                return ridden
+        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        ridden = self.memory.ridden(x) if again else None
+        if ridden is not None:
+            return ridden
         num = x.shape[1]
-        if self.around.keep(num) >= num:
+        keep = self.around.keep(num)
+        if keep >= num:
             return None
-        grid: tuple[int, int] | None = state.get((place.owner, "grid"))
+        grid = None if state.grids is None else state.grids.get(place.owner)
         if grid is None or grid[0] * grid[1] != num:
             raise RuntimeError(
                 f"{place.path} got {num} tokens, which are not those of the grid {grid}"
             )
-        fit = getattr(self.reducer, "fit", None)
-        keep = self.around.keep(num)
-        if fit is not None:
-            keep = int(fit(keep, grid))
+        if self.traits.fit is not None:
+            keep = int(self.traits.fit(keep, grid))
         if keep >= num:
             return None
-        maps: dict[Any, TokenMap] = state.setdefault("maps", {})
+        if state.maps is None:
+            state.maps = {}
         which = (place.level if self.around.shared else place.path, len(x), grid, x.device)
-        token_map = maps.get(which)
+        token_map = state.maps.get(which)
         shared = token_map is not None
         if token_map is None:
             token_map = self._match(x, grid, keep)
             if self.around.shared or self.around.every > 1:
-                maps[which] = token_map
-        if not compiling:
-            if torch.is_grad_enabled():
-                self._riding[x] = token_map
-            records = getattr(self._local, "records", None)
-            if records is not None:
-                records.append(Merged(place.path, place.level, grid, keep, shared, token_map))
+                state.maps[which] = token_map
+        if again:
+            self.memory.ride(x, token_map)
+        if not torch.compiler.is_compiling() and state.records is not None:
+            merged = Merged(place.path, place.level, grid, keep, shared, token_map)
+            state.records.append(merged)
         return token_map
 
     def _match(
@@ -302,7 +347,7 @@ class Denoising:
         view = Tokens(
             x=metric,
             size=_ones(metric),
-            key=metric[:, None] if "key" in self.reducer.needs else None,
+            key=metric[:, None] if "key" in self.traits.needs else None,
             grid=grid,
         )
         # Autocast would compare tokens in half precision.
@@ -313,90 +358,13 @@ class Denoising:
                 f"{self.reducer} returned {token_map.num_coarse} tokens of {x.shape[1]}, but was "
                 f"asked for {keep}"
             )
+        if self.traits.drops == token_map.merges:
+            check_map(self.reducer, token_map)  # which raises
         return token_map
-
-    def _state(self) -> dict[Any, Any]:
-        if torch.compiler.is_compiling():
-            return self._traced
-        found: dict[Any, Any] | None = getattr(self._local, "state", None)
-        if found is None:
-            found = self._local.state = {}
-        return found
-
-
-def keys_only(reducer: Reducer) -> bool:
-    """Whether only keys and values of self-attention become fewer."""
-    return bool(getattr(reducer, "keys_only", False))
 
 
 def _ones(x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens"]:
     return torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
-
-
-def plan_for(
-    model: nn.Module,
-    host: Denoiser,
-    method: str | Reducer,
-    keep_rate: float | Schedule | Around | None,
-    options: Mapping[str, Any],
-) -> Denoising:
-    """What `tokred.apply` hangs on a denoiser: everything checked, nothing changed.
-
-    Raises:
-        ValueError: an option is out of range, or has no meaning here.
-        TypeError: an option is of the wrong type.
-        UnsupportedModelError: the method cannot be used, or no module is there to be reduced.
-    """
-    cls = type(model).__qualname__
-    for name, value in options.items():
-        if value is not None:
-            raise ValueError(f"{name} must be left out for {cls}, not {value!r}: see tokred.Around")
-    reducer = NAMED[method]() if isinstance(method, str) and method in NAMED else named(method)
-    if callable(keep_rate):
-        raise TypeError(
-            f"keep_rate must be a number or tokred.Around(...) for {cls}, not {keep_rate!r}: its "
-            "blocks have no schedule by layers"
-        )
-    rate = 0.5 if keep_rate is None else keep_rate
-    around = rate if isinstance(rate, Around) else Around(rate)
-    _check_method(cls, reducer, around)
-    places = host.places(model)
-    able = [p for p in places if any(module in p.modules for module in around.modules)]
-    if not able:
-        raise UnsupportedModelError(
-            f"{cls} has no block with {' or '.join(around.modules)}, so that nothing would change"
-        )
-    levels = sorted({place.level for place in able})
-    chosen = around.levels or (levels[0],)
-    if not set(chosen) <= set(levels):
-        raise ValueError(
-            f"levels must be some of {levels}, where {cls} has {' or '.join(around.modules)}, "
-            f"not {chosen}"
-        )
-    if around.keep_rate == 1:
-        warnings.warn("keep_rate=1 keeps all tokens: nothing is reduced", stacklevel=4)
-    taken = tuple(place for place in able if place.level in chosen)
-    return Denoising(reducer, around, taken, len(places))
-
-
-def _check_method(cls: str, reducer: Reducer, around: Around) -> None:
-    if varies(reducer) or prunes(reducer) or reducer.needs - {"key", "grid"}:
-        raise UnsupportedModelError(
-            f"{cls}: {reducer} cannot be used around single modules, where merging methods that "
-            "compare tokens can: 'tome', 'todo', 'atc', 'dpc_knn', 'mutual', 'pitome'"
-        )
-    if keys_only(reducer) and around.modules != ("attention",):
-        raise ValueError(
-            f"modules must be ('attention',) for {reducer}, which has fewer keys and values, not "
-            f"{around.modules}"
-        )
-    least = getattr(reducer, "least", 0.0)
-    if around.keep_rate < least:
-        raise ValueError(
-            f"keep_rate must be at least {least:g} for {reducer}, as one token in "
-            f"{round(1 / least)} is a destination and stays, not {around.keep_rate:g}; larger "
-            "cells have a lower limit"
-        )
 
 
 # What is hung on the model. Objects rather than closures, so that a copied or pickled model takes
@@ -439,94 +407,12 @@ class AroundModule:
                     f"{self.place.path}: a mask of all tokens cannot be used while some are merged"
                 )
         few = token_map.down(hidden_states, _ones(hidden_states))
-        if keys_only(self.reduction.reducer):
+        if self.reduction.traits.keys_only:
             return own(hidden_states, **{**kwargs, "encoder_hidden_states": few})
         return token_map.up(own(few, *args, **kwargs), None)
 
 
-@dataclass(eq=False)
-class Begins:
-    """A forward pre-hook of the model."""
-
-    reduction: Denoising
-    host: Denoiser
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.reduction.begin(lambda: self.host.progress(module, args, kwargs))
-
-
-@dataclass(eq=False)
-class Ends:
-    """A forward hook of the model."""
-
-    reduction: Denoising
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.reduction.end()
-
-
-@dataclass(eq=False)
-class OnGrid:
-    """A forward pre-hook of a module that lays its feature map out as tokens."""
-
-    reduction: Denoising
-    host: Denoiser
-    owner: str
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.reduction.set_grid(self.owner, self.host.grid(module, args, kwargs))
-
-
-@dataclass(eq=False)
-class Enters:
-    """A forward pre-hook of a block."""
-
-    reduction: Denoising
-    place: Place
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.reduction.enter(self.place, args[0] if args else kwargs["hidden_states"])
-
-
-@dataclass(eq=False)
-class Leaves:
-    """A forward hook of a block."""
-
-    reduction: Denoising
-    place: Place
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.reduction.leave(self.place)
-
-
-HOOKS = (Begins, Ends, OnGrid, Enters, Leaves)
-
-
-def stand_ins(model: nn.Module, reduction: Denoising) -> list[tuple[nn.Module, AroundModule]]:
-    """The modules whose forward is to be replaced, and by what."""
-    return [
-        (module, AroundModule(module, reduction, place, name, type(module).forward))
-        for place in reduction.places
-        for name in reduction.around.modules
-        if name in place.modules
-        for module in [model.get_submodule(f"{place.path}.{place.modules[name]}")]
-    ]
-
-
-def hook_on(model: nn.Module, host: Denoiser, reduction: Denoising) -> None:
-    """Registers all hooks."""
-    model.register_forward_pre_hook(Begins(reduction, host), with_kwargs=True)
-    model.register_forward_hook(Ends(reduction))
-    for owner in dict.fromkeys(place.owner for place in reduction.places):
-        shown = OnGrid(reduction, host, owner)
-        model.get_submodule(owner).register_forward_pre_hook(shown, with_kwargs=True)
-    for place in reduction.places:
-        block = model.get_submodule(place.path)
-        block.register_forward_pre_hook(Enters(reduction, place), with_kwargs=True)
-        block.register_forward_hook(Leaves(reduction, place))
-
-
 def limit(reduction: Denoising) -> Denoising:
     """What a reduction is measured against: the same numbers of tokens for nothing."""
-    cut = Truncate(keys_only=keys_only(reduction.reducer))
+    cut = Truncate(keys_only=reduction.traits.keys_only)
     return Denoising(cut, reduction.around, reduction.places, reduction.total)

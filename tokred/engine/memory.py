@@ -1,0 +1,75 @@
+"""What an engine remembers between the blocks of a pass, and of several passes at a time.
+
+Passes may interleave: several threads, recomputation under gradient checkpointing, two forward
+passes before a backward pass. So what belongs to one activation rides on that activation, and what
+belongs to the pass that is running is kept apart by thread. Code that is being compiled can see
+neither, and has one place of its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+Slots = TypeVar("Slots")
+Ridden = TypeVar("Ridden")
+
+
+class Memory(Generic[Slots, Ridden]):
+    """What rides on activations, and what is known of the pass that is running.
+
+    A copy of it, and one that is loaded from a file, begin empty.
+
+    Args:
+        slots: a dataclass of what is known of a running pass; all is None by default.
+    """
+
+    def __init__(self, slots: type[Slots]) -> None:
+        self._slots = slots
+        # An attribute of the tensor would do as well as a weak dictionary, but would be saved and
+        # copied with features that leave the model.
+        self._riding: Any = WeakTensorKeyDictionary()
+        self._local = threading.local()
+        self.compiled: Slots = slots()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"slots": self._slots}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        type(self).__init__(self, state["slots"])
+
+    @property
+    def here(self) -> Slots:
+        """What is known of the pass that is running in this thread; of all threads, where code is
+        being compiled."""
+        return self.compiled if torch.compiler.is_compiling() else self.thread
+
+    @property
+    def thread(self) -> Slots:
+        """What is known of the pass that is running in this thread, outside of compiled code."""
+        try:
+            found: Slots = self._local.slots
+        except AttributeError:
+            found = self._local.slots = self._slots()
+        return found
+
+    def ride(self, x: Tensor, value: Ridden) -> None:
+        """Lets a value ride on an activation, as long as that lives. Not in compiled code."""
+        self._riding[x] = value
+
+    def ridden(self, x: Tensor) -> Ridden | None:
+        """What rides on an activation. Nothing does in compiled code."""
+        if torch.compiler.is_compiling():
+            return None
+        found: Ridden | None = self._riding.get(x)
+        return found
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing rides on any activation, and nothing is known of any pass."""
+        known = (*vars(self.thread).values(), *vars(self.compiled).values())
+        return len(self._riding) == 0 and not any(value is not None and value != {} for value in known)

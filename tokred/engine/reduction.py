@@ -1,0 +1,291 @@
+"""A method that has been put into a model: what stays the same between forward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tokred import gates as weights
+from tokred.engine.layout import Layout
+from tokred.engine.memory import Memory
+from tokred.engine.observing import Observer, Record
+from tokred.engine.state import Ahead, State
+from tokred.reducers.protocol import Reconstruction, Reducer, Traits, learned, traits
+from tokred.schedule import Schedule, plan, shares
+
+if TYPE_CHECKING:
+    from tokred.engine.step import Step
+
+
+@dataclass
+class Running:
+    """What is known of the pass that is running, in one thread or in compiled code.
+
+    Attributes:
+        step: the block that is running.
+        state: the state of the tokens that left the last block, in case they have lost it.
+        shown: in compiled code, the last activation that was expanded for somebody to see, and
+            whose reduced tokens were set aside.
+        grid: rows and columns of the patches of the images.
+        tapped: the layers whose output the running call hands out.
+        decisions: what each gate has decided in training, by layer.
+        records: where `Reduction.recording` collects.
+    """
+
+    step: Step | None = None
+    state: State | None = None
+    shown: Tensor | None = None
+    grid: tuple[int, int] | None = None
+    tapped: frozenset[int] | None = None
+    decisions: dict[int, Tensor] | None = None
+    records: list[Record] | None = None
+
+    def forget(self) -> None:
+        """Forgets the pass: it is over, in compiled code."""
+        # One by one: older versions of torch.compile cannot follow a loop over attributes.
+        self.step = self.state = self.shown = self.grid = self.tapped = None
+
+
+@dataclass(eq=False)
+class Reduction:
+    """A method that has been put into a model: what stays the same between forward passes.
+
+    Attributes:
+        reducer: the method.
+        schedule: how many tokens stay after each layer.
+        layout: how the model lays out its tokens.
+        proportional_attention: whether a token that stands for s tokens counts s times as a key.
+        full_grid: whether features that leave the model are on the full grid again.
+        attention: "host" calls the host's attention as it is set up; "fastest" may take the
+            host's other way of computing it, see `explicit_is_faster`.
+        tapped_by: the host's own word on which layers are seen during the running call.
+        averages: whether the model averages the patch tokens that leave its last block, where it
+            cannot be told which of them were dropped.
+        reconstruction: what the full grid is made of; None: of copies.
+        gates: of a learned method, its modules, by layer. They are no part of the model.
+        noise: what is added to the logits of gates in training, `noise(layer, logits)`; Gumbel
+            noise from the global random stream, if None.
+        padded: of a method that gates blocks: whether images are padded to the one that keeps most
+            tokens, rather than the tokens of all images laid end to end.
+        windows: rows and columns of a reduced window, where blocks attend in windows.
+        observer: who watches its passes; nobody, if None.
+    """
+
+    reducer: Reducer
+    schedule: Schedule
+    layout: Layout
+    proportional_attention: bool = True
+    full_grid: bool = True
+    attention: str = "host"
+    tapped_by: Callable[[int], frozenset[int]] | None = None
+    averages: bool = False
+    reconstruction: Reconstruction | None = None
+    gates: nn.ModuleDict | None = None
+    noise: Callable[[int, Float[Tensor, "batch tokens 2"]], Tensor] | None = None
+    padded: bool = False
+    windows: tuple[int, int] | None = None
+    observer: Observer | None = None
+    traits: Traits = field(init=False, repr=False)
+    memory: Memory[Running, State] = field(
+        init=False, repr=False, default_factory=lambda: Memory(Running)
+    )
+    # Layers whose attention was seen not to be fused, or not to be the host's alone.
+    unfused: set[int] = field(init=False, repr=False, default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.traits = traits(self.reducer)
+
+    def __str__(self) -> str:
+        tokens = self.layout.patches
+        counts = self.counts(tokens, self.layout.grid)
+        return f"{self.reducer}, patch tokens per layer: {tokens} -> {', '.join(map(str, counts))}"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Version 0.7 had other names for some, and left others out of files.
+        former = {name: state[name] for name in state if not name.startswith("_")}
+        windows = getattr(state["reducer"], "few", None)
+        self.__dict__.update({"observer": None, "windows": windows, **former})
+        self.__dict__.setdefault("memory", Memory(Running))
+        self.__dict__.setdefault("unfused", state.get("_unfused", set()))
+        self.traits = traits(self.reducer)
+
+    # What it is to do
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The share of patch tokens that is to leave each layer, at the model's own image size."""
+        return shares(self.schedule, self.layout.patches, self.layout.layers)
+
+    @property
+    def targets(self) -> dict[int, float]:
+        """Of a learned method: the share of patch tokens that each of its gates is to keep."""
+        return {int(layer): self.shares[int(layer)] for layer in self.gates or ()}
+
+    def counts(self, tokens: int, grid: tuple[int, int] | None) -> tuple[int, ...]:
+        """How many tokens leave each layer, of so many that stand on `grid`: what the schedule
+        asks for, or the nearest number that the method can make on the grid."""
+        asked = plan(self.schedule, tokens, self.layout.layers)
+        return tuple(fitted(self.traits, count, tokens, grid) for count in asked)
+
+    def ahead(self, tokens: int, longest: int, grid: tuple[int, int] | None) -> Ahead | None:
+        """What a pass has to do, where the longest image has `longest` of the tokens."""
+        counts, tapped = self.counts(longest, grid), self.tapped()
+        ahead: Ahead | None = None
+        for layer in reversed(range(self.layout.layers)):
+            # Padding alone is no reason to reduce.
+            keep = counts[layer] if counts[layer] < longest else tokens
+            ahead = Ahead(keep, layer in tapped, self.layout.layers - layer, ahead)
+        return ahead
+
+    # What a host says during a pass
+
+    def set_grid(self, grid: tuple[int, int]) -> None:
+        """Says on which grid the patches of the running images stand."""
+        self.memory.here.grid = grid
+        self.memory.compiled.grid = grid  # blocks may be compiled, and the model around them not
+
+    def grid_of(self, tokens: int) -> tuple[int, int] | None:
+        """The grid that so many tokens stand on: that of the image, or of the model's own size."""
+        if not self.layout.raster:
+            return None
+        for rows, columns in (self.memory.here.grid or (0, 0), self.layout.grid):
+            if rows * columns == tokens:
+                return rows, columns
+        return None
+
+    def set_tapped(self, layers: frozenset[int]) -> None:
+        """Says at which layers the host hands out tokens during this call, and so needs the full
+        grid; none again, once the call is over."""
+        self.memory.here.tapped = layers or None
+        self.memory.compiled.tapped = layers or None
+
+    def handing_out(
+        self, layers: frozenset[int], call: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Calls a method of the model that hands out what leaves some of its layers: on the full
+        grid, there."""
+        # No context manager: older versions of torch.compile cannot follow one.
+        self.set_tapped(layers)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self.set_tapped(frozenset())
+
+    def tapped(self) -> frozenset[int]:
+        """The layers whose output is handed out during this call."""
+        layers = self.memory.here.tapped or frozenset()
+        return layers if self.tapped_by is None else layers | self.tapped_by(self.layout.layers)
+
+    @property
+    def running(self) -> Step | None:
+        """The block of this thread that is running, if there is one."""
+        return self.memory.here.step
+
+    # What it tells
+
+    @property
+    def decisions(self) -> dict[int, Float[Tensor, "batch tokens"]]:
+        """Of a learned method: which tokens each gate has kept (1) in the last forward pass of
+        this thread in training mode, with the gradients of a softmax."""
+        return self.memory.thread.decisions or {}
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Record]]:
+        """Collects what every reduction of this thread does, until the end of the block."""
+        records: list[Record] = []
+        self.memory.thread.records = records
+        try:
+            yield records
+        finally:
+            self.memory.thread.records = None
+
+    def record(self, record: Record) -> None:
+        """Tells who listens of a reduction. Compiled code tells nobody."""
+        if torch.compiler.is_compiling():
+            return
+        records = self.memory.thread.records
+        if records is not None:
+            records.append(record)
+        if self.observer is not None:
+            self.observer.records(record)
+
+    # The weights of a learned method
+
+    def gate(self, layer: int, device: torch.device) -> nn.Module | None:
+        """The gate of a layer, on the device of its tokens: it does not move with the model."""
+        gates = self.gates
+        if gates is None or str(layer) not in gates:
+            return None
+        gate: nn.Module = gates[str(layer)]
+        weight = next(gate.parameters())
+        return gate if weight.device == device else gate.to(device)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights of a learned method; empty of others."""
+        return {} if self.gates is None else dict(self.gates.state_dict())
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts weights in, all or none.
+
+        Raises:
+            ValueError: they do not fit, or are not finite.
+        """
+        weights.fill(self._gates(), tensors, "the state dict")
+
+    def save(self, path: str | Path) -> None:
+        """Writes the weights of a learned method, as safetensors, for `SViT(gates=path)`.
+
+        Raises:
+            ValueError: the method learns nothing.
+        """
+        gates = self._gates()
+        width = int(gates.get_submodule(next(iter(gates))).width)  # type: ignore[arg-type]
+        assert learned(self.reducer)
+        weights.write(path, gates, self.reducer.learned, self.shares, width)
+
+    def load(self, path: str | Path) -> None:
+        """Reads weights that `save` has written, all or none.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: they do not fit, or are not finite, or the method learns nothing.
+        """
+        gates = self._gates()
+        tensors, about = weights.read(path)
+        check_gates(self.reducer, about, self.layout.layers, str(path))
+        weights.fill(gates, tensors, str(path))
+
+    def _gates(self) -> nn.ModuleDict:
+        if not self.gates:
+            raise ValueError(
+                f"{self.reducer} has no weights: it learns nothing, or keeps all tokens"
+            )
+        return self.gates
+
+
+def fitted(said: Traits, keep: int, tokens: int, grid: tuple[int, int] | None) -> int:
+    """The number of tokens nearest to `keep` that a method can make, of so many on `grid`."""
+    if said.fit is None or grid is None or keep >= tokens:
+        return keep
+    return int(said.fit(keep, grid))
+
+
+def check_gates(reducer: Reducer, about: Mapping[str, Any], layers: int, where: str) -> None:
+    """Raises unless a file of weights is for this method, and for so many layers.
+
+    Raises:
+        ValueError: it is for another method, or another number of layers.
+    """
+    if not learned(reducer) or about["method"] != reducer.learned:
+        raise ValueError(f"gates: {where} is of {about['method']!r}, not of {reducer}")
+    if len(about["shares"]) != layers:
+        raise ValueError(
+            f"gates: {where} is for a model of {len(about['shares'])} layers; this one has {layers}"
+        )

@@ -1,0 +1,82 @@
+"""Sequences of tokens, from the full grid to the reduced tokens and back."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tokred.engine.layout import Layout
+from tokred.engine.state import Reduced, State, unrolled
+from tokred.maps import Clusters, take
+
+
+def between(
+    layout: Layout, x: Float[Tensor, "batch tokens dim"], patch_tokens: Tensor
+) -> Float[Tensor, "batch new dim"]:
+    """The sequence with other patch tokens between its prefix and suffix tokens."""
+    if not layout.suffix:
+        return torch.cat([x[:, : layout.prefix], patch_tokens], 1)
+    return torch.cat([x[:, : layout.prefix], patch_tokens, x[:, -layout.suffix :]], 1)
+
+
+def ones(layout: Layout, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch patches"]:
+    """The sizes of patch tokens of which each stands for itself, float32."""
+    patch_tokens = x.shape[1] - layout.others
+    return torch.ones(x.shape[0], patch_tokens, dtype=torch.float32, device=x.device)
+
+
+def expand(
+    layout: Layout, x: Float[Tensor, "batch tokens dim"], state: State
+) -> Float[Tensor, "batch full dim"]:
+    """The full grid from reduced tokens: copies for merged ones, the last value for dropped
+    ones."""
+    return up(layout, x, unrolled(state.trail))
+
+
+def descend(
+    layout: Layout, x: Float[Tensor, "batch full dim"], state: State
+) -> tuple[Float[Tensor, "batch tokens dim"], State]:
+    """Reduced tokens from the full grid that `expand` has made, and their state.
+
+    Merged tokens are copies of each other on the full grid, so that their mean is what they were.
+    Where that is not so, they were set aside, and go on unless somebody has changed the full grid.
+    In the state, dropped tokens are what they are on this full grid: somebody may have changed it.
+    """
+    if state.aside is not None:
+        return state.aside, state.but(expanded=False, aside=None)
+    tokens = layout.patch_tokens(x)
+    trail: Reduced | None = None
+    for reduced in unrolled(state.trail):
+        size = ones(layout, x) if reduced.size is None else reduced.size
+        stale = None if reduced.stale is None else tokens
+        trail = reduced.but(stale=stale, former=trail)
+        tokens = reduced.map.down(tokens, size)
+    return between(layout, x, tokens), state.but(expanded=False, aside=None, trail=trail)
+
+
+def up(
+    layout: Layout, x: Float[Tensor, "batch coarse dim"], undone: list[Reduced]
+) -> Float[Tensor, "batch fine dim"]:
+    """Undoes reductions, given first to last. Runs of merges are undone by one copy."""
+    clusters: Clusters | None = None
+    for reduced in reversed(undone):
+        if type(reduced.map) is Clusters:
+            clusters = reduced.map.then(clusters) if clusters else reduced.map
+            continue
+        if clusters:
+            x, clusters = _copies(layout, x, clusters), None
+        x = between(layout, x, reduced.map.up(layout.patch_tokens(x), reduced.stale))
+    return _copies(layout, x, clusters) if clusters else x
+
+
+def _copies(
+    layout: Layout, x: Float[Tensor, "batch coarse dim"], clusters: Clusters
+) -> Float[Tensor, "batch fine dim"]:
+    """`clusters.up` between the other tokens. Those are copied along, which spares a second copy
+    of everything to put the parts together."""
+    around = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+    parts = [around[:, : layout.prefix], clusters.index + layout.prefix]
+    if layout.suffix:
+        parts.append(around[:, -layout.suffix :])
+    return take(x, torch.cat(parts, 1))

@@ -1,0 +1,223 @@
+"""Puts a planned reduction on a model, and takes it off.
+
+A patch is a callable object in the `forward` of a block's own instance, and forward hooks on the
+submodules whose output a method wants to see. Class, weights and state dict stay as they are.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from tokred.engine.denoising import AroundModule, Denoising
+from tokred.engine.reduction import Reduction
+from tokred.host import (
+    Denoiser,
+    Host,
+    Stage,
+    WindowedHost,
+    find_denoiser,
+    find_host,
+    forward_of,
+    innermost,
+    innermost_slot,
+    module_of,
+    tap_of,
+)
+from tokred.patching.denoisers import HOOKS as DENOISING_HOOKS
+from tokred.patching.denoisers import hook_on, stand_ins
+from tokred.patching.planning import signals_of
+from tokred.patching.stand_ins import (
+    HOOKS,
+    Carry,
+    Grid,
+    HandedOut,
+    Patched,
+    PatchedAttention,
+    PatchedInWindows,
+    PatchedMethod,
+    Pool,
+    StandIn,
+)
+
+
+def hang(
+    model: nn.Module,
+    host: Host | WindowedHost | Stage | Denoiser,
+    reduction: Reduction | Denoising,
+) -> None:
+    """Hangs a checked reduction on the model, in place of what hung there."""
+    if isinstance(host, Denoiser):
+        assert isinstance(reduction, Denoising)
+        model = uncompiled(model)
+        replaced = stand_ins(model, reduction)
+        remove(model)
+        for module, stand_in in replaced:
+            _set_innermost(module, stand_in)
+        hook_on(model, host, reduction)
+        return
+    assert isinstance(reduction, Reduction)
+    found, tower = find_host(model, host)
+    # All that can fail comes before the first change.
+    made = stand_ins_for(found, tower, reduction)
+    family = found.family
+    attentions = []
+    if family.attention is not None and family.attend is not None:
+        for block in found.blocks(tower):
+            attentions.append(PatchedAttention(family.attention(block), family.attend, reduction))
+    hooks = _hooks(model, found, tower, reduction)
+
+    remove(model)
+    for patched in made:
+        if isinstance(patched, Patched):
+            patched.tap()
+        _set_innermost(patched.block, patched)
+    for attention in attentions:
+        _set_innermost(attention.attention, attention)
+    for register, hook, options in hooks:
+        register(hook, **options)
+    for name, call in family.methods.items():
+        original = getattr(type(tower), name, None)
+        if original is not None:  # not every version has every method
+            vars(tower)[name] = PatchedMethod(tower, original, call, reduction)
+
+
+def stand_ins_for(host: Host | Stage, tower: nn.Module, reduction: Reduction) -> list[StandIn]:
+    """What stands in for the forwards of a tower's blocks."""
+    made: list[StandIn] = []
+    for layer, block in enumerate(host.blocks(tower)):
+        common: dict[str, Any] = {
+            "block": block,
+            "call": forward_of(host, block),
+            "reduction": reduction,
+            "layer": layer,
+            "first": layer == 0,
+            "checkpoint": host.family.checkpoint,
+            "always_full": host.family.always_full(block),
+        }
+        if isinstance(host, Stage):
+            grid, channels_first = host.family.grid, host.family.channels_first
+            made.append(PatchedInWindows(**common, grid=grid, channels_first=channels_first))
+            continue
+        made.append(
+            Patched(
+                **common,
+                scale=None if host.scale is None else host.scale(block),
+                explicit=host.explicit(block) if reduction.attention == "fastest" else None,
+                taps=_taps(host, block, reduction),
+                mask=_mask_of(common["call"]),
+                pads=host.pads,
+            )
+        )
+    return made
+
+
+def _taps(host: Host, block: nn.Module, reduction: Reduction) -> tuple[Any, ...]:
+    """For every signal that is read off a block: its name, the path of a submodule, and how it is
+    made of that submodule's output."""
+    return tuple(
+        (signal, str(tap_of(host, block, signal)), host.reads.get(signal))
+        for signal in sorted(signals_of(reduction.traits) - host.shows)
+    )
+
+
+def _hooks(
+    model: nn.Module, host: Host | Stage, tower: nn.Module, reduction: Reduction
+) -> list[tuple[Callable[..., Any], Any, dict[str, Any]]]:
+    """The hooks of modules that are no blocks: how each is registered, the hook, and options."""
+    found: list[tuple[Callable[..., Any], Any, dict[str, Any]]] = []
+    if isinstance(host, Host):
+        for module in host.passes(tower):
+            found.append((module.register_forward_hook, Carry(reduction), {}))
+        for module in host.pools(tower):
+            found.append((module.register_forward_pre_hook, Pool(reduction), {}))
+        if "grid" in reduction.traits.needs or reduction.reconstruction is not None:
+            patches = _convolution(model, host.blocks(tower)[0])
+            if patches is not None:
+                found.append((patches.register_forward_hook, Grid(reduction), {}))
+    if host.family.handed_out is not None:
+        hook = HandedOut(reduction, host.family.handed_out)
+        found.append((tower.register_forward_pre_hook, hook, {"with_kwargs": True}))
+    return found
+
+
+def remove(model: Any) -> None:
+    """Takes the reduction away; the model is again as it was. Does nothing if there is none."""
+    for module in module_of(model).modules():
+        if isinstance(innermost(module), StandIn | PatchedAttention | AroundModule):
+            _set_innermost(module, None)
+        for name, value in list(vars(module).items()):
+            if isinstance(value, PatchedMethod):
+                delattr(module, name)
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hung in list(hooks.items()):
+                if isinstance(hung, (*HOOKS, *DENOISING_HOOKS)):
+                    del hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def reduction_of(model: Any) -> Any:
+    """The reduction that is applied to the model, if there is one."""
+    for module in module_of(model).modules():
+        patched = innermost(module)
+        if isinstance(patched, StandIn | AroundModule):
+            return patched.reduction
+    return None
+
+
+def host_of(model: nn.Module, host: Host | WindowedHost | None = None) -> Host | Stage | Denoiser:
+    """The patch for a model; the one that is given, if it is for the model.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    denoiser = find_denoiser(uncompiled(model)) if host is None else None
+    return denoiser or find_host(model, host)[0]
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile` or DistributedDataParallel."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def _convolution(model: nn.Module, first: nn.Module) -> nn.Module | None:
+    """The convolution that makes patches: the last one in front of the first block (which need not
+    be part of the tower). None where patches are made otherwise."""
+    found = None
+    for module in model.modules():
+        if module is first:
+            return found
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            found = module
+    return None
+
+
+def _set_innermost(module: nn.Module, stand_in: Any) -> None:
+    """Puts something in place of a module's own forward, inside of what wraps it; None puts its
+    own back."""
+    where, name = innermost_slot(module)
+    if stand_in is not None:
+        where[name] = stand_in
+    elif where is vars(module) and name == "forward":
+        where.pop(name, None)
+    else:
+        where[name] = MethodType(type(module).forward, module)
+
+
+def _mask_of(forward: Callable[..., Any]) -> tuple[str, int] | None:
+    """The name of the mask that a block is given, and which argument behind the tokens it is."""
+    names = list(inspect.signature(forward).parameters)[3:]
+    for name in ("attn_mask", "attention_mask"):
+        if name in names:
+            return name, names.index(name)
+    return None

@@ -1,0 +1,380 @@
+"""What hangs on a patched model: stand-ins for forwards, and hooks.
+
+They are objects rather than closures, so that a copied or pickled model takes its own along.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import MethodType
+from typing import Any, ClassVar, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokred.engine import passing
+from tokred.engine.gated import gather
+from tokred.engine.leaving import outside_of_the_graph
+from tokred.engine.pooling import poolable
+from tokred.engine.reduction import Reduction
+from tokred.engine.state import State
+from tokred.engine.step import Step, enter
+from tokred.engine.windows import too_small
+from tokred.host import Denoiser, hosts, is_a, submodule
+
+Checkpoint = Callable[[Any], Callable[..., Any] | None]
+Read = Callable[[Any, Tensor], Tensor]
+
+
+@dataclass(eq=False, kw_only=True)
+class StandIn:
+    """Stands in for `block.forward`.
+
+    Attributes:
+        block: the block.
+        call: its restated forward.
+        reduction: what is applied.
+        layer: which block it is, from 0.
+        first: whether it is the first one.
+        checkpoint: what its own forward would call itself through, see `Family.checkpoint`.
+        always_full: whether the model looks at what leaves it in every call; None if its patch is
+            still to be asked.
+    """
+
+    is_tokred: ClassVar[bool] = True
+    __name__: ClassVar[str] = "forward"
+
+    block: nn.Module
+    call: Callable[..., Any]
+    reduction: Reduction
+    layer: int
+    first: bool
+    checkpoint: Checkpoint | None = None
+    always_full: bool | None = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Up to version 0.7 one class stood in for blocks of all kinds, and forwards said themselves
+        # what is always seen.
+        if state.get("grid") is not None:
+            self.__class__ = PatchedInWindows  # type: ignore[assignment]
+        self.__dict__.update({"always_full": None, **state})
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        return MethodType(type(self.block).forward, self.block)  # for inspect.signature
+
+    def _hand_out(self, step: Step) -> None:
+        """Lets the block put out the full grid, if the model looks at it in every call."""
+        if self.always_full is None:
+            families = [found for found in hosts().values() if not isinstance(found, Denoiser)]
+            known = (found for found in families if is_a(self.block, found.forwards))
+            self.always_full = next((found.always_full(self.block) for found in known), False)
+        if self.always_full and not step.last:
+            step.hand_out()
+
+    def _with_tokens(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """The arguments by position, where the tokens were given by name."""
+        if args:
+            return args
+        return (kwargs.pop(next(iter(inspect.signature(self).parameters))),)
+
+
+@dataclass(eq=False, kw_only=True)
+class Patched(StandIn):
+    """Stands in for the forward of a block that attends to the whole image. See `StandIn`, too.
+
+    Attributes:
+        scale: what attention multiplies its logits by; None for one by the square root of the width
+            of a head.
+        explicit: its attention, computed the host's other way.
+        taps: for every signal that is read off the block, its name, where, and how.
+        mask: name of the mask that it is given, and which argument behind the tokens it is.
+        pads: whether images of a batch may come with different numbers of tokens.
+    """
+
+    scale: float | None = None
+    explicit: nn.Module | None = None
+    taps: tuple[tuple[str, str, Read | None], ...] = ()
+    mask: tuple[str, int] | None = None
+    pads: bool = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() and self._varies(args, kwargs):
+            return outside_of_the_graph(self, *args, **kwargs)
+        through = None if self.checkpoint is None else self.checkpoint(self.block)
+        if through is not None:
+            return through(partial(self.run, **kwargs), *args)
+        return self.run(*args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The block with fewer tokens, whatever it is called through."""
+        x, *others = self._with_tokens(args, kwargs)
+        step = enter(
+            self.reduction,
+            x,
+            self.layer,
+            first=self.first,
+            scale=self.scale,
+            mask=self._given_mask(others, kwargs) if self.first else None,
+            explicit=self.explicit,
+            training=self.block.training,
+        )
+        self._hand_out(step)
+        if self.taps and not torch.compiler.is_compiling() and step.wants_signals:
+            self.tap()
+        few = step.open(x)
+        if step.masked or self.reduction.traits.place != "around":
+            y = self.call(self.block, step, few, *others, **kwargs)
+        else:
+            given = (*others, *kwargs.values())
+            y = gather(
+                step,
+                lambda x: self.call(self.block, step, x, *others, **kwargs),
+                few,
+                alone=not any(isinstance(value, Tensor) for value in given),
+            )
+        if isinstance(y, tuple):
+            return (step.close(y[0]), *y[1:])
+        return step.close(y)
+
+    def tap(self) -> None:
+        """Reads signals where they are now: a submodule may have been replaced since last time,
+        by an adapter around it for example."""
+        for signal, path, read in self.taps:
+            module = submodule(self.block, path)
+            if module is None:
+                continue
+            there = [hook for hook in module._forward_hooks.values() if _reads(hook, signal)]
+            if any(hook.reduction is self.reduction for hook in there):
+                continue
+            for part in module.modules():
+                for key, hung in list(part._forward_hooks.items()):
+                    if _reads(hung, signal):
+                        del part._forward_hooks[key]
+            module.register_forward_hook(Tap(self.reduction, signal, read, self.block))
+
+    def _varies(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether how many tokens there will be depends on the images."""
+        if self.reduction.traits.varies:
+            return True
+        if self.reduction.gates is not None and self.block.training:
+            return True  # decisions are kept for the loss
+        return self.pads and self._given_mask(args[1:], kwargs) is not None
+
+    def _given_mask(self, others: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
+        if self.mask is None:
+            return None
+        name, at = self.mask
+        mask: Tensor | None = others[at] if at < len(others) else kwargs.get(name)
+        return mask
+
+
+@dataclass(eq=False, kw_only=True)
+class PatchedInWindows(StandIn):
+    """Stands in for the forward of a block that attends in windows. See `StandIn`, too.
+
+    Attributes:
+        grid: tells the grid of its tokens, see `WindowedHost.grid`.
+        channels_first: whether its tokens come and go as [batch, dim, rows, columns].
+    """
+
+    grid: Callable[..., tuple[int, int]]
+    channels_first: bool = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        through = None if self.checkpoint is None else self.checkpoint(self.block)
+        if through is None:
+            return self.run(*args, **kwargs)
+        if self.first or not args:
+            return through(partial(self.run, **kwargs), *args)
+        state = self.reduction.memory.ridden(args[0])
+        return through(partial(self._knowing, state, kwargs), *args)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The block on smaller windows, whatever it is called through."""
+        x, *others = self._with_tokens(args, kwargs)
+        if self.first:
+            self._begin(self.grid(self.block, x, *others, **kwargs))
+        reduction = self.reduction
+        tokens = self._tokens_of(x)
+        passing.pass_on(reduction, x, tokens)
+        step = enter(reduction, tokens, self.layer, first=self.first)
+        passing.pass_on(reduction, tokens, x)
+        self._hand_out(step)
+        tokens = step.open(tokens)
+        y = self.call(self.block, step, self._map_of(tokens, step, x), *others, **kwargs)
+        rest = None
+        if isinstance(y, tuple):
+            y, *rest = y
+        tokens = step.close(self._tokens_of(y))
+        y = self._map_of(tokens, step, x)
+        if y is not tokens:
+            passing.pass_on(reduction, tokens, y)
+        return y if rest is None else (y, *rest)
+
+    def _begin(self, grid: tuple[int, int]) -> None:
+        """Only the block itself knows the grid of the feature map."""
+        self.reduction.set_grid(grid)
+        if not torch.compiler.is_compiling() and too_small(self.reduction, grid):
+            warnings.warn(
+                f"a feature map of {grid[0]}x{grid[1]} tokens is too small for its windows to "
+                "be reduced: nothing is reduced",
+                stacklevel=3,
+            )
+
+    def _knowing(self, state: State | None, kwargs: dict[str, Any], x: Tensor, *others: Any) -> Any:
+        """`run`, if `x` may be a copy: where a whole stage is checkpointed, and its blocks once
+        more, recomputation has no other. (Only where it is right for any kind of checkpointing:
+        no gradient flows through the state.)"""
+        if state is not None and not torch.compiler.is_compiling():
+            passing.carry(self.reduction, x, state)
+        return self.run(x, *others, **kwargs)
+
+    def _tokens_of(self, x: Tensor) -> Tensor:
+        """[batch, tokens, dim] of a feature map in the host's form."""
+        if self.channels_first:
+            return x.flatten(2).transpose(1, 2)
+        return x.flatten(1, -2)
+
+    def _map_of(self, tokens: Tensor, step: Step, like: Tensor) -> Tensor:
+        """The feature map, in the host's form, of [batch, tokens, dim]."""
+        if like.ndim == 3:
+            return tokens
+        cells: Tensor = tokens.unflatten(1, step.grid_of(tokens))
+        return cells.movedim(-1, 1) if self.channels_first else cells
+
+
+@dataclass(eq=False)
+class PatchedAttention:
+    """Stands in for the forward of a block's attention, while the block runs."""
+
+    is_tokred: ClassVar[bool] = True
+    __name__: ClassVar[str] = "forward"
+
+    attention: nn.Module
+    call: Callable[..., Any]
+    reduction: Reduction
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        return MethodType(type(self.attention).forward, self.attention)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        step = self.reduction.running
+        if step is None:
+            return type(self.attention).forward(self.attention, *args, **kwargs)
+        return self.call(self.attention, step, *args, **kwargs)
+
+
+@dataclass(eq=False)
+class PatchedMethod:
+    """Stands in for another method of the model."""
+
+    model: nn.Module
+    original: Callable[..., Any]
+    call: Callable[..., Any]
+    reduction: Reduction
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        return MethodType(self.original, self.model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() and self.reduction.traits.varies:
+            return outside_of_the_graph(self, *args, **kwargs)
+        return self.call(self.reduction, self.original, self.model, *args, **kwargs)
+
+
+@dataclass(eq=False)
+class Tap:
+    """A forward hook that shows a submodule's output to the running block."""
+
+    reduction: Reduction
+    signal: str
+    read: Read | None
+    block: nn.Module
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        step = self.reduction.running
+        if step is not None:
+            value = output if self.read is None else self.read(self.block, output)
+            step.see(**{self.signal: value})
+
+
+@dataclass(eq=False)
+class Carry:
+    """A forward hook that carries the state across a module that treats tokens one by one."""
+
+    reduction: Reduction
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if torch.compiler.is_compiling() and self.reduction.traits.varies:
+            outside_of_the_graph(self, module, args, output)
+        else:
+            passing.pass_on(self.reduction, args[0], output)
+
+
+@dataclass(eq=False)
+class Grid:
+    """A forward hook that tells on which grid the patches of the images stand. Of videos, the
+    frames are stacked."""
+
+    reduction: Reduction
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        *frames, rows, columns = output.shape[2:]
+        self.reduction.set_grid((math.prod(frames) * rows, columns))
+
+
+@dataclass(eq=False)
+class HandedOut:
+    """A forward pre-hook of the model that tells which layers a call of it hands out."""
+
+    reduction: Reduction
+    layers: Callable[[Any, Any, Any], frozenset[int]]
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.reduction.set_tapped(self.layers(module, args, kwargs))
+
+
+@dataclass(eq=False)
+class Pool:
+    """A forward pre-hook of a module that pools features, see `tokred.engine.pooling`."""
+
+    reduction: Reduction
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        found = poolable(self.reduction, args[0])
+        if found is None:
+            return None
+        seen, there = found
+        mask = args[1] if len(args) > 1 and isinstance(args[1], Tensor) else None
+        if mask is None:
+            if there is not None and not bool(there.all()):
+                raise ValueError(
+                    f"{self.reduction.reducer} keeps different numbers of tokens in different "
+                    f"images, and {type(module).__name__} pools without a mask: use a method that "
+                    "merges, or images one by one"
+                )
+            return (seen, *args[1:])
+        if mask.shape[-1] == seen.shape[1]:
+            return (seen, *args[1:])
+        # The mask says which tokens of the full sequence are there, of which some were dropped.
+        left = torch.ones(seen.shape[:2], dtype=torch.bool, device=seen.device)
+        if there is not None:
+            layout = self.reduction.layout
+            left = F.pad(there, (layout.prefix, layout.suffix), value=True)
+        return (seen, left.to(mask.dtype), *args[2:])
+
+
+HOOKS = (Tap, Carry, Pool, Grid, HandedOut)
+
+
+def _reads(hook: Any, signal: str) -> TypeGuard[Tap]:
+    return isinstance(hook, Tap) and hook.signal == signal
