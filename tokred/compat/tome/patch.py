@@ -1,8 +1,8 @@
 """`tome.patch`: token merging in a model, by as many tokens a layer as its attribute `r` says.
 
 `r` is an attribute of the model itself, which the schedule looks at whenever a pass begins. So no
-class is changed, a copy of the model has an `r` of its own, and compiled code is compiled anew
-where `r` has changed.
+class is changed, a copy of the model has an `r` of its own, and compiled code is compiled again
+when `r` has changed.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from tokred.schedule import removing
 
 
 def timm(model: nn.Module, trace_source: bool = False, prop_attn: bool = True) -> None:
-    """Makes a model merge `model.r` tokens in every layer, 0 until that is set. In place.
+    """Makes a model merge `model.r` tokens in every layer; `r` is 0 until it is set. In place.
 
     Args:
         model: a ViT of timm; or any other model in which `tokred.apply` can merge tokens.
         trace_source: whether `model._tome_info["source"]` tells, after a pass, which patches each
             token was made of.
         prop_attn: whether a token that stands for s tokens counts s times in attention. Models
-            pretrained with masks (MAE), as they are, are better without.
+            that were pretrained with masks (MAE) and not fine-tuned are better without.
 
     Raises:
         TypeError: an option is not a bool.
-        ValueError: the model has something else by the name of `r`.
-        UnsupportedModelError: the model is not one we know.
+        ValueError: the model has something else that is called `r`.
+        UnsupportedModelError: there is no patch for the model.
     """
     _patch(model, trace_source, prop_attn)
 
@@ -86,13 +86,13 @@ class AsSet:
 
 @dataclass(eq=False)
 class TomeInfo(Mapping[str, Any]):
-    """`model._tome_info`, to be read: by these names.
+    """`model._tome_info`, which can only be read. Its keys:
 
     - "r": how many tokens each layer is to remove in the next pass, before the limit of one half.
-    - "size": how many patches each token stands for that left the last block, [B, N, 1]; None if
-      none were merged, or before the first pass. Of the last pass in this thread.
-    - "source": which tokens of the full sequence it was made of, [B, N, all], 1 or 0; None as
-      well if `trace_source` is off.
+    - "size": for each token that left the last block, how many patches it stands for, [B, N, 1].
+      Of the last pass in this thread; None if nothing was merged, or before the first pass.
+    - "source": for each of these tokens, which tokens of the full sequence it was made of,
+      [B, N, all], 1 or 0. Also None if `trace_source` is off.
     - "trace_source", "prop_attn": as they were given.
     - "class_token", "distill_token": whether the model has one.
 
