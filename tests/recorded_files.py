@@ -5,11 +5,10 @@
 tests/test_recorded_files.py reads those of version 0.7.1. Like recordings of answers (see
 tests/recorded.py), they are made once, by the version that they are named after.
 
-- `models/NAME.pt.gz`: a patched model, saved whole, with inputs, its answer, and the dense model's.
-- `results.pt`: what `tokred.inspect`, `tokred.evaluate` and `tokred.flops` returned, pickled; and
-  the reductions that `tokred.apply` returned.
+- `models/NAME.pt.gz`: a patched model, saved whole, with inputs, its answer and the dense model's.
+- `results.pickle.gz`: what `tokred.inspect`, `tokred.flops` and `tokred.apply` returned, pickled.
 - `gates.safetensors`: what `Reduction.save` wrote, for the model `svit`.
-- `cache/`: that of `tokred.evaluate`, with the table that it gave in `evaluation.json`.
+- `cache/`: that of `tokred.evaluate`; the table that it gave, as JSON and pickled, is beside it.
 - `sweep/`: the folder of a sweep of `tokred.fid`, with the report on it, and `reference/`.
 - `training/METHOD/`: one that was broken off, one that was not, and the weights they started from.
 """
@@ -22,6 +21,7 @@ import os
 import pickle
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def swin() -> nn.Module:
 def adapter() -> nn.Module:
     from tokred.models.vit_adapter import ViTAdapter
 
-    inside = vit(img_size=64, patch_size=16, dynamic_img_size=True)
+    inside = vit(img_size=64, patch_size=16, dynamic_img_size=True, embed_dim=8)
     return strong(ViTAdapter(inside, 2, heads=2, stem_width=4))
 
 
@@ -190,7 +190,7 @@ def evaluated(cache: Path) -> Any:
     """The table of the bundled checkpoint, from the cache where it is in it."""
     return tokred.evaluate(
         zoo.load("digits"), digits(), ["tome", "topk"], [0.5], batch=8, seconds=0.01, cache=cache,
-        progress=False, device="cpu",
+        progress=False,
     )  # fmt: skip
 
 
@@ -207,7 +207,7 @@ def save_results(file: Path) -> None:
             side = 6 if name == "windows" else 4
             found["counts"][name] = reduction.counts(side**2, (side, side))
             found["flops"][name] = tokred.flops(model, x)
-    with file.open("wb") as opened:
+    with gzip.open(file, "wb") as opened:
         pickle.dump(found, opened)
 
 
@@ -228,7 +228,7 @@ def save_sweep(out: Path, reference: Path) -> None:
     reference.mkdir()
     for number, image in enumerate(zoo.held_out("digits").images[:6, 0].numpy()):
         Image.fromarray(image).resize((32, 32)).save(reference / f"{number}.png")
-    fid.generate(pipeline(), SWEEP, out, "digits_diffusion", batch=2)
+    fid.generate(pipeline(), SWEEP, out, model="digits_diffusion", batch=2)
     scores = fid.score(SWEEP, out, reference, fid.DigitFeatures())
     fid.report(SWEEP, out, scores)
     for shown in ("fid.png", "contact.png"):  # nobody reads these again
@@ -294,15 +294,13 @@ def save_training(folder: Path) -> None:
         start = to_train(method)
         save_file(start.state_dict(), folder / method / "start.safetensors")
         fitted(start, method, folder / method / "whole")
-        try:
+        with suppress(KeyboardInterrupt):
             fitted(to_train(method), method, folder / method / "parts", on_step=stop)
-        except KeyboardInterrupt:
-            pass
         for shown in (folder / method).glob("*/curve.png"):
             shown.unlink()
-        # A training that is over reads the last checkpoint alone.
-        for old in sorted((folder / method / "whole" / "checkpoint").glob("*.pt"))[:-1]:
-            old.unlink()
+        for run in ("whole", "parts"):  # the last checkpoint alone is read
+            for old in sorted((folder / method / run / "checkpoint").glob("*.pt"))[:-1]:
+                old.unlink()
 
 
 def main() -> None:
@@ -316,10 +314,10 @@ def main() -> None:
     model = vit()
     images()
     keeping("svit")(model).save(FOLDER / "gates.safetensors")
-    save_results(FOLDER / "results.pt")
+    save_results(FOLDER / "results.pickle.gz")
     table = evaluated(FOLDER / "cache")
     (FOLDER / "evaluation.json").write_text(json.dumps(table.as_dict(), indent=1) + "\n")
-    with (FOLDER / "evaluation.pt").open("wb") as file:
+    with (FOLDER / "evaluation.pickle").open("wb") as file:
         pickle.dump(table, file)
     save_sweep(FOLDER / "sweep", FOLDER / "reference")
     save_training(FOLDER / "training")

@@ -92,6 +92,8 @@ class Host(Family):
             pooled elsewhere, where dropped ones could not be told apart. They are left out then.
         merges_only: * `merges_only(root, model)`: why no tokens may be dropped in a model in which
             they may be merged; None if they may.
+        full_grid_only: * `full_grid_only(root, model)`: why features cannot be handed out reduced,
+            as `full_grid=False` asks; None if they can.
         pads: whether images of a batch may come with different numbers of tokens, and a mask.
     """
 
@@ -105,6 +107,7 @@ class Host(Family):
     pools: Callable[[Any], Sequence[nn.Module]] = lambda model: ()
     averages: Callable[[Any, Any], bool] = lambda root, model: False
     merges_only: Callable[[Any, Any], str | None] = lambda root, model: None
+    full_grid_only: Callable[[Any, Any], str | None] = lambda root, model: None
     pads: bool = False
 
     @property

@@ -59,6 +59,12 @@ def reduction_for(
         if reason:
             raise UnsupportedModelError(f"{cls}: {reason}")
     check_host(found, tower, signals_of(said))
+    if isinstance(found, Host) and not full_grid:
+        reason = found.full_grid_only(model, tower)
+        if reason:
+            raise UnsupportedModelError(
+                f"{cls}: features cannot be handed out reduced, as full_grid=False asks: {reason}"
+            )
     if isinstance(found, Host) and said.prunes and rebuilt is None:
         reason = found.merges_only(model, tower)
         if reason:
