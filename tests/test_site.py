@@ -59,11 +59,11 @@ def test_every_page_is_in_the_table_of_contents() -> None:
 
 def test_the_reference_has_every_public_name() -> None:
     there = directives()
-    public = {f"tokred.{name}" for name in tokred.__all__} - {"tokred.data.zoo"}
+    public = {f"tokred.{name}" for name in tokred.__all__} - {"tokred.zoo"}
     plain = {f"tokred.reducers.{name}" for name in PLAIN}
     assert public <= there.keys(), f"{public - there.keys()} must be put into docs/api"
     assert plain <= there.keys()
-    assert {f"tokred.data.zoo.{name}" for name in ("load", "held_out", "gates")} <= there.keys()
+    assert {f"tokred.zoo.{name}" for name in ("load", "held_out", "gates")} <= there.keys()
 
 
 def found(name: str) -> Any:
