@@ -25,7 +25,7 @@ def modules_of(block: Any) -> dict[str, str]:
 def progress(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
     """By the time step, of which there are 1,000, the first one being the last."""
     given = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
-    step = given["timestep"]
-    if isinstance(step, Tensor):
-        step = step.flatten()[0].item()
-    return 1 - float(step) / 1000
+    now = given["timestep"]
+    if isinstance(now, Tensor):
+        now = now.flatten()[0].item()
+    return 1 - float(now) / 1000

@@ -6,17 +6,19 @@ import ast
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tokred.host import library_of
+from tokred.host import hosts, library_of
+from tokred.moved import MOVED
 
 ROOT = Path(__file__).parent.parent
 HOSTS = {"timm", "transformers", "diffusers", "torchvision", "open_clip"}
 RANK = {
-    "maps": 0, "schedule": 0, "optional": 0, "gates": 0, "kernels": 0, "moved": 0,
-    "reducers": 1,
+    "maps": 0, "schedule": 0, "optional": 0, "gates": 0, "grids": 0, "kernels": 0, "moved": 0,
+    "reducers": 1, "reconstruction": 1,
     "engine": 2, "models": 2,
     "host": 3,
     "patching": 4,
@@ -26,12 +28,21 @@ RANK = {
     "training": 8,
     "cli": 9, "compat": 9, "__init__": 9, "__main__": 9,
 }  # fmt: skip
-"""Rooms of the house; each imports itself and what is not above it (docs/architecture.md)."""
+"""Rooms of the house. A room imports itself, and rooms of no higher rank."""
+DISCOVERY = {"moved.py", "find.py", "registry.py"}
+"""The files that import other files of tokred by computed names: former paths, patches, methods."""
+FILES = sorted(
+    file
+    for file in (ROOT / "tokred").rglob("*.py")
+    if "patches" not in file.relative_to(ROOT).parts
+)
+PATCHES = sorted((ROOT / "patches").glob("[a-z]*.py"))
 
 
-def imports(file: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+def imports(file: Path, inside: bool = True) -> set[str]:
+    """Full names of what a file imports; without `inside`, of what it imports when it is loaded."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())) if inside else loaded(file):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -40,28 +51,155 @@ def imports(file: Path) -> set[str]:
     return found
 
 
-def layer(file: Path) -> str:
+def loaded(file: Path) -> Iterator[ast.stmt]:
+    """The statements that run when a file is loaded, without those for type checkers."""
+    left = list(ast.parse(file.read_text()).body)
+    while left:
+        node = left.pop()
+        yield node
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        for name in ("body", "orelse", "finalbody"):
+            if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+                left += getattr(node, name, [])
+
+
+def room(file: Path) -> str:
     return file.relative_to(ROOT / "tokred").parts[0].removesuffix(".py")
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "tokred").rglob("*.py")), ids=lambda f: f.stem)
+def name_of(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def shown(file: Path) -> str:
+    return file.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("file", FILES, ids=shown)
 def test_imports_point_one_way(file: Path) -> None:
     own = imports(file)
     assert not {name.split(".")[0] for name in own} & HOSTS, "only patches know host libraries"
     for name in own:
         parts = name.split(".")
         if parts[0] == "tokred" and len(parts) > 1 and parts[1] in RANK:
-            allowed = RANK[parts[1]] <= RANK[layer(file)]
-            assert allowed, f"{file.name} imports {name}"
+            assert RANK[parts[1]] <= RANK[room(file)], f"{shown(file)} imports {name}"
+    former = {name for name in own if name.removeprefix("tokred.") in MOVED}
+    assert not former, f"{shown(file)} imports by former paths: {former}"
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "patches").glob("[a-z]*.py")), ids=lambda f: f.stem)
-def test_a_patch_knows_one_library_and_the_seam(file: Path) -> None:
+def test_there_are_ten_ranks() -> None:
+    assert sorted(set(RANK.values())) == list(range(10))
+
+
+def test_every_room_has_a_rank() -> None:
+    assert {room(file) for file in FILES} == RANK.keys()
+
+
+def edges(inside: bool = False) -> dict[str, set[str]]:
+    """Which file of tokred imports which, when it is loaded (or at any time)."""
+    names = {name_of(file) for file in FILES}
+    found: dict[str, set[str]] = {}
+    for file in FILES:
+        own = (imports(file, inside) & names) - {name_of(file)}
+        # `from package import file` means the file.
+        meant = {name for name in own if not any(other.startswith(f"{name}.") for other in own)}
+        found[name_of(file)] = meant
+    return found
+
+
+def circle(graph: dict[str, set[str]]) -> list[str] | None:
+    """One circle of a graph; None if there is none."""
+    done: set[str] = set()
+
+    def walk(node: str, trail: list[str]) -> list[str] | None:
+        if node in trail:
+            return [*trail[trail.index(node) :], node]
+        if node in done:
+            return None
+        for other in sorted(graph.get(node, ())):
+            found = walk(other, [*trail, node])
+            if found:
+                return found
+        done.add(node)
+        return None
+
+    return next(filter(None, (walk(node, []) for node in sorted(graph))), None)
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    assert circle(edges()) is None
+
+
+def test_no_rooms_import_each_other_in_a_circle() -> None:
+    rooms: dict[str, set[str]] = {}
+    for file, others in edges(inside=True).items():
+        here, *there = (f"{name}.__init__".split(".")[1] for name in (file, *others))
+        rooms.setdefault(here, set()).update({*there} - {here})
+    assert circle(rooms) is None
+
+
+def test_only_discovery_imports_by_computed_names() -> None:
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            if called.endswith(("import_module", "__import__")) and file.name not in DISCOVERY:
+                said = ast.unparse(node.args[0])
+                assert "tokred" not in said and "__name__" not in said, f"{shown(file)}: {said}"
+
+
+@pytest.mark.parametrize("file", PATCHES, ids=lambda f: f.stem)
+def test_a_patch_knows_one_library_and_the_doors(file: Path) -> None:
     own = imports(file)
     assert {name.split(".")[0] for name in own} & HOSTS <= {library_of(file.stem)}
-    ours = {name.split(".")[1] for name in own if name.startswith("tokred.")}
-    assert ours <= {"host", "engine", "patches"}
-    assert not any(name.startswith("tokred.patches.") and "._" not in name for name in own)
+    ours = {".".join(name.split(".")[:2]) for name in own if name.startswith("tokred.")}
+    assert ours <= {"tokred.host", "tokred.engine"}, "a patch sees Host and the engine's doors"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "patches").glob("*.py")), ids=lambda f: f.stem)
+def test_a_patch_uses_what_the_engine_offers_and_imports_no_other_patch(file: Path) -> None:
+    import tokred.engine
+
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            siblings = [node.module] if node.module else [alias.name for alias in node.names]
+            assert all(name.startswith("_") for name in siblings), f"{file.name}: {siblings}"
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tokred.engine"):
+            assert node.module == "tokred.engine"
+            assert {alias.name for alias in node.names} <= set(tokred.engine.__all__)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("step", "reduction"):
+            assert node.attr in DOORS, f"{file.name} uses {ast.unparse(node)}"
+
+
+DOORS = {
+    # of a step
+    "attend", "bias", "grid_of", "mask", "reduce", "rotary", "rows", "rows_and_columns", "see",
+    "untouched", "wants", "wants_signals", "window",
+    # of a reduction
+    "handing_out", "layout",
+}  # fmt: skip
+"""What a patch may use of the engine's objects."""
+
+
+def test_a_patch_that_cannot_be_loaded_keeps_only_itself_away(tmp_path: Path) -> None:
+    import timm
+
+    import tokred
+    import tokred.patches
+
+    broken = tmp_path / "timm_broken.py"
+    broken.write_text("raise AttributeError('timm has no such class')\n")
+    tokred.patches.__path__.append(str(tmp_path))
+    try:
+        assert "timm_broken" not in hosts() and "timm_vit" in hosts()
+        tokred.apply(timm.create_model("vit_tiny_patch16_224", depth=4), "tome", keep_rate=0.5)
+        with pytest.raises(tokred.UnsupportedModelError, match="timm_broken cannot be loaded"):
+            tokred.apply(timm.create_model("resnet18"), "tome", keep_rate=0.5)
+    finally:
+        tokred.patches.__path__.remove(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -70,10 +208,6 @@ def test_a_patch_knows_one_library_and_the_seam(file: Path) -> None:
 def test_a_kernel_knows_maps_and_other_kernels_alone(file: Path) -> None:
     ours = {name for name in imports(file) if name.split(".")[0] == "tokred"}
     assert all(name.startswith(("tokred.kernels", "tokred.maps")) for name in ours)
-
-
-def test_every_module_has_a_rank() -> None:
-    assert {layer(file) for file in (ROOT / "tokred").rglob("*.py")} == RANK.keys()
 
 
 def test_importing_tokred_loads_neither_hosts_nor_scipy() -> None:
