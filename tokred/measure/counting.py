@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from tokred.data.inputs import Inputs, call, device_of, pixels
 
@@ -59,16 +58,16 @@ def peak_memory(model: Callable[..., Any], images: Inputs) -> int:
     return int(allocations.most)
 
 
-def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
-
-
-# Older versions of torch's counter do not know the CPU's fused attention.
-_FUSED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
-
-
 def count(model: nn.Module, images: Inputs) -> float:
     """Multiply-adds per image in one pass, counted as in `Flops`."""
-    with FlopCounterMode(display=False, custom_mapping=_FUSED) as counter, torch.no_grad():
+    # Imported when it is needed: it imports Triton.
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))
+
+    # Older versions of torch's counter do not know the CPU's fused attention.
+    fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    with FlopCounterMode(display=False, custom_mapping=fused) as counter, torch.no_grad():
         call(model, images)
     return float(counter.get_total_flops()) / 2 / len(pixels(images))
