@@ -31,11 +31,11 @@ from tokred.data import (
     samples,
     zoo,  # fmt: skip
 )
+from tokred.data.processes import launched
 from tokred.engine.denoising import MODULES
 from tokred.host import host
 from tokred.measure import fid, metrics, settings, tracing
 from tokred.measure.advise import advising
-from tokred.measure.processes import Processes
 from tokred.measure.suites import clustering, dense, diffusion, gates, vit
 from tokred.optional import require
 from tokred.reducers import Reducer
@@ -414,7 +414,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         # Lines are printed as they come, so that the table grows on the terminal.
         progress=not options.json,
     )
-    state = Processes()
+    state = launched("evaluate")
     if state.main:
         print(json.dumps(result.as_dict(), indent=2) if options.json else result)
         if options.csv:

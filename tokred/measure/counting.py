@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from tokred.data.inputs import Inputs, call, device_of, pixels
 
@@ -60,6 +59,8 @@ def peak_memory(model: Callable[..., Any], images: Inputs) -> int:
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    from torch.utils.flop_counter import sdpa_flop_count
+
     return int(sdpa_flop_count(query, key, value))
 
 
@@ -69,6 +70,9 @@ _FUSED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention
 
 def count(model: nn.Module, images: Inputs) -> float:
     """Multiply-adds per image in one pass, counted as in `Flops`."""
+    # Imported here, because it imports a compiler, for which `import tokred` should not wait.
+    from torch.utils.flop_counter import FlopCounterMode
+
     with FlopCounterMode(display=False, custom_mapping=_FUSED) as counter, torch.no_grad():
         call(model, images)
     return float(counter.get_total_flops()) / 2 / len(pixels(images))
