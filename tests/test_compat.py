@@ -461,7 +461,7 @@ def test_every_kth_token_takes_the_others(k: int) -> None:
         assert torch.equal(unmerge(few)[b], few[b, members(merge, 11)[b]])
 
 
-def test_tokens_drawn_by_lot_go_into_the_others() -> None:
+def test_tokens_drawn_at_random_go_into_the_others() -> None:
     x = torch.randn(2, 11, 6)
     torch.manual_seed(1)
     merge, _ = tome.merge.random_bipartite_soft_matching(x, 4)

@@ -169,20 +169,30 @@ def test_nothing_to_look_at(plain: nn.Module, images: torch.Tensor) -> None:
         tokred.bench(plain, images)
 
 
-def test_a_library_that_is_too_old_does_not_stand_in_the_way_of_another(
-    plain: nn.Module, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ImportError("no module named timm.models.beit"), "timm_beit needs another version of its"),
+        (
+            AttributeError("no Beit"),
+            "timm_beit cannot be loaded: AttributeError: no Beit",
+        ),
+    ],
+)
+def test_a_patch_that_cannot_be_loaded_does_not_stand_in_the_way_of_another(
+    plain: nn.Module, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
 ) -> None:
     from tokred.host import find
 
     def import_module(name: str) -> object:
         if name.endswith(".timm_beit"):
-            raise ImportError("no module named timm.models.beit")
+            raise error
         return importlib.import_module(name)
 
     monkeypatch.setattr(find, "import_module", import_module)
     assert "timm_vit" in tokred.hosts() and "timm_beit" not in tokred.hosts()
     tokred.apply(plain)
-    with pytest.raises(tokred.UnsupportedModelError, match="timm_beit needs another version"):
+    with pytest.raises(tokred.UnsupportedModelError, match=message):
         tokred.apply(nn.Linear(2, 2))
 
 

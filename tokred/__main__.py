@@ -2,7 +2,9 @@
 
 import sys
 
-from tokred.cli.main import main
+from tokred.cli.main import _parser, main
+
+__all__ = ["_parser", "main"]
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -44,12 +44,14 @@ def apply_patch(
 
     Args:
         model: a pipeline of diffusers, its UNet, or any other denoiser of `tokred.hosts`.
-        ratio: the share of the tokens that is merged away, below 1 - 1 / (sx * sy).
-        max_downsample: 1, 2, 4 or 8: merge at resolutions of down to a so manieth of the latents'.
-        sx: columns of a cell, of which one token is a destination.
+        ratio: the share of the tokens that is merged away, at most 1 - 1 / (sx * sy).
+        max_downsample: 1, 2, 4 or 8: merge at every resolution down to 1/max_downsample of the
+            latents'.
+        sx: columns of a cell. One token of every cell is a destination for others.
         sy: rows of a cell.
-        use_rand: whether destinations are drawn (never from the global random state, of which they
-            have a fork), while the batch is even; else they are the cells' upper left tokens.
+        use_rand: whether destinations are drawn at random, if the batch is even (from a copy of
+            the global random state, which itself does not change). If not, they are the upper left
+            tokens of the cells.
         merge_attn: around self-attention.
         merge_crossattn: around cross-attention.
         merge_mlp: around the MLP.
@@ -59,8 +61,47 @@ def apply_patch(
 
     Raises:
         ValueError: an option is out of range, or asks for something that the model does not have.
-        TypeError: `ratio` is no number, or `sx` or `sy` no whole one.
-        UnsupportedModelError: the model is not one we know.
+        TypeError: `ratio` is not a number, or `sx` or `sy` not a whole number.
+        UnsupportedModelError: there is no patch for the model.
+    """
+    _check_cells(ratio, sx, sy)
+    chosen = {"attention": merge_attn, "cross_attention": merge_crossattn, "mlp": merge_mlp}
+    modules = tuple(name for name, merged in chosen.items() if merged)
+    levels = _levels(model, modules, max_downsample)
+    reducer = ToMe2d(cell=(sy, sx))
+    if use_rand:
+        fork = torch.Generator()
+        fork.set_state(torch.get_rng_state())
+        reducer = InPairs(cell=(sy, sx), generator=fork)
+    keep_rate = float(1 - Decimal(str(ratio)))
+    apply(model, reducer, Around(keep_rate, modules, levels))
+    return model
+
+
+def remove_patch(model: Any) -> Any:
+    """Takes merging away; does nothing if there is none. Returns the model."""
+    remove(model)
+    return model
+
+
+@dataclass(frozen=True)
+class InPairs(ToMe2d):
+    """ToMe2d that draws its destinations only if the batch is even. An image is in the batch twice,
+    with the prompt and without it, and both need the same destinations; in an odd batch images are
+    there once."""
+
+    def __call__(self, tokens: Tokens, keep: int) -> Clusters:
+        if len(tokens.x) % 2:
+            return ToMe2d(self.cell)(tokens, keep)
+        return super().__call__(tokens, keep)
+
+
+def _check_cells(ratio: float, sx: int, sy: int) -> None:
+    """Raises unless that share of the tokens can be merged in cells of this size.
+
+    Raises:
+        TypeError: `ratio` is not a number, or `sx` or `sy` not a whole number.
+        ValueError: they are out of range.
     """
     if isinstance(ratio, bool) or not isinstance(ratio, Real):
         raise TypeError(f"ratio must be a number, not {ratio!r}")
@@ -75,51 +116,34 @@ def apply_patch(
             f"ratio must be in [0, {most:g}] for cells of {sx} x {sy}, of which one token stays, "
             f"not {ratio!r}; larger sx and sy allow more"
         )
-    levels = {1: (0,), 2: (0, 1), 4: (0, 1, 2), 8: (0, 1, 2, 3)}
-    if max_downsample not in levels:
-        raise ValueError(f"max_downsample must be one of {list(levels)}, not {max_downsample!r}")
-    chosen = {"attention": merge_attn, "cross_attention": merge_crossattn, "mlp": merge_mlp}
-    modules = tuple(name for name, merged in chosen.items() if merged)
+
+
+def _levels(model: Any, modules: tuple[str, ...], max_downsample: int) -> tuple[int, ...]:
+    """The levels of the model, down to that resolution, at which there are such modules.
+
+    Raises:
+        ValueError: there are none, or no modules were chosen.
+        UnsupportedModelError: the model has none at any level.
+    """
+    finest = {1: (0,), 2: (0, 1), 4: (0, 1, 2), 8: (0, 1, 2, 3)}
+    if max_downsample not in finest:
+        raise ValueError(f"max_downsample must be one of {list(finest)}, not {max_downsample!r}")
     if not modules:
         raise ValueError(
             "one of merge_attn, merge_crossattn and merge_mlp must be True; tomesd.remove_patch "
             "takes merging away"
         )
-    there = _levels(model, modules)
-    able = tuple(level for level in levels[max_downsample] if level in there)
-    if not able:
+    there = _levels_with(model, modules)
+    levels = tuple(level for level in finest[max_downsample] if level in there)
+    if not levels:
         raise ValueError(
             f"max_downsample must be at least {2 ** min(there)} for this model, which has no "
             f"{' or '.join(modules)} above that, not {max_downsample}: nothing would be merged"
         )
-    reducer = ToMe2d(cell=(sy, sx))
-    if use_rand:
-        fork = torch.Generator()
-        fork.set_state(torch.get_rng_state())
-        reducer = InPairs(cell=(sy, sx), generator=fork)
-    keep_rate = float(1 - Decimal(str(ratio)))
-    apply(model, reducer, Around(keep_rate, modules, able))
-    return model
+    return levels
 
 
-def remove_patch(model: Any) -> Any:
-    """Takes merging away; does nothing if there is none. Returns the model."""
-    remove(model)
-    return model
-
-
-@dataclass(frozen=True)
-class InPairs(ToMe2d):
-    """ToMe2d that draws its destinations only while the batch is even: with and without the
-    prompt, an image has to have the same, and an odd batch has only one of the two."""
-
-    def __call__(self, tokens: Tokens, keep: int) -> Clusters:
-        if len(tokens.x) % 2:
-            return ToMe2d(self.cell)(tokens, keep)
-        return super().__call__(tokens, keep)
-
-
-def _levels(model: Any, modules: tuple[str, ...]) -> set[int]:
+def _levels_with(model: Any, modules: tuple[str, ...]) -> set[int]:
     """The levels at which a denoiser has any of these modules."""
     inner = uncompiled(module_of(model))
     host = find_denoiser(inner)

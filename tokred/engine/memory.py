@@ -71,5 +71,5 @@ class Memory(Generic[Slots, Ridden]):
     @property
     def empty(self) -> bool:
         """Whether nothing rides on any activation, and nothing is known of any pass."""
-        known = (*vars(self.thread).values(), *vars(self.compiled).values())
-        return len(self._riding) == 0 and not any(value is not None and value != {} for value in known)
+        known = [*vars(self.thread).values(), *vars(self.compiled).values()]
+        return len(self._riding) == 0 and all(value is None or value == {} for value in known)

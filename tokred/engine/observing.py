@@ -30,11 +30,17 @@ class Record:
 
 
 class Observer:
-    """Watches the passes of a reduction (`Reduction.observer`). Every method may be overridden.
+    """Watches a reduction (`Reduction.observer`). Every method may be overridden.
 
-    The engine calls it in the thread that runs the pass, also while code is being compiled (ask
+    It is told of a pass in the thread that runs the pass, also while code is being compiled (ask
     `torch.compiler.is_compiling()`).
     """
+
+    def hung(self) -> None:
+        """The reduction was put into a model."""
+
+    def taken_away(self) -> None:
+        """The reduction was taken out of the model. It may be put in again."""
 
     def begins(self) -> None:
         """A pass begins: the first block is about to run."""

@@ -111,7 +111,8 @@ class Reduction:
         # Version 0.7 had other names for some, and left others out of files.
         former = {name: state[name] for name in state if not name.startswith("_")}
         windows = getattr(state["reducer"], "few", None)
-        self.__dict__.update({"observer": None, "windows": windows, **former})
+        observer = former.pop("attributes", None)
+        self.__dict__.update({"observer": observer, "windows": windows, **former})
         self.__dict__.setdefault("memory", Memory(Running))
         self.__dict__.setdefault("unfused", state.get("_unfused", set()))
         self.traits = traits(self.reducer)

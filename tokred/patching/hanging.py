@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from tokred.engine.denoising import AroundModule, Denoising
+from tokred.engine.observing import Observer
 from tokred.engine.reduction import Reduction
 from tokred.host import (
     Denoiser,
@@ -84,6 +85,8 @@ def hang(
         original = getattr(type(tower), name, None)
         if original is not None:  # not every version has every method
             vars(tower)[name] = PatchedMethod(tower, original, call, reduction)
+    if reduction.observer is not None:
+        reduction.observer.hung()
 
 
 def stand_ins_for(host: Host | Stage, tower: nn.Module, reduction: Reduction) -> list[StandIn]:
@@ -147,9 +150,13 @@ def _hooks(
 
 def remove(model: Any) -> None:
     """Takes the reduction away; the model is again as it was. Does nothing if there is none."""
+    observers: dict[int, Observer] = {}  # of all blocks, each once
     for module in module_of(model).modules():
-        if isinstance(innermost(module), StandIn | PatchedAttention | AroundModule):
+        patched = innermost(module)
+        if isinstance(patched, StandIn | PatchedAttention | AroundModule):
             _set_innermost(module, None)
+        if isinstance(patched, StandIn) and patched.reduction.observer is not None:
+            observers[id(patched.reduction.observer)] = patched.reduction.observer
         for name, value in list(vars(module).items()):
             if isinstance(value, PatchedMethod):
                 delattr(module, name)
@@ -158,6 +165,8 @@ def remove(model: Any) -> None:
                 if isinstance(hung, (*HOOKS, *DENOISING_HOOKS)):
                     del hooks[key]
                     module._forward_pre_hooks_with_kwargs.pop(key, None)
+    for observer in observers.values():
+        observer.taken_away()
 
 
 def reduction_of(model: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`tome.merge`: the matching by itself, for code that merges on its own."""
+"""`tome.merge`: the matching without a model, for code that merges tokens by itself."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def bipartite_soft_matching(
     class_token: bool = False,
     distill_token: bool = False,
 ) -> tuple[Merge, Unmerge]:
-    """Matches tokens, and merges the `r` most similar pairs. Merged tokens stand where the first
-    of them stood.
+    """Matches tokens, and merges the `r` most similar pairs. A merged token stands where the first
+    of its members stood.
 
     Args:
         metric: what tokens are compared by.
-        r: how many tokens to remove; half of the patch tokens at most are.
+        r: how many tokens to remove, at most half of the patch tokens.
         class_token: whether the first token is one, which is left alone.
         distill_token: whether the second one is a distillation token, which is left alone.
 
@@ -89,8 +89,8 @@ def bipartite_soft_matching(
 def kth_bipartite_soft_matching(
     metric: Float[Tensor, "batch tokens dim"], k: int
 ) -> tuple[Merge, Unmerge]:
-    """Merges every token into the most similar of every `k`-th one, of which there are
-    tokens // k. Merged tokens stand in the order of those.
+    """Keeps every `k`-th token (tokens // k of them), and merges each of the others into the most
+    similar one of those. Merged tokens stand in the order of the tokens that are kept.
 
     Args:
         metric: what tokens are compared by.
@@ -113,7 +113,7 @@ def random_bipartite_soft_matching(
     metric: Float[Tensor, "batch tokens dim"], r: int
 ) -> tuple[Merge, Unmerge]:
     """Draws `r` tokens of every image from the global random state, and merges each into the most
-    similar of the others, in whose order merged tokens stand.
+    similar of the other tokens. Merged tokens stand in the order of those others.
 
     Args:
         metric: what tokens are compared by.
@@ -142,8 +142,9 @@ def bipartite_soft_matching_random2d(
     no_rand: bool = False,
     generator: torch.Generator | None = None,
 ) -> tuple[Merge, Unmerge]:
-    """Merges the `r` most similar of the tokens of a grid into one token of each of its cells, as
-    `tomesd.merge` does. Merged tokens stand where the first of them stood.
+    """One token of each cell of a grid is a destination; the `r` other tokens that are most similar
+    to one of the destinations merge into it, as in `tomesd.merge`. A merged token stands where the
+    first of its members stood.
 
     Args:
         metric: what tokens are compared by, row by row.
@@ -151,9 +152,9 @@ def bipartite_soft_matching_random2d(
         h: rows of the grid.
         sx: columns of a cell.
         sy: rows of a cell.
-        r: how many tokens to remove; all but one of each cell at most are.
-        no_rand: whether a cell's token is its upper left one, rather than drawn.
-        generator: what it is drawn from; the global random state of the CPU, if not given.
+        r: how many tokens to remove; one token of each cell always stays.
+        no_rand: whether the destination of a cell is its upper left token, rather than drawn.
+        generator: what destinations are drawn from; the CPU's global random state, if not given.
 
     Returns:
         Two functions: `merge(x, mode="mean")` and `unmerge(x)`.
@@ -176,10 +177,10 @@ def merge_wavg(
     x: Float[Tensor, "batch fine dim"],
     size: Float[Tensor, "batch fine 1"] | None = None,
 ) -> tuple[Float[Tensor, "batch coarse dim"], Float[Tensor, "batch coarse 1"]]:
-    """Merges tokens to their mean, each counted as often as the tokens it stands for.
+    """Merges tokens to their mean, in which a token counts as often as the tokens it stands for.
 
     Args:
-        merge: what `bipartite_soft_matching` has returned.
+        merge: the first function that `bipartite_soft_matching` returned.
         x: the tokens.
         size: how many tokens each one stands for; one each, if not given.
 
@@ -200,7 +201,7 @@ def merge_source(
     """Which of the first tokens each merged one is made of, 1 or 0.
 
     Args:
-        merge: what `bipartite_soft_matching` has returned.
+        merge: the first function that `bipartite_soft_matching` returned.
         x: the tokens; looked at only if there is no `source` yet.
         source: which of the first tokens each one is made of, before; each of itself, if not given.
     """

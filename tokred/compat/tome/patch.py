@@ -1,8 +1,8 @@
 """`tome.patch`: token merging in a model, by as many tokens a layer as its attribute `r` says.
 
 `r` is an attribute of the model itself, which the schedule looks at whenever a pass begins. So no
-class is changed, a copy of the model has an `r` of its own, and compiled code is compiled anew
-where `r` has changed.
+class is changed, a copy of the model has an `r` of its own, and compiled code is compiled again
+when `r` has changed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tokred.compat.tome.observer import OnModel
 from tokred.compat.tome.utils import parse_r
 from tokred.engine import Reduction
 from tokred.host import UnsupportedModelError, module_of
@@ -24,19 +25,19 @@ from tokred.schedule import removing
 
 
 def timm(model: nn.Module, trace_source: bool = False, prop_attn: bool = True) -> None:
-    """Makes a model merge `model.r` tokens in every layer, 0 until that is set. In place.
+    """Makes a model merge `model.r` tokens in every layer; `r` is 0 until it is set. In place.
 
     Args:
         model: a ViT of timm; or any other model in which `tokred.apply` can merge tokens.
         trace_source: whether `model._tome_info["source"]` tells, after a pass, which patches each
             token was made of.
         prop_attn: whether a token that stands for s tokens counts s times in attention. Models
-            pretrained with masks (MAE), as they are, are better without.
+            that were pretrained with masks (MAE) and not fine-tuned are better without.
 
     Raises:
         TypeError: an option is not a bool.
-        ValueError: the model has something else by the name of `r`.
-        UnsupportedModelError: the model is not one we know.
+        ValueError: the model has something else that is called `r`.
+        UnsupportedModelError: there is no patch for the model.
     """
     _patch(model, trace_source, prop_attn)
 
@@ -66,31 +67,6 @@ def mae(model: nn.Module, trace_source: bool = False, prop_attn: bool = True) ->
     _patch(model, trace_source, prop_attn)
 
 
-@dataclass(eq=False)
-class InFront(Attributes):
-    """Attributes that stand in front of the model's own by these names, which come back.
-
-    Attributes:
-        behind: the model's own, while they hang.
-    """
-
-    behind: dict[str, Any] | None = None
-
-    def hang(self) -> None:
-        """Puts them on the model."""
-        own = vars(self.model)
-        self.behind = {name: own[name] for name in self.values if name in own}
-        super().hang()
-
-    def take_away(self) -> None:
-        """Takes them off the model, which has its own again."""
-        if self.behind is None:  # asked for every block
-            return
-        super().take_away()
-        vars(self.model).update(self.behind)
-        self.behind = None
-
-
 @dataclass(frozen=True, eq=False)
 class AsSet:
     """A schedule: what the attribute `r` of a model says when it is asked.
@@ -99,7 +75,7 @@ class AsSet:
         attributes: where `r` is.
     """
 
-    attributes: Attributes
+    attributes: OnModel
 
     def __call__(self, tokens: int, layers: int) -> list[int]:
         return removing(parse_r(layers, self.attributes.get("r")), tokens)
@@ -110,13 +86,13 @@ class AsSet:
 
 @dataclass(eq=False)
 class TomeInfo(Mapping[str, Any]):
-    """`model._tome_info`, to be read: by these names.
+    """`model._tome_info`, which can only be read. Its keys:
 
     - "r": how many tokens each layer is to remove in the next pass, before the limit of one half.
-    - "size": how many patches each token stands for that left the last block, [B, N, 1]; None if
-      none were merged, or before the first pass. Of the last pass in this thread.
-    - "source": which tokens of the full sequence it was made of, [B, N, all], 1 or 0; None as
-      well if `trace_source` is off.
+    - "size": for each token that left the last block, how many patches it stands for, [B, N, 1].
+      Of the last pass in this thread; None if nothing was merged, or before the first pass.
+    - "source": for each of these tokens, which tokens of the full sequence it was made of,
+      [B, N, all], 1 or 0. Also None if `trace_source` is off.
     - "trace_source", "prop_attn": as they were given.
     - "class_token", "distill_token": whether the model has one.
 
@@ -130,10 +106,15 @@ class TomeInfo(Mapping[str, Any]):
     trace_source: bool
     distill_token: bool
 
+    @property
+    def on_model(self) -> OnModel:
+        """What goes with the reduction."""
+        assert isinstance(self.reduction.observer, OnModel)
+        return self.reduction.observer
+
     def __getitem__(self, name: str) -> Any:
         if name == "r":
-            assert self.reduction.attributes is not None
-            return parse_r(self.reduction.layout.layers, self.reduction.attributes.get("r"))
+            return parse_r(self.reduction.layout.layers, self.on_model.get("r"))
         if name == "size":
             source = self._source()
             return None if source is None else source.sum(2, keepdim=True)
@@ -160,7 +141,7 @@ class TomeInfo(Mapping[str, Any]):
         return len(_NAMES)
 
     def _source(self) -> Float[Tensor, "batch tokens all"] | None:
-        records = self.reduction.last_pass
+        records = self.on_model.last_pass()
         if not records:
             return None
         index: Tensor | None = None
@@ -181,6 +162,9 @@ class TomeInfo(Mapping[str, Any]):
         return source
 
 
+InFront = OnModel
+"""What version 0.7 called it in files of models."""
+
 _NAMES = ("r", "size", "source", "trace_source", "prop_attn", "class_token", "distill_token")
 
 
@@ -196,15 +180,15 @@ def _patch(model: nn.Module, trace_source: bool, prop_attn: bool) -> None:
     taken = {*holder._modules, *holder._parameters, *holder._buffers, *dir(type(holder))}
     if "r" in taken:
         raise ValueError(f"{type(holder).__qualname__} has an r of its own: use tokred.apply")
-    attributes = InFront(holder, {"r": 0})
+    on_model = OnModel(holder, {"r": 0})
     host, reduction = reduction_for(
         model,
         "tome",
-        AsSet(attributes),
+        AsSet(on_model),
         proportional_attention=prop_attn,
         full_grid=False,  # tokens come out as "source" and "size" describe them
     )
     distilled = getattr(holder, "dist_token", None) is not None
-    attributes.values["_tome_info"] = TomeInfo(reduction, trace_source, distilled)
-    reduction.attributes, reduction.remembers = attributes, True
+    on_model.values["_tome_info"] = TomeInfo(reduction, trace_source, distilled)
+    reduction.observer = on_model
     hang(model, host, reduction)

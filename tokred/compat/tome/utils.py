@@ -1,4 +1,4 @@
-"""`tome.utils`: how many tokens each layer removes, and how many images a second a model does."""
+"""`tome.utils`: how many tokens each layer removes, and how fast a model is."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tokred.schedule import Linear
 def parse_r(
     num_layers: int, r: SupportsIndex | Sequence[SupportsIndex] | tuple[int, float]
 ) -> list[int]:
-    """How many tokens each layer is to remove. (Half of those that are there is the limit, which
-    is not looked at here.)
+    """How many tokens each layer is to remove. (A layer removes at most half of its tokens; that
+    limit is not applied here.)
 
     >>> parse_r(4, 8), parse_r(4, (8, -1.0)), parse_r(4, [8, 4])
     ([8, 8, 8, 8], [16, 10, 5, 0], [8, 4, 0, 0])
@@ -26,7 +26,7 @@ def parse_r(
         num_layers: blocks of the model.
         r: the same number for every layer; or (number, inflection), where an inflection of -1
             falls from twice the number to nothing, 0 is constant and 1 rises (`tokred.Linear`);
-            or a list, a number for each layer, nothing where it ends before the layers do.
+            or a list with a number for each layer; layers after its end remove nothing.
 
     Raises:
         TypeError: `r` is none of these.
@@ -55,17 +55,17 @@ def benchmark(
     use_fp16: bool = False,
     verbose: bool = False,
 ) -> float:
-    """Images per second on random images, all runs together; the model goes to the device, and
-    into evaluation mode. (`tokred.bench` measures the dense model and the free limit in turns with
-    the reduced one, and tells how far figures scatter.)
+    """Images per second on random images, over all runs that are counted. Moves the model to the
+    device, and into evaluation mode. (`tokred.bench` runs the dense model, the reduced one and the
+    free limit in turns, and also gives the spread.)
 
     Args:
         model: called with `batch_size` images at a time.
         device: where to run.
         input_size: channels, height and width.
         batch_size: images in a run.
-        runs: how often to run, those included that are not counted.
-        throw_out: the share of the runs, the first ones, that are not counted.
+        runs: how often to run, including the runs that are not counted.
+        throw_out: the share of the runs that is not counted: the first ones.
         use_fp16: run under float16 autocast.
         verbose: print the figure.
 

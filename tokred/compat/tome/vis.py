@@ -19,7 +19,7 @@ def make_visualization(
     patch_size: int = 16,
     class_token: bool = True,
 ) -> Image:
-    """The picture with every merged token in a colour of its own, outlined; cut to whole patches.
+    """The picture, cut to whole patches; every merged token has an outline and a colour of its own.
 
     Args:
         img: the picture that the model has seen, at its size.
