@@ -5,7 +5,8 @@
 tests/test_recorded_files.py reads those of version 0.7.1. Like recordings of answers (see
 tests/recorded.py), they are made once, by the version that they are named after.
 
-- `models/NAME.pt.gz`: a patched model, saved whole, with inputs, its answer and the dense model's.
+- `models/NAME.pt.gz`: a patched model, saved whole, with inputs, its answer and the dense model's;
+  `families/LIBRARY.pt.xz`: the same of the first small model of every family.
 - `results.pickle.gz`: what `tokred.inspect`, `tokred.flops` and `tokred.apply` returned, pickled.
 - `gates.safetensors`: what `Reduction.save` wrote, for the model `svit`.
 - `cache/`: that of `tokred.evaluate`; the table that it gave, as JSON and pickled, is beside it.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import lzma
 import os
 import pickle
 import warnings
@@ -28,6 +30,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import recorded
 import torch
 from recorded import called, keeping, surroundings
 from torch import Tensor, nn
@@ -161,20 +164,71 @@ def answered(model: nn.Module, inputs: Any) -> Tensor:
     return torch.cat([part.flatten() for part in parts])
 
 
+@torch.no_grad()
+def repeated(x: Tensor) -> Tensor:
+    """The first values over and over: of that files have little when they are compressed."""
+    flat = x.flatten()
+    return flat[torch.arange(len(flat)) % 251].reshape(x.shape)
+
+
+def family(name: str) -> Made:
+    """The first small model of a family, with weights and images that repeat themselves."""
+    one = recorded.models()[name]
+
+    def build() -> nn.Module:
+        model = one.build()
+        for parameter in model.parameters():
+            parameter.data = repeated(parameter.data)
+        return model
+
+    def inputs() -> Any:
+        x = one.inputs()
+        if isinstance(x, Tensor):
+            return repeated(x)
+        return {
+            key: repeated(value) if isinstance(value, Tensor) and value.ndim == 4 else value
+            for key, value in x.items()
+        }
+
+    return build, inputs, one.settings["slic, hourglass" if "windows" in name else "tome"]
+
+
+LIBRARIES = {
+    "timm": ("timm_", "windows, timm"),
+    "transformers": ("transformers_", "windows, transformers"),
+    "torchvision": ("torchvision_", "windows, torchvision"),
+    "open_clip_torch": ("openclip_",),
+}
+
+
+def kept(made: Made) -> dict[str, Any]:
+    """A patched model that nobody has run, and what it answers."""
+    build, inputs, change = made
+    torch.manual_seed(0)
+    model, x = build(), inputs()
+    # What transformers hooks on at the first run cannot be pickled: another is run.
+    torch.manual_seed(0)
+    twin = build()
+    dense = answered(twin, x)
+    for one in (twin, model):
+        change(one)
+    return {"model": model, "inputs": x, "dense": dense, "reduced": answered(twin, x)}
+
+
 def save_models(folder: Path) -> None:
     folder.mkdir()
-    for name, (_, (build, inputs, change)) in MODELS.items():
-        torch.manual_seed(0)
-        model, x = build(), inputs()
-        # What transformers hooks on at the first run cannot be pickled: another is run.
-        torch.manual_seed(0)
-        twin = build()
-        dense = answered(twin, x)
-        for one in (twin, model):
-            change(one)
-        kept = {"model": model, "inputs": x, "dense": dense, "reduced": answered(twin, x)}
+    for name, (_, made) in MODELS.items():
         with gzip.open(folder / f"{name}.pt.gz", "wb") as file:
-            torch.save(kept, file)
+            torch.save(kept(made), file)
+
+
+def save_families(folder: Path) -> None:
+    folder.mkdir()
+    first = [name for name, one in recorded.models().items() if one.first]
+    for library, begins in LIBRARIES.items():
+        whole = {name: kept(family(name)) for name in first if name.startswith(begins)}
+        with lzma.open(folder / f"{library}.pt.xz", "wb", preset=9) as file:
+            torch.save(whole, file)
 
 
 # Results
@@ -310,6 +364,7 @@ def main() -> None:
     about = {"version": tokred.__version__, **surroundings()}
     (FOLDER / "about.json").write_text(json.dumps(about, indent=1) + "\n")
     save_models(FOLDER / "models")
+    save_families(FOLDER / "families")
     torch.manual_seed(0)
     model = vit()
     images()

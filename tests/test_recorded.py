@@ -134,6 +134,7 @@ def test_every_small_model_is_recorded() -> None:
     if LIBRARIES:
         pytest.skip(f"recorded with other versions (then, now): {LIBRARIES}")
     assert set(WRITTEN["models"]) <= set(models())
+    assert {name for name in WRITTEN["models"] if models()[name].first} == set(COMPILED)
 
 
 def test_the_recording_is_of_the_version_it_is_named_after() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import gzip
 import json
+import lzma
 import pickle
 import shutil
 from collections.abc import Iterator
@@ -105,6 +106,20 @@ def test_a_saved_model_can_be_saved_and_patched_again(name: str, tmp_path: Path)
     assert not torch.allclose(answered(model, inputs), kept["reduced"])
     tokred.remove(model)
     near(answered(model, inputs), kept["dense"])
+
+
+@pytest.mark.parametrize("library", recorded_files.LIBRARIES)
+def test_saved_models_of_every_family_answer_as_they_did(library: str) -> None:
+    needs(library)
+    with lzma.open(FOLDER / "families" / f"{library}.pt.xz") as file:
+        whole = torch.load(file, weights_only=False)
+    assert whole
+    for name, kept in whole.items():
+        found = answered(kept["model"], kept["inputs"])
+        assert not torch.allclose(kept["reduced"], kept["dense"])
+        near(found, kept["reduced"], "windows" if name.startswith("windows") else "")
+        tokred.remove(kept["model"])
+        near(answered(kept["model"], kept["inputs"]), kept["dense"])
 
 
 def test_attributes_of_compatibility_go_on() -> None:

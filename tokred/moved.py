@@ -33,7 +33,7 @@ MOVED: dict[str, tuple[str, ...]] = {
         "measure.conditions",
         "measure.subject",
     ),
-    "denoising": ("engine.denoising", "patching.denoisers"),
+    "denoising": ("engine.denoising", "patching.denoisers", "compat.former"),
     "drawing": ("show.drawing",),
     "evaluating": (
         "measure.evaluate",
@@ -72,6 +72,7 @@ MOVED: dict[str, tuple[str, ...]] = {
         "engine.step",
         "engine.attention",
         "engine.pooling",
+        "compat.former",
     ),
     "samples": ("data.samples", "data.classes", "data.parts", "data.preparing", "data.transforms"),
     "suites": ("measure.suites",),
@@ -82,7 +83,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "suites.tcformer": ("measure.suites.tcformer",),
     "suites.vit": ("measure.suites.vit",),
     "tracing": ("measure.tracing",),
-    "windows": ("engine.windows",),
+    "windows": ("engine.windows", "compat.former"),
     "zoo": ("data.zoo",),
 }
 """Former modules of `tokred`, and the modules in which their names are now."""

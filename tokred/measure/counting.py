@@ -58,21 +58,16 @@ def peak_memory(model: Callable[..., Any], images: Inputs) -> int:
     return int(allocations.most)
 
 
-def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    from torch.utils.flop_counter import sdpa_flop_count
-
-    return int(sdpa_flop_count(query, key, value))
-
-
-# Older versions of torch's counter do not know the CPU's fused attention.
-_FUSED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
-
-
 def count(model: nn.Module, images: Inputs) -> float:
     """Multiply-adds per image in one pass, counted as in `Flops`."""
-    # Imported here, because it imports a compiler, for which `import tokred` should not wait.
-    from torch.utils.flop_counter import FlopCounterMode
+    # Imported when it is needed: it imports Triton.
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-    with FlopCounterMode(display=False, custom_mapping=_FUSED) as counter, torch.no_grad():
+    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))
+
+    # Older versions of torch's counter do not know the CPU's fused attention.
+    fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    with FlopCounterMode(display=False, custom_mapping=fused) as counter, torch.no_grad():
         call(model, images)
     return float(counter.get_total_flops()) / 2 / len(pixels(images))

@@ -13,9 +13,8 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 from importlib.metadata import version
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -238,6 +237,19 @@ def _one_minus(
     return cosine.clamp_(0, 2)
 
 
+def _kernel(backend: str) -> Any:
+    """The module of a backend, imported when it is used: each needs a library of its own."""
+    if backend == "numba":
+        from tokred.kernels import agglomerative_numba as kernel
+    elif backend == "scipy":
+        from tokred.kernels import agglomerative_scipy as kernel
+    elif backend == "triton":
+        from tokred.kernels import agglomerative_triton as kernel
+    else:
+        from tokred.kernels import agglomerative_torch as kernel
+    return kernel
+
+
 # A custom operator, which is opaque to torch.compile, so that a compiled model has no graph break.
 @torch.library.custom_op(
     "tokred::cluster",
@@ -247,8 +259,7 @@ def _one_minus(
 def _cluster(features: Tensor, num_clusters: int, linkage: str, backend: str) -> Tensor:
     chosen = choose(features.device, backend)
     x = features.cpu() if chosen in ("numba", "scipy") else features
-    # Backends are imported when they are used: each needs a library of its own.
-    kernel = import_module(f"tokred.kernels.agglomerative_{chosen}")
+    kernel = _kernel(chosen)
     unit = _unit(x)
     if unit.device.type != "cpu":
         there: Tensor = kernel.cluster(_distance(unit), num_clusters, linkage)
