@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
         data,
         speedup=options.speedup,
         max_drop=options.max_drop,
-        methods=trial.methods_of(options) or advising.METHODS,
+        methods=trial.methods_of(options),
         images=options.images,
         batch=options.batch,
         labelled=not options.unlabelled,

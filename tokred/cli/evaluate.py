@@ -9,8 +9,8 @@ from pathlib import Path
 import tokred
 from tokred.cli import trial
 from tokred.cli.shared import Commands, command
+from tokred.data.processes import launched
 from tokred.measure import settings
-from tokred.measure.processes import Processes
 
 
 def add(commands: Commands) -> None:
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
         # Lines are printed as they come, so that the table grows on the terminal.
         progress=not options.json,
     )
-    state = Processes()
+    state = launched("evaluate")
     if state.main:
         print(json.dumps(result.as_dict(), indent=2) if options.json else result)
         if options.csv:

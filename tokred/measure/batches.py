@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tokred.data.inputs import Inputs
+from tokred.data.processes import Processes
 from tokred.data.samples import Samples, sent
-from tokred.measure.processes import Processes
 
 HELD = 2**30
 """Bytes of images that are kept in memory, and of the dense model's answers to them."""

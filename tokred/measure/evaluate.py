@@ -133,7 +133,7 @@ def _run(
     refused: dict[str, str] = {}
     rows: list[Row] = []
     what: list[Setting | None] = [None, *wanted]
-    known = several.told([store.get(setting) for setting in what] if store else None)
+    known = several.told([store.get(s) if store else None for s in what])
     table = None
     with Progress(len(what), progress and several.main) as bar:
         work.batches.on_progress = bar.detail

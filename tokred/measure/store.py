@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
+from tokred.data.fingerprint import fingerprint
 from tokred.measure.conditions import device_name, versions_of
 from tokred.measure.evaluation import Row, row_from
 from tokred.measure.settings import Setting
@@ -72,7 +72,7 @@ class Store:
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
+        partial = path.with_suffix(f".{os.getpid()}")  # another process may write the same file
         text = {"about": self.about, "row": dataclasses.asdict(row)}
         partial.write_text(json.dumps(text, indent=1))
         partial.replace(path)
@@ -87,17 +87,3 @@ class Store:
                 key["gates"] = hashlib.sha256(Path(setting.gates).read_bytes()).hexdigest()
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         return self.folder / f"{digest[:24]}.json"
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Tells a model from others: its structure, and all its weights, bit by bit."""
-    digest = hashlib.sha256(repr(model).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(getattr(tensor, 'shape', ()))}".encode())
-        if isinstance(tensor, Tensor):
-            try:
-                flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                digest.update(flat.numpy().data)
-            except (RuntimeError, NotImplementedError, AttributeError):  # a quantised tensor
-                digest.update(repr(tensor).encode())
-    return digest.hexdigest()[:16]

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tokred.data.inputs import Inputs, call, pixels
+from tokred.data.processes import launched
 from tokred.data.samples import Samples, sent
 from tokred.engine.reduction import Reduction
 from tokred.host import Denoiser, Host, UnsupportedModelError, find_host
@@ -22,7 +23,6 @@ from tokred.measure.evaluation import Evaluation, Row, Speed
 from tokred.measure.fidelity import Fidelity, total
 from tokred.measure.limit import counts_of, first_of, free_limit_of
 from tokred.measure.metrics import TASKS
-from tokred.measure.processes import Processes
 from tokred.measure.race import PATIENCE, Pace, paces, sides
 from tokred.measure.settings import Setting
 from tokred.patching import apply, hang, host_of, remove
@@ -74,7 +74,7 @@ class Work:
         if batch is None:
             batch = 64 if device.type == "cuda" else _fitting(model, samples, device, dtype)
         _check(task, batch, compared, seconds, workers)
-        self.seconds, self.several = seconds, Processes()
+        self.seconds, self.several = seconds, launched("evaluate")
         self.batches = Batches(samples, batch, device, dtype, workers, self.several)
         self.answers = Answers(model, host, self.batches, task, compared)
         self.inputs = self.answers.inputs
