@@ -28,7 +28,7 @@ from tokred.models.segmenter import mean_iou
 from tokred.optional import require
 from tokred.patching import reduction_of
 from tokred.show import drawing
-from tokred.training.training import usage
+from tokred.training import usage
 
 CLASSIFIER, SEGMENTER = "digits_cluttered", "digits_scenes"
 LAYERS = 12

@@ -24,16 +24,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from tqdm import tqdm
+from train_digits import split
 
 from tokred.data import zoo
 from tokred.models import digit_diffusion
 from tokred.models.digit_diffusion import IMAGE_SIZE, NO_CLASS
-
-TRAINING = 1400
-"""Digits to train on; the other 397 are held out."""
 
 BATCH = 32
 
@@ -65,14 +62,9 @@ def train(model: nn.ModuleDict, alphas: Tensor, options: argparse.Namespace) -> 
         alphas: the share of the image in the variance at every time, `alphas_cumprod`.
         options: those of the command.
     """
-    digits, classes = seen_digits()
+    seen = split()[0]
     generator = torch.Generator().manual_seed(options.seed)
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    optimiser = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
-        betas=(0.9, 0.99),
-    )
+    optimiser = adam(model)
     average = {name: value.clone() for name, value in model.state_dict().items()}
     step, minutes, smooth = 0, 0.0, 1.0
     so_far = options.out / "digits_diffusion_so_far.pt"
@@ -90,19 +82,7 @@ def train(model: nn.ModuleDict, alphas: Tensor, options: argparse.Namespace) -> 
         while minutes < options.minutes:
             small = minutes < options.small * options.minutes
             side = IMAGE_SIZE // 2 if small else IMAGE_SIZE
-            chosen = torch.randint(len(digits), (BATCH,), generator=generator)
-            drawn = zoo.draw(digits[chosen], generator, "digits", side)
-            images = zoo.normalise(drawn)
-            shown = classes[chosen]
-            shown[torch.rand(BATCH, generator=generator) < 1 / 8] = NO_CLASS
-
-            spread = (torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) / BATCH
-            times = (spread * len(alphas)).long()
-            noise = torch.randn(images.shape, generator=generator)
-            share = alphas[times, None, None, None]
-            noisy = share.sqrt() * images + (1 - share).sqrt() * noise
-            v = share.sqrt() * noise - (1 - share).sqrt() * images
-
+            noisy, times, shown, v = drawn(*seen, generator, side, alphas)
             rate = options.rate * schedule(step, minutes / options.minutes)
             for group in optimiser.param_groups:
                 group["lr"] = rate
@@ -136,13 +116,31 @@ def train(model: nn.ModuleDict, alphas: Tensor, options: argparse.Namespace) -> 
     return average
 
 
-def seen_digits() -> tuple[Tensor, Tensor]:
-    """The digits to train on and their classes: the same as everywhere in the zoo."""
-    source = load_digits()
-    order = torch.randperm(len(source.images), generator=torch.Generator().manual_seed(0))
-    digits = torch.from_numpy(source.images).to(torch.uint8)[order]
-    classes = torch.from_numpy(source.target)[order]
-    return digits[:TRAINING], classes[:TRAINING]
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
+        betas=(0.9, 0.99),
+    )
+
+
+def drawn(
+    digits: Tensor, classes: Tensor, generator: torch.Generator, side: int, alphas: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A batch: noisy images, their times, the classes that the model is told, and v."""
+    chosen = torch.randint(len(digits), (BATCH,), generator=generator)
+    images = zoo.normalise(zoo.draw(digits[chosen], generator, "digits", side))
+    shown = classes[chosen]
+    shown[torch.rand(BATCH, generator=generator) < 1 / 8] = NO_CLASS
+
+    spread = (torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) / BATCH
+    times = (spread * len(alphas)).long()
+    noise = torch.randn(images.shape, generator=generator)
+    share = alphas[times, None, None, None]
+    noisy = share.sqrt() * images + (1 - share).sqrt() * noise
+    v = share.sqrt() * noise - (1 - share).sqrt() * images
+    return noisy, times, shown, v
 
 
 def worked() -> float:

@@ -45,36 +45,55 @@ def main() -> None:
     torch.manual_seed(options.seed)
     generator = torch.Generator().manual_seed(options.seed)
 
-    source = load_digits()
-    order = torch.randperm(len(source.images), generator=generator)
-    digits = torch.from_numpy(source.images).to(torch.uint8)[order]
-    labels = torch.from_numpy(source.target)[order]
-    held_out = zoo.draw(digits[TRAINING:], generator, options.name)
+    (digits, labels), (unseen, answers) = split(generator)
+    held_out = zoo.draw(unseen, generator, options.name)
 
     model = zoo.build_digits()
     start_from_sines(model)
     begin = time.perf_counter()
-    draw = partial(zoo.draw, digits[:TRAINING], generator, options.name)
-    train(model, draw, labels[:TRAINING], options.epochs, generator)
+    draw = partial(zoo.draw, digits, generator, options.name)
+    train(model, draw, labels, options.epochs, generator, 1e-3, lambda p: p.ndim == 2)
     minutes = (time.perf_counter() - begin) / 60
 
-    weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
-    model.load_state_dict({name: value.float() for name, value in weights.items()})
-    model.eval()
-    again = [zoo.draw(digits[TRAINING:], generator, options.name) for _ in range(9)]
-    scores = [accuracy(model, images, labels[TRAINING:]) for images in [held_out, *again]]
+    weights = halved(model)
+    again = [zoo.draw(unseen, generator, options.name) for _ in range(9)]
+    scores = [accuracy(model, images, answers) for images in [held_out, *again]]
     options.out.mkdir(parents=True, exist_ok=True)
     save_file(weights, options.out / f"{options.name}.safetensors")
     save_file(
         {
             "images": held_out,
-            "labels": labels[TRAINING:].to(torch.uint8),
-            "digits": digits[TRAINING:].contiguous(),
+            "labels": answers.to(torch.uint8),
+            "digits": unseen.contiguous(),
         },
         options.out / f"{options.name}_held_out.safetensors",
     )
     print(f"{minutes:.1f} minutes, {options.epochs} epochs, seed {options.seed}")
     print(f"held-out accuracy: {scores[0]:.2%}; over ten drawings {sum(scores) / 10:.2%}")
+
+
+def split(
+    generator: torch.Generator | None = None,
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Digits and their classes: those to train on, and those held out.
+
+    Args:
+        generator: what shuffles them. If not given, they are split as for all bundled checkpoints.
+    """
+    source = load_digits()
+    generator = generator or torch.Generator().manual_seed(0)
+    order = torch.randperm(len(source.images), generator=generator)
+    digits = torch.from_numpy(source.images).to(torch.uint8)[order]
+    classes = torch.from_numpy(source.target)[order]
+    return (digits[:TRAINING], classes[:TRAINING]), (digits[TRAINING:], classes[TRAINING:])
+
+
+def halved(model: nn.Module) -> dict[str, Tensor]:
+    """The weights in float16. The model goes on with these, in evaluation mode."""
+    weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
+    model.load_state_dict({name: value.float() for name, value in weights.items()})
+    model.eval()
+    return weights
 
 
 def start_from_sines(model: nn.Module) -> None:
@@ -93,19 +112,32 @@ def train(
     labels: Tensor,
     epochs: int,
     generator: torch.Generator,
+    rate: float,
+    decays: Callable[[Tensor], bool],
 ) -> None:
+    """Trains a classifier of digits, with AdamW in one cycle.
+
+    Args:
+        model: the classifier.
+        draw: draws all digits anew.
+        labels: their classes.
+        epochs: how often that is done.
+        generator: what shuffles the digits.
+        rate: the highest learning rate.
+        decays: whether a parameter has weight decay.
+    """
     batch = 32
     steps = len(labels) // batch
-    decayed = [p for p in model.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if p.ndim != 2]
+    decayed = [p for p in model.parameters() if decays(p)]
+    others = [p for p in model.parameters() if not decays(p)]
     optimiser = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
     )
     cycle = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, max_lr=1e-3, total_steps=epochs * steps, pct_start=0.2
+        optimiser, max_lr=rate, total_steps=epochs * steps, pct_start=0.2
     )
     model.train()
-    with tqdm(total=epochs * steps, unit="step") as bar:
+    with tqdm(total=epochs * steps, unit="step", mininterval=5) as bar:
         for epoch in range(epochs):
             images = draw()
             order = torch.randperm(len(labels), generator=generator)

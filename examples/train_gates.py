@@ -20,15 +20,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
+from train_digits import split
 
 import tokred
+from tokred import training
 from tokred.data import zoo
-from tokred.training import training
-
-TRAINING = 1400
-"""Digits to train on; the other 397 are held out."""
 
 
 def main() -> None:
@@ -77,14 +74,6 @@ def main() -> None:
     print(f"{fitted.steps} steps; wrote {options.out / name}.safetensors")
 
 
-def digits() -> tuple[Tensor, Tensor]:
-    """Those to train on, and their classes, as everywhere in the zoo."""
-    source = load_digits()
-    order = torch.randperm(len(source.images), generator=torch.Generator().manual_seed(0))
-    images = torch.from_numpy(source.images).to(torch.uint8)[order]
-    return images[:TRAINING], torch.from_numpy(source.target)[order][:TRAINING]
-
-
 @dataclass
 class Drawn:
     """The training digits, drawn in other places and among other fragments in every epoch."""
@@ -95,7 +84,7 @@ class Drawn:
     labels: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.digits, self.labels = digits()
+        self.digits, self.labels = split()[0]
 
     def set_epoch(self, epoch: int) -> None:
         generator = torch.Generator().manual_seed(1000 * self.seed + epoch)
@@ -118,7 +107,7 @@ class Scenes:
     labels: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.digits, self.classes = digits()
+        self.digits, self.classes = split()[0]
 
     def set_epoch(self, epoch: int) -> None:
         generator = torch.Generator().manual_seed(1000 * self.seed + epoch)

@@ -28,17 +28,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from sklearn.datasets import load_digits
 from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
+from train_digits import halved, split
 
 from tokred.data import zoo
 from tokred.models.segmenter import Segmenter, mean_iou
-
-TRAINING = 1400
-"""Digits to train on; the other 397 are held out."""
 
 HELD_OUT_SCENES = 80
 PATCH = 4
@@ -47,16 +44,7 @@ CROP = 14
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("trained"), help="folder to write to")
-    parser.add_argument("--crops", type=int, default=750, help="steps on 32 crops each")
-    parser.add_argument("--scenes", type=int, default=260, help="steps on 8 whole scenes each")
-    parser.add_argument("--resume", action="store_true", help="behind the steps on crops")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(options.seed)
-
+    options = parsed(__doc__, crops=750, scenes=260, seed=0)
     seen, unseen = split()
     model = zoo.build_scenes()
     so_far = options.out / "digits_scenes_so_far.safetensors"
@@ -69,9 +57,7 @@ def main() -> None:
     train_on_scenes(model, draws(*seen, options.seed + 1), options.scenes)
     minutes = (time.perf_counter() - begin) / 60
 
-    weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
-    model.load_state_dict({name: value.float() for name, value in weights.items()})
-    model.eval()
+    weights = halved(model)
     generator = torch.Generator().manual_seed(options.seed + 2)
     drawn = [zoo.draw_scenes(*unseen, HELD_OUT_SCENES, generator) for _ in range(5)]
     scores = [score(model, images, targets) for images, targets in drawn]
@@ -89,13 +75,18 @@ def main() -> None:
     print(f"held-out mIoU: {scores[0]:.2%}; over five drawings {sum(scores) / 5:.2%}")
 
 
-def split() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Digits and their classes: those to train on, and those held out, as everywhere in the zoo."""
-    source = load_digits()
-    order = torch.randperm(len(source.images), generator=torch.Generator().manual_seed(0))
-    digits = torch.from_numpy(source.images).to(torch.uint8)[order]
-    classes = torch.from_numpy(source.target)[order]
-    return (digits[:TRAINING], classes[:TRAINING]), (digits[TRAINING:], classes[TRAINING:])
+def parsed(description: str, crops: int, scenes: int, seed: int) -> argparse.Namespace:
+    """The options of the command, with these default values. Makes the folder and sets the seed."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("trained"), help="folder to write to")
+    parser.add_argument("--crops", type=int, default=crops, help="steps on 32 crops each")
+    parser.add_argument("--scenes", type=int, default=scenes, help="steps on 8 whole scenes each")
+    parser.add_argument("--resume", action="store_true", help="go on after the steps on crops")
+    parser.add_argument("--seed", type=int, default=seed)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(options.seed)
+    return options
 
 
 @torch.no_grad()

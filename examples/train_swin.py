@@ -14,7 +14,6 @@ crops of 56x56 pixels, which are one window, then whole scenes, as in train_segm
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,22 +23,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
-from train_segmenter import CROP, PATCH, adam, batch, descend, draws, score, split, train_on_scenes
+from train_digits import halved, split
+from train_segmenter import CROP, PATCH, adam, batch, descend, draws, parsed, score, train_on_scenes
 
 from tokred.data import zoo
 from tokred.models.segmenter import Segmenter
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("trained"), help="folder to write to")
-    parser.add_argument("--crops", type=int, default=50, help="steps on 32 crops each")
-    parser.add_argument("--scenes", type=int, default=150, help="steps on 8 whole scenes each")
-    parser.add_argument("--resume", action="store_true", help="behind the steps on crops")
-    parser.add_argument("--seed", type=int, default=10)
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(options.seed)
+    options = parsed(__doc__, crops=50, scenes=150, seed=10)
     seen, unseen = split()
 
     model = zoo.build_swin()
@@ -53,9 +45,7 @@ def main() -> None:
     train_on_scenes(model, draws(*seen, options.seed + 1), options.scenes)
     minutes = (time.perf_counter() - begin) / 60
 
-    weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
-    model.load_state_dict({name: value.float() for name, value in weights.items()})
-    model.eval()
+    weights = halved(model)
     generator = torch.Generator().manual_seed(options.seed + 2)
     held_out = zoo.held_out("digits_scenes")
     drawn = [(held_out.images, held_out.labels)]

@@ -17,16 +17,14 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from sklearn.datasets import load_digits
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
+from train_digits import accuracy, halved, split, train
 
 from tokred.data import zoo
 from tokred.models.tcformer import (
@@ -40,8 +38,6 @@ from tokred.models.tcformer import (
 )
 
 NAME = "digits_tcformer"
-TRAINING = 1400
-"""Digits to train on; the other 397 are held out."""
 CLUSTERINGS: Mapping[str, tuple[Clustering, tuple[int, ...]]] = {
     "DPC-kNN": (DPCKNN(), GLOBAL),
     "local DPC-kNN": (DPCKNN(), LOCAL),
@@ -73,57 +69,16 @@ def main() -> None:
 
 def trained(epochs: int, seed: int) -> dict[str, Tensor]:
     """The weights after so many epochs, float16."""
-    # The digits that are held out follow from this seed, here as for every other checkpoint.
-    split = torch.randperm(1797, generator=torch.Generator().manual_seed(0))
-    source = load_digits()
-    digits = torch.from_numpy(source.images).to(torch.uint8)[split][:TRAINING]
-    labels = torch.from_numpy(source.target)[split][:TRAINING]
+    digits, labels = split()[0]
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = zoo.build_tcformer()
     begin = time.perf_counter()
     draw = partial(zoo.draw, digits, generator, NAME)
-    train(model, draw, labels, epochs, generator)
+    train(model, draw, labels, epochs, generator, 2e-3, lambda p: p.ndim > 1)
     minutes = (time.perf_counter() - begin) / 60
     print(f"{minutes:.1f} minutes, {epochs} epochs, seed {seed}")
-    return {name: value.half().contiguous() for name, value in model.state_dict().items()}
-
-
-def train(
-    model: nn.Module,
-    draw: Callable[[], Tensor],
-    labels: Tensor,
-    epochs: int,
-    generator: torch.Generator,
-) -> None:
-    batch = 32
-    steps = len(labels) // batch
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim == 1]
-    optimiser = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-    )
-    cycle = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, max_lr=2e-3, total_steps=epochs * steps, pct_start=0.2
-    )
-    model.train()
-    with tqdm(total=epochs * steps, unit="step", mininterval=5) as bar:
-        for epoch in range(epochs):
-            images = draw()
-            order = torch.randperm(len(labels), generator=generator)
-            right = 0
-            for chosen in order[: steps * batch].split(batch):
-                logits = model(zoo.normalise(images[chosen]))
-                loss = F.cross_entropy(logits, labels[chosen], label_smoothing=0.05)
-                optimiser.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimiser.step()
-                cycle.step()
-                right += int((logits.argmax(1) == labels[chosen]).sum())
-                bar.update()
-            share = right / (steps * batch)
-            bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss.item():.2f}, right {share:.1%}")
+    return halved(model)
 
 
 def report(model: TCFormer) -> None:
@@ -147,12 +102,6 @@ def report(model: TCFormer) -> None:
                 f"{1e3 * ground:.1f} | {digit / ground:.2f} |"
             )
     model.clustering, model.parts = DPCKNN(), GLOBAL
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    logits = torch.cat([model(zoo.normalise(chunk)) for chunk in images.split(128)])
-    return float((logits.argmax(1) == labels).float().mean())
 
 
 @torch.no_grad()

@@ -126,3 +126,21 @@ def evit(
         out[labels[n]] = x[n]
     out[labels[fused[0]]] = token
     return labels, out
+
+
+def divprune(x: np.ndarray, num: int) -> list[int]:
+    """DivPrune: the token whose nearest other token is farthest, then again and again the token
+    that is farthest from the nearest of those taken; distances are 1 - cos."""
+    length = np.linalg.norm(x, axis=-1, keepdims=True)
+    unit = x / np.where(length == 0, 1, length)
+    everyone = range(len(x))
+
+    def apart(token: int, others: list[int]) -> float:
+        return min((1 - unit[token] @ unit[other] for other in others), default=0.0)
+
+    taken: list[int] = []
+    while len(taken) < num:
+        left = [n for n in everyone if n not in taken]
+        others = {n: taken or [m for m in everyone if m != n] for n in left}
+        taken.append(max(left, key=lambda n: (apart(n, others[n]), -n)))
+    return sorted(taken)

@@ -172,14 +172,14 @@ def test_nothing_to_look_at(plain: nn.Module, images: torch.Tensor) -> None:
 def test_a_library_that_is_too_old_does_not_stand_in_the_way_of_another(
     plain: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tokred.host import host
+    from tokred.host import find
 
     def import_module(name: str) -> object:
         if name.endswith(".timm_beit"):
             raise ImportError("no module named timm.models.beit")
         return importlib.import_module(name)
 
-    monkeypatch.setattr(host, "import_module", import_module)
+    monkeypatch.setattr(find, "import_module", import_module)
     assert "timm_vit" in tokred.hosts() and "timm_beit" not in tokred.hosts()
     tokred.apply(plain)
     with pytest.raises(tokred.UnsupportedModelError, match="timm_beit needs another version"):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import tokred
 from tokred.cli.main import main
 from tokred.data import samples, zoo
+from tokred.data.classes import class_numbers
 from tokred.measure import evaluating
 from tokred.measure.cost import Arm, peak_memory
 from tokred.measure.evaluation import Evaluation, Row, Speed
@@ -544,13 +545,13 @@ def test_a_folder_with_maps_of_classes_or_depths(tmp_path: Path) -> None:
 def test_classes_are_found_by_number_by_name_or_by_order() -> None:
     named = nn.Module()
     named.config = type("Config", (), {"label2id": {"Dog": 1, "Cat": 0}, "num_labels": 2})()  # type: ignore[assignment]
-    assert samples.class_numbers(["cat", "dog"], named, "folders") == [0, 1]
-    assert samples.class_numbers(["dog"], named, "folders") == [1]
+    assert class_numbers(["cat", "dog"], named, "folders") == [0, 1]
+    assert class_numbers(["dog"], named, "folders") == [1]
     of_ten = small("vit")
-    assert samples.class_numbers(["7", "10"], of_ten, "folders") == [7, 10]
-    assert samples.class_numbers([f"class {i}" for i in range(10)], of_ten, "f") == list(range(10))
+    assert class_numbers(["7", "10"], of_ten, "folders") == [7, 10]
+    assert class_numbers([f"class {i}" for i in range(10)], of_ten, "f") == list(range(10))
     with pytest.raises(ValueError, match=r"are 2 classes .*, and the model has 10"):
-        samples.class_numbers(["cat", "dog"], of_ten, "folders")
+        class_numbers(["cat", "dog"], of_ten, "folders")
 
 
 def test_data_that_cannot_be_is_refused(tmp_path: Path) -> None:

@@ -26,9 +26,11 @@ from torch import nn
 
 import tokred
 from tokred.cli.main import main
-from tokred.data import zoo
+from tokred.data import reading, zoo
 from tokred.measure import fid
-from tokred.measure.fid import Batch, Setting, Sweep
+from tokred.measure.fid import Sweep, SweepBatch, SweepSetting, generation
+from tokred.measure.fid import features as extraction
+from tokred.patching.denoisers import NAMED
 
 pytest.importorskip("torchmetrics")
 pytest.importorskip("accelerate")
@@ -88,9 +90,9 @@ def _patched(monkeypatch: pytest.MonkeyPatch) -> None:
         yield
         pipe.applied = 0.0
 
-    real = fid.applied
+    real = generation.applied
     monkeypatch.setattr(
-        fid,
+        generation,
         "applied",
         lambda pipe, *rest: (applied if isinstance(pipe, Pipe) else real)(pipe, *rest),
     )
@@ -208,8 +210,12 @@ def test_a_batch_that_was_half_written_keeps_its_bounds(tmp_path: Path) -> None:
     (tmp_path / FOLDERS[1] / "000001.png").unlink()
     (tmp_path / FOLDERS[1] / "000006.png").unlink()
     (tmp_path / FOLDERS[2] / "000006.png").rename(tmp_path / FOLDERS[2] / "000006.part")
-    tome, atc = Setting("tome", 0.5, 0), Setting("atc:single", 0.5, 0)
-    assert fid.plan(SWEEP, tmp_path, 4) == [Batch(tome, (1,)), Batch(tome, (6,)), Batch(atc, (6,))]
+    tome, atc = SweepSetting("tome", 0.5, 0), SweepSetting("atc:single", 0.5, 0)
+    assert fid.plan(SWEEP, tmp_path, 4) == [
+        SweepBatch(tome, (1,)),
+        SweepBatch(tome, (6,)),
+        SweepBatch(atc, (6,)),
+    ]
 
 
 def test_more_images_methods_and_keep_rates_may_be_added(tmp_path: Path) -> None:
@@ -253,6 +259,21 @@ def test_images_of_another_model_are_not_mixed(tmp_path: Path) -> None:
     file.write_text(json.dumps(pinned))
     with pytest.raises(ValueError, match=r"versions\.torch was '1\.0', and is '"):
         fid.generate(Pipe(), SWEEP, tmp_path, model="one")
+
+
+def test_a_sweep_of_a_former_version_is_refused_for_its_version(tmp_path: Path) -> None:
+    fid.generate(Pipe(), SWEEP, tmp_path)
+    file = tmp_path / "sweep.json"
+    pinned = json.loads(file.read_text())
+    assert pinned["weights"]["denoiser"].startswith("2:")
+    pinned["versions"]["tokred"] = "0.7.0"
+    pinned["weights"]["denoiser"] = "0123456789abcdef"  # which cannot be compared
+    file.write_text(json.dumps(pinned))
+    with pytest.raises(
+        ValueError, match=r"another sweep: versions\.tokred was '0\.7\.0', and is "
+    ) as no:
+        fid.generate(Pipe(), SWEEP, tmp_path)
+    assert "weights" not in str(no.value)
 
 
 def test_shares_are_everything_once_and_alike(tmp_path: Path) -> None:
@@ -305,7 +326,7 @@ def reference(tmp_path: Path) -> Path:
     return folder
 
 
-def scored(sweep: Sweep, out: Path, reference: Path, **options: Any) -> fid.Scores:
+def scored(sweep: Sweep, out: Path, reference: Path, **options: Any) -> fid.SweepScores:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "[0-9]+ images for 8 features")
         return fid.score(sweep, out, reference, Means(), **options)
@@ -343,8 +364,10 @@ def test_features_are_kept_until_files_or_the_extractor_change(
     tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, looks = tmp_path / "out", []
-    read = fid._read
-    monkeypatch.setattr(fid, "_read", lambda paths, size: looks.append(1) or read(paths, size))
+    read = extraction._read
+    monkeypatch.setattr(
+        extraction, "_read", lambda paths, size: looks.append(1) or read(paths, size)
+    )
     fid.generate(Pipe(), SWEEP, out)
     first = scored(SWEEP, out, reference)
     before = len(looks)
@@ -373,14 +396,41 @@ def test_a_reference_of_other_sizes_is_cut_and_resized(tmp_path: Path, reference
 
 
 def test_a_reference_may_be_the_first_of_every_folder(tmp_path: Path, reference: Path) -> None:
-    chosen = fid.pictures_in(reference, 3)
+    chosen = fid.reference_pictures(reference, 3)
     assert [str(file.relative_to(reference)) for file in chosen] == [
         f"{kind}/{number}.png" for kind in "ab" for number in range(3)
     ]
     with pytest.raises(ValueError, match="at least 11 pictures"):
-        fid.pictures_in(reference, 11)
+        fid.reference_pictures(reference, 11)
     with pytest.raises(ValueError, match="holds 0 pictures"):
-        fid.pictures_in(tmp_path / "nowhere")
+        fid.reference_pictures(tmp_path / "nowhere")
+
+
+def test_a_reference_has_no_hidden_files_and_every_format(tmp_path: Path) -> None:
+    grey = Image.new("L", (8, 8), 100)
+    for name in ("a.png", "b.tif", "c.TIFF", "d.jpg", "deep/e.webp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        grey.save(tmp_path / name)
+    for name in ("._a.png", ".hidden/f.png", "__MACOSX/g.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"no picture")
+    (tmp_path / "folder.png").mkdir()
+    found = fid.reference_pictures(tmp_path)
+    names = ["a.png", "b.tif", "c.TIFF", "d.jpg", "deep/e.webp"]
+    assert [str(file.relative_to(tmp_path)) for file in found] == names
+    assert found == reading.pictures_in(tmp_path)
+
+
+def test_a_reference_is_decoded_as_all_pictures_are(tmp_path: Path) -> None:
+    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    Image.fromarray(pixels).save(tmp_path / "8.png")
+    Image.fromarray(pixels.astype(np.uint16) * 257).save(tmp_path / "16.tif")
+    turned = Image.fromarray(np.rot90(pixels).copy())
+    exif = turned.getexif()
+    exif[0x0112] = 6  # to be turned clockwise
+    turned.save(tmp_path / "turned.png", exif=exif)
+    images = extraction._read(reading.pictures_in(tmp_path), (8, 8))
+    assert (images == torch.from_numpy(pixels)).all()
 
 
 def test_what_is_missing_is_not_scored(tmp_path: Path, reference: Path) -> None:
@@ -443,7 +493,7 @@ def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
 
 def test_methods_are_spelled_as_calls() -> None:
     assert tokred.reducers.parse("tome") == tokred.ToMe()
-    assert tokred.reducers.parse("tome", fid.NAMED) == tokred.ToMe2d()
+    assert tokred.reducers.parse("tome", NAMED) == tokred.ToMe2d()
     assert tokred.reducers.parse("atc:single") == tokred.ATC(linkage="single")
     assert tokred.reducers.parse("atc:backend=numba") == tokred.ATC(backend="numba")
     assert tokred.reducers.parse("slic:grid=(4,6),tau=5.0") == tokred.SLIC((4, 6), tau=5.0)

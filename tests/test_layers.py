@@ -6,7 +6,6 @@ import ast
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,62 +14,14 @@ from tokred.host import hosts, library_of
 from tokred.moved import MOVED
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "docs" / "extensions"))
+from architecture import DRAWING, RANK, circle, drawing, edges, files, imports, room, rooms  # noqa: E402
+
 HOSTS = {"timm", "transformers", "diffusers", "torchvision", "open_clip"}
-RANK = {
-    "maps": 0, "schedule": 0, "optional": 0, "gates": 0, "grids": 0, "kernels": 0, "moved": 0,
-    "reducers": 1, "reconstruction": 1,
-    "engine": 2, "models": 2,
-    "host": 3,
-    "patching": 4,
-    "data": 5,
-    "measure": 6,
-    "show": 7,
-    "training": 8,
-    "cli": 9, "compat": 9, "__init__": 9, "__main__": 9,
-}  # fmt: skip
-"""Rooms of the house. A room imports itself, and rooms of no higher rank."""
 DISCOVERY = {"moved.py", "find.py", "registry.py"}
-"""The files that import other files of tokred by computed names: former paths, patches, methods."""
-FILES = sorted(
-    file
-    for file in (ROOT / "tokred").rglob("*.py")
-    if "patches" not in file.relative_to(ROOT).parts
-)
+"""The files that import others by computed names: former paths, patches, and methods."""
+FILES = files()
 PATCHES = sorted((ROOT / "patches").glob("[a-z]*.py"))
-
-
-def imports(file: Path, inside: bool = True) -> set[str]:
-    """Full names of what a file imports; without `inside`, of what it imports when it is loaded."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text())) if inside else loaded(file):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
-    return found
-
-
-def loaded(file: Path) -> Iterator[ast.stmt]:
-    """The statements that run when a file is loaded, without those for type checkers."""
-    left = list(ast.parse(file.read_text()).body)
-    while left:
-        node = left.pop()
-        yield node
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            continue
-        for name in ("body", "orelse", "finalbody"):
-            if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
-                left += getattr(node, name, [])
-
-
-def room(file: Path) -> str:
-    return file.relative_to(ROOT / "tokred").parts[0].removesuffix(".py")
-
-
-def name_of(file: Path) -> str:
-    parts = file.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def shown(file: Path) -> str:
@@ -97,47 +48,16 @@ def test_every_room_has_a_rank() -> None:
     assert {room(file) for file in FILES} == RANK.keys()
 
 
-def edges(inside: bool = False) -> dict[str, set[str]]:
-    """Which file of tokred imports which, when it is loaded (or at any time)."""
-    names = {name_of(file) for file in FILES}
-    found: dict[str, set[str]] = {}
-    for file in FILES:
-        own = (imports(file, inside) & names) - {name_of(file)}
-        # `from package import file` means the file.
-        meant = {name for name in own if not any(other.startswith(f"{name}.") for other in own)}
-        found[name_of(file)] = meant
-    return found
-
-
-def circle(graph: dict[str, set[str]]) -> list[str] | None:
-    """One circle of a graph; None if there is none."""
-    done: set[str] = set()
-
-    def walk(node: str, trail: list[str]) -> list[str] | None:
-        if node in trail:
-            return [*trail[trail.index(node) :], node]
-        if node in done:
-            return None
-        for other in sorted(graph.get(node, ())):
-            found = walk(other, [*trail, node])
-            if found:
-                return found
-        done.add(node)
-        return None
-
-    return next(filter(None, (walk(node, []) for node in sorted(graph))), None)
-
-
 def test_no_files_import_each_other_in_a_circle() -> None:
     assert circle(edges()) is None
 
 
 def test_no_rooms_import_each_other_in_a_circle() -> None:
-    rooms: dict[str, set[str]] = {}
-    for file, others in edges(inside=True).items():
-        here, *there = (f"{name}.__init__".split(".")[1] for name in (file, *others))
-        rooms.setdefault(here, set()).update({*there} - {here})
-    assert circle(rooms) is None
+    assert circle(rooms()) is None
+
+
+def test_the_drawing_of_the_house_is_that_of_the_code() -> None:
+    assert DRAWING.read_text() == drawing(), "run `python docs/extensions/architecture.py`"
 
 
 def test_only_discovery_imports_by_computed_names() -> None:
@@ -210,17 +130,28 @@ def test_a_kernel_knows_maps_and_other_kernels_alone(file: Path) -> None:
     assert all(name.startswith(("tokred.kernels", "tokred.maps")) for name in ours)
 
 
-def test_importing_tokred_loads_neither_hosts_nor_scipy() -> None:
+def loaded_by(module: str) -> set[str]:
+    """The modules that importing one of ours loads, in a new process that has torch already."""
     program = (
-        "import torch, sys\nbefore = set(sys.modules)\nimport tokred\n"
-        "print(*{name.split('.')[0] for name in set(sys.modules) - before})"
+        "import sys, torch\nbefore = set(sys.modules)\n"
+        f"import {module}\nprint(*(set(sys.modules) - before))"
     )
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    loaded = set(run.stdout.split())
-    assert "tokred" in loaded
-    assert not loaded & (HOSTS | {"scipy", "matplotlib", "PIL", "safetensors", "tqdm", "numba"})
+    return set(run.stdout.split())
+
+
+def test_importing_tokred_loads_neither_hosts_nor_compilers() -> None:
+    loaded = loaded_by("tokred")
+    assert {"tokred", "tokred.reducers.tome", "tokred.reducers.atc"} <= loaded
+    assert not {name.split(".")[0] for name in loaded} & {
+        *HOSTS, "scipy", "matplotlib", "PIL", "safetensors", "tqdm", "numba", "triton", "sympy",
+        "profile", "cProfile",
+    }  # fmt: skip
+    # Half of the time that importing torch takes, if they are loaded.
+    parts = ("torch._dynamo", "torch._inductor", "torch._export", "torch.utils.flop_counter")
+    assert not {name for name in loaded if name.startswith(parts)}
 
 
 def test_a_patch_is_not_imported_from_the_source_folder() -> None:

@@ -8,12 +8,13 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from references import cut, renumber
+from references import divprune as slow_divprune
 from references import evit as slow_evit
 from references import tome as slow_tome
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import pdist
 
-from tokred.reducers import Tokens, atc, evit, random, tome
+from tokred.reducers import Tokens, atc, divprune, evit, random, tome
 
 shapes = st.tuples(st.integers(1, 3), st.integers(2, 40), st.integers(1, 8), st.integers(0, 2**31))
 
@@ -164,3 +165,55 @@ def test_evit_equals_the_slow_loop(
     # What is copied up merges into the same again, also where shares do not add up to 1.
     again = ours.down(ours.up(down), tokens.size)
     torch.testing.assert_close(again, down, rtol=1e-5, atol=1e-6)
+
+
+@given(shapes, st.floats(0, 1))
+@settings(deadline=None)
+def test_divprune_equals_the_slow_loop(shape: tuple[int, int, int, int], share: float) -> None:
+    batch, num, dim, seed = shape
+    assume(dim > 1)  # in one dimension every cosine is 1 or -1, and ties are up to rounding
+    x = features(batch, num, dim, seed)
+    keep = 1 + round(share * (num - 1))
+    ours = divprune.select(x, keep)
+    assert ours.tolist() == [slow_divprune(sample.numpy(), keep) for sample in x]
+
+
+def test_divprune_takes_one_of_each_kind_before_a_second_of_any() -> None:
+    kinds = torch.eye(4).repeat(3, 1)[None]  # four kinds, three times each
+    assert divprune.select(kinds, 4).tolist() == [[0, 1, 2, 3]]
+    assert divprune.select(kinds, 6).tolist() == [[0, 1, 2, 3, 4, 5]]
+
+
+def test_divprune_begins_with_the_token_that_nothing_resembles() -> None:
+    angle = torch.tensor([0.0, 0.1, 0.2, 2.0, 0.3])
+    circle = torch.stack([angle.cos(), angle.sin()], -1)[None]
+    assert divprune.select(circle, 1).tolist() == [[3]]
+    assert divprune.select(circle, 2).tolist() == [[0, 3]]
+    assert divprune.select(circle, 3).tolist() == [[0, 3, 4]]
+
+
+def test_divprune_does_not_depend_on_the_length_of_a_token_or_on_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = torch.randn(5, 20, 6)
+    scaled = x * torch.randint(-3, 4, (5, 20, 1)).float().exp2()
+    whole = divprune.select(x, 7)
+    assert torch.equal(whole, divprune.select(scaled, 7))
+    monkeypatch.setattr(divprune, "_AT_ONCE", 800)
+    assert torch.equal(whole, divprune.select(x, 7))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0])
+def test_divprune_takes_every_token_once_whatever_is_in_it(bad: float) -> None:
+    x = torch.randn(2, 9, 5)
+    x[:, 3] = bad
+    x[1, 5, 2] = bad
+    for num in (1, 4, 8, 9):
+        for row in divprune.select(x, num).tolist():
+            assert row == sorted(set(row)) and len(row) == num
+
+
+@pytest.mark.parametrize("num", [0, 6])
+def test_divprune_names_the_possible_numbers(num: int) -> None:
+    with pytest.raises(ValueError, match=rf"num must be in \[1, 5\] for 5 tokens, not {num}"):
+        divprune.select(torch.randn(1, 5, 3), num)

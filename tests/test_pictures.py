@@ -16,9 +16,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import tokred
+from tokred import training
 from tokred.cli.main import main
 from tokred.data import pictures, zoo
-from tokred.training import training
+from tokred.training import checkpoints
 
 pytest.importorskip("accelerate")
 
@@ -26,7 +27,7 @@ pytest.importorskip("accelerate")
 @pytest.fixture(autouse=True)
 def _plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "bundled" not in request.node.name:  # drawing takes longer than the training
-        monkeypatch.setattr(training, "plot", lambda out: None)
+        monkeypatch.setattr(checkpoints, "plot", lambda out: None)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tokred.data import samples
+from tokred.data.classes import class_numbers
 
 Picture = Image.Image
 
@@ -91,14 +92,14 @@ def test_what_was_held_out_is_taken_with_the_classes_of_training(tmp_path: Path)
 def test_folders_are_classes_by_any_of_their_names() -> None:
     tench = {0: "tench, Tinca tinca", 1: "crane", 2: "great white shark, white shark", 3: "crane"}
     model = named(id2label=tench, label2id=None, num_labels=4)
-    assert samples.class_numbers(["Tinca_tinca", "White shark"], model, "folders") == [0, 2]
+    assert class_numbers(["Tinca_tinca", "White shark"], model, "folders") == [0, 2]
     # In the order of id2label, not of the alphabet.
     model = named(id2label={0: "dog", 1: "cat"}, label2id=None, num_labels=2)
-    assert samples.class_numbers(["cat", "dog"], model, "folders") == [1, 0]
+    assert class_numbers(["cat", "dog"], model, "folders") == [1, 0]
     with pytest.raises(ValueError, match=r"partly as the model's classes \('cat'\).*\('dogs'\)"):
-        samples.class_numbers(["cat", "dogs"], model, "folders")
+        class_numbers(["cat", "dogs"], model, "folders")
     of_imagenet = named(num_labels=1000)
-    assert samples.class_numbers(["n01443537", "n01440764"], of_imagenet, "folders") == [1, 0]
+    assert class_numbers(["n01443537", "n01440764"], of_imagenet, "folders") == [1, 0]
 
 
 @pytest.mark.parametrize("kind", ["labels", "annotations"])

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import tokred
+import tokred.grids
 from tokred.reducers import Tokens, slic
 from tokred.reducers.slic import SLIC, Bilinear, Nearest
 
@@ -91,7 +92,7 @@ def test_how_the_grid_is_cut_into_tiles_makes_no_difference(
     x = maps(2, (13, 17), 4, 0)
     at_first = slic.cluster(x, (9, 10))
     for side in ((1, 1), (2, 3), (4, 4), (9, 7), (9, 10)):
-        monkeypatch.setattr(slic, "_best_side", lambda *_, side=side: side)
+        monkeypatch.setattr(tokred.grids, "_best_side", lambda *_, side=side: side)
         torch.testing.assert_close(slic.cluster(x, (9, 10)), at_first)
 
 
@@ -200,7 +201,7 @@ def test_samples_are_apart_and_windows_too_however_many_are_done_at_once(
         torch.testing.assert_close(together[b], slic.cluster(alone, (14, 14))[0])
     order = torch.tensor([3, 0, 4, 1, 2])
     torch.testing.assert_close(slic.cluster(x[order], (14, 14)), together[order])
-    monkeypatch.setattr(slic, "_at_once", lambda *_: 2)
+    monkeypatch.setattr(tokred.grids, "_at_once", lambda *_: 2)
     torch.testing.assert_close(slic.cluster(x, (14, 14)), together)
 
 

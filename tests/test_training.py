@@ -3,6 +3,7 @@ leave; many processes train as one does."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -24,11 +25,12 @@ from torch.testing import assert_close
 from training_run import STEPS_PER_EPOCH, Digits, curve, recipe, reduced, run, small_vit
 
 import tokred
-from tokred.data import zoo
+from tokred import training
+from tokred.data import processes, zoo
 from tokred.models.segmenter import LinearDecoder, Segmenter
-from tokred.training import losses, training
+from tokred.patching import reduction_of
+from tokred.training import Noise, Recipe, checkpoints, fit, losses, optimiser
 from tokred.training.losses import cross_entropy, kl_loss, rate_loss, token_loss
-from tokred.training.training import Noise, Recipe, fit
 
 pytest.importorskip("accelerate")
 
@@ -38,7 +40,7 @@ METHODS = ["none", "tome", "svit", "dynamicvit"]
 @pytest.fixture(autouse=True)
 def _plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "gates_learn" not in request.node.name:  # drawing takes longer than most trainings
-        monkeypatch.setattr(training, "plot", lambda out: None)
+        monkeypatch.setattr(checkpoints, "plot", lambda out: None)
 
 
 # Losses
@@ -156,17 +158,18 @@ def test_many_processes_have_the_losses_and_gradients_of_one(
     loss(slice(0, 4), whole).backward()
     halves = [slice(0, 2), slice(2, 4)]
     grads, terms = [], []
-    monkeypatch.setattr(losses, "processes", lambda: 2)
+    monkeypatch.setattr(processes, "_distributed", lambda: True)
+    monkeypatch.setattr(processes.dist, "get_world_size", lambda: 2)
     for mine, other in (halves, halves[::-1]):
         arriving = iter([(mask[other] * weights).mean(), counted[other].sum()])
-        monkeypatch.setattr(losses.dist, "all_reduce", lambda x, a=arriving: x.add_(next(a)))
+        monkeypatch.setattr(processes.dist, "all_reduce", lambda x, a=arriving: x.add_(next(a)))
         w = weights.clone().requires_grad_()
         term = loss(mine, w)
         term.backward()
         grads.append(w.grad)
         terms.append(term.detach())
     assert_close(sum(grads) / 2, whole.grad)
-    monkeypatch.setattr(losses, "processes", lambda: 1)
+    monkeypatch.setattr(processes, "_distributed", lambda: False)
     assert_close(sum(terms) / 2, loss(slice(0, 4), weights))
 
 
@@ -230,7 +233,7 @@ def test_fine_tuning_with_merged_tokens_lowers_the_loss(method: str, tmp_path: P
 def test_a_frozen_model_stays_as_it_is_to_the_bit(method: str, tmp_path: Path) -> None:
     model = reduced(method, dropout=0.5)
     model.head.bias.requires_grad_(False)
-    reduction = training.reduction_of(model)
+    reduction = reduction_of(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     gates = {name: value.clone() for name, value in reduction.gates.state_dict().items()}
     fit(model, Digits(), recipe(method, frozen=True), tmp_path / "a", bar=False)
@@ -250,11 +253,11 @@ def test_a_frozen_model_stays_as_it_is_to_the_bit(method: str, tmp_path: Path) -
 
 def test_gates_learn_to_keep_what_they_should(tmp_path: Path) -> None:
     model = reduced("svit")
-    for gate in training.reduction_of(model).gates.values():
+    for gate in reduction_of(model).gates.values():
         nn.init.constant_(gate.fc2.bias, 0.0)  # a half each, at first
     options = recipe("svit", frozen=True, epochs=12, gate_lr=2e-2, rate=20.0)
     fitted = fit(model, Digits(), options, tmp_path, validate=Digits(), bar=False)
-    targets = training.reduction_of(model).targets
+    targets = reduction_of(model).targets
     first, last = curve(tmp_path)[0], fitted.last
     for layer, target in targets.items():
         assert abs(last[f"kept_{layer}"] - target) < 0.06 or (
@@ -286,12 +289,12 @@ def test_somebody_elses_accelerator_stays_what_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize("samples", [0, 26])
 def test_in_the_end_gates_keep_their_targets(samples: int, tmp_path: Path) -> None:
     model, data = reduced("svit"), Digits()
-    for gate in training.reduction_of(model).gates.values():
+    for gate in reduction_of(model).gates.values():
         nn.init.constant_(gate.fc2.bias, 0.0)
         gate.fc2.bias.data[0] = 2.0  # likely all kept, by lot and otherwise
     recipe_of = recipe("svit", frozen=True, epochs=1, gate_lr=1e-4, calibrate=samples)
     fit(model, data, recipe_of, tmp_path, bar=False)
-    targets = training.reduction_of(model).targets
+    targets = reduction_of(model).targets
     trace = tokred.inspect(model.eval(), data.images)
     missed = [
         abs(sum(stage.counts) / len(data) / 49 - targets[stage.layer]) for stage in trace.stages
@@ -385,7 +388,7 @@ def test_pixels_are_trained_too_with_a_loss_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["svit", "dynamicvit", "ats", "topk"])
 def test_tokens_are_counted_layer_by_layer(method: str) -> None:
     model, images = reduced(method), Digits(5).images
-    reduction = training.reduction_of(model)
+    reduction = reduction_of(model)
     with torch.no_grad(), reduction.recording() as records:
         model(images)
     used = training.usage(records, reduction.layout, 5)
@@ -422,7 +425,7 @@ def test_learning_rates_rise_in_a_line_and_fall_as_a_cosine(tmp_path: Path) -> N
 
 
 def test_biases_and_what_the_model_names_are_not_decayed() -> None:
-    groups = training._groups(training.Trained(small_vit(), None), recipe(weight_decay=0.1))
+    groups = optimiser.groups(training.Trained(small_vit(), None), recipe(weight_decay=0.1))
     spared = [p for group in groups if group["weight_decay"] == 0 for p in group["params"]]
     decayed = [p for group in groups if group["weight_decay"] == 0.1 for p in group["params"]]
     assert all(p.ndim > 1 for p in decayed) and len(decayed) == 4 * 4 + 2
@@ -479,6 +482,29 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "log.csv").read_bytes() == log
 
 
+def test_a_training_that_version_0_7_began_goes_on(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"method": "svit", "frozen": True, "epochs": 1}
+    run(tmp_path, **options)
+    file = tmp_path / "recipe.json"
+    pinned = json.loads(file.read_text())
+    # What it wrote: names, shapes and the first 64 values of all weights.
+    digest = hashlib.sha256()
+    for name, value in reduced("svit").state_dict().items():
+        digest.update(
+            f"{name} {tuple(value.shape)}".encode() + value.flatten()[:64].numpy().tobytes()
+        )
+    file.write_text(json.dumps({**pinned, "weights": digest.hexdigest()[:16]}))
+    assert run(tmp_path, **options).resumed == STEPS_PER_EPOCH
+    assert json.loads(file.read_text()) == pinned
+    file.write_text(json.dumps({**pinned, "weights": "0123456789abcdef"}))
+    other = reduced("svit")
+    changes = recipe("svit", frozen=True, epochs=1)
+    fails("weights was '0123456789abcdef', and is '2:", other, Digits(), changes, tmp_path)
+    file.write_text(json.dumps(pinned))
+    other.pos_embed.data[0, -1, -1] += 1e-6
+    fails("weights was '2:", other, Digits(), changes, tmp_path)
+
+
 def test_labels_out_of_range_are_named(tmp_path: Path) -> None:
     model = small_vit(classes=5)
     fails("labels must be 0 to 4, as the model has 5 classes", model, Digits(), recipe(), tmp_path)
@@ -531,8 +557,8 @@ def program(out: Path, processes: int = 1, **options: Any) -> subprocess.Complet
 def test_two_processes_have_the_curve_of_one(
     method: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    for processes in (1, 2):
-        done = program(tmp_path / str(processes), processes, method=method, **changes)
+    for number in (1, 2):
+        done = program(tmp_path / str(number), number, method=method, **changes)
         assert done.returncode == 0, done.stderr[-2000:]
     one, two = curve(tmp_path / "1"), curve(tmp_path / "2")
     assert len(one) == len(two) == 2 * STEPS_PER_EPOCH

@@ -29,7 +29,7 @@ from test_patching import traces
 from torch import Tensor, nn
 
 import tokred
-from tokred.engine import windows
+from tokred.engine import passing, windows
 from tokred.host import find_host
 from tokred.patching import hang, reduction_of
 from tokred.reducers import Tokens
@@ -323,7 +323,7 @@ class Watched:
     def _see(self, block: nn.Module, args: tuple[Any, ...]) -> None:
         self.before.append(args[0])
         if self.reduction is not None:
-            self.states.append(self.reduction.riding(args[0]))
+            self.states.append(self.reduction.memory.ridden(args[0]))
 
     def _take(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.behind.append(output[0] if isinstance(output, tuple) else output)
@@ -381,7 +381,7 @@ def test_masks_are_those_of_the_smaller_windows(host: Swin, shifted: bool) -> No
     tokens = host.tokens(x).expand(43, -1, -1).clone()
     tokens[torch.arange(42), torch.arange(42)] += torch.randn(42, tokens.shape[-1]).double()
     copies = host.like(tokens, x)
-    reduction.carry(copies, seen.states[layer])
+    passing.carry(reduction, copies, seen.states[layer])
     y = host.tokens(host.run(block, copies, GRID))
     # By the token that sees, and the one that is seen; less is a matter of rounding.
     changed = ((y[:42] - y[42:]).abs() > 1e-12).any(2).T

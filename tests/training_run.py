@@ -20,9 +20,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import tokred
+from tokred import training
 from tokred.data import zoo
-from tokred.training import training
-from tokred.training.training import Fitted, Recipe
+from tokred.training import Fitted, Recipe
 
 STEPS_PER_EPOCH = 3
 

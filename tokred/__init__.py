@@ -22,9 +22,11 @@ from tokred.moved import former, keep_former_paths
 from tokred.patching import applied, apply, remove
 from tokred.patching.citing import cite
 from tokred.patching.presets import Preset, presets
+from tokred.reconstruction import Bilinear, Nearest
 from tokred.reducers import names as methods
 from tokred.reducers.atc import ATC
 from tokred.reducers.ats import ATS
+from tokred.reducers.divprune import DivPrune
 from tokred.reducers.dpc_knn import DPCKNN
 from tokred.reducers.dynamicvit import DynamicViT
 from tokred.reducers.evit import EViT
@@ -32,7 +34,7 @@ from tokred.reducers.kmedoids import KMedoids
 from tokred.reducers.mutual import Mutual
 from tokred.reducers.pitome import PiToMe
 from tokred.reducers.random import Random
-from tokred.reducers.slic import SLIC, Bilinear, Nearest
+from tokred.reducers.slic import SLIC
 from tokred.reducers.svit import SViT
 from tokred.reducers.todo import ToDo
 from tokred.reducers.tome import ToMe
@@ -57,6 +59,7 @@ __all__ = [
     "Constant",
     "DenoiserTrace",
     "Denoising",
+    "DivPrune",
     "DynamicViT",
     "EViT",
     "Evaluation",

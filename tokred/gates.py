@@ -22,7 +22,7 @@ Gates = str | Path | nn.ModuleDict
 """Where the weights of a learned method come from: a file, or the modules themselves."""
 
 TINY = 1e-30
-"""What a pruned key counts, by `log_mask`."""
+"""The weight of a pruned key in `log_mask`, in place of 0."""
 
 
 def straight_through(
@@ -35,8 +35,9 @@ def straight_through(
     section 2.2).
 
     Args:
-        logits: channel 0 speaks for keeping a token, channel 1 against it.
-        noise: Gumbel noise, see `gumbel`; none, and the larger logit decides (on equals, against).
+        logits: channel 0 for keeping a token, channel 1 against it.
+        noise: Gumbel noise, see `gumbel`. Without it, the larger logit decides; if both are equal,
+            the token is not kept.
         temperature: of the softmax whose gradient is taken.
     """
     if noise is not None:
@@ -61,14 +62,15 @@ def gumbel(
 
 
 def log_mask(mask: Float[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens"]:
-    """What to add to logits of attention so that pruned keys count for nothing, differentiably.
+    """What to add to the logits of attention so that pruned keys get no weight, differentiably.
 
     Softmax then weighs key j by m_j exp(a_j) / sum_k m_k exp(a_k) (Rao et al., DynamicViT, NeurIPS
-    2021, equation 11). With m = 0 in earnest no gradient would tell what a pruned token might have
-    been good for; 1e-30 in its place is far below rounding in the sum, and the gradient is right.
+    2021, equation 11). With m exactly 0, no gradient would say whether a pruned token had been
+    useful. So 1e-30 takes its place: in the sum it is lost in rounding, and the gradient is right.
 
-    It has no bound, though: a pruned key that queries like much better than all that are kept
-    would outweigh every other loss. So it is cut to the largest of those of the image's kept keys.
+    This gradient has no bound: where the attention logit of a pruned key is much higher than those
+    of the kept keys, it would outweigh every other loss. So the gradient of a pruned key is clipped
+    to the largest gradient among the image's kept keys.
     """
     logarithm: Tensor = _LogMask.apply(mask)
     return logarithm
@@ -105,7 +107,7 @@ def write(
         path: the file.
         gates: the modules.
         method: the short name of the method.
-        shares: of every layer, the share of the tokens that were to be kept.
+        shares: for every layer, the share of the tokens that the gates were trained to keep.
         width: the dimension of the tokens.
     """
     save_file = require("safetensors.torch", "train").save_file
@@ -155,7 +157,7 @@ def fill(
     Args:
         gates: the modules.
         tensors: their weights, by name.
-        where: what to call them in an error.
+        where: the name of their source, for error messages.
 
     Raises:
         ValueError: they are for other layers or another width, or are not finite.

@@ -6,7 +6,7 @@ A map has two directions, named for what happens to the number of tokens:
     up     [batch, coarse, dim] -> [batch, fine, dim]
 
 Maps know nothing of models, layers or methods. Prefix tokens (class, distillation, register
-tokens) are kept out of them; see `tokred.run`.
+tokens) are kept out of them; see `tokred.engine`.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class TokenMap(Protocol):
         ...
 
     def representatives(self) -> Int[Tensor, "batch coarse"]:
-        """A fine token for each coarse one to take the place of: its first member. (For padding,
-        any.)"""
+        """For each coarse token, the fine token whose place it takes: its first member. (For
+        padding, any token.)"""
         ...
 
 
@@ -117,7 +117,8 @@ class Clusters:
     def _sum_in_bags(
         self, x: Float[Tensor, "batch fine dim"], share: Float[Tensor, "batch fine"]
     ) -> Float[Tensor, "batch coarse dim"]:
-        """The same sums on the CPU: up to 2.5 times as fast in float32, up to 20 in bfloat16."""
+        """The same sums on the CPU, up to 2.5 times as fast in float32 and up to 20 times as fast
+        in bfloat16."""
         batch, fine, _ = x.shape
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         by_group = self.index.argsort(dim=1, stable=True)
@@ -135,7 +136,7 @@ class Clusters:
     def _sum_by_product(
         self, x: Float[Tensor, "batch fine dim"], share: Float[Tensor, "batch fine"]
     ) -> Float[Tensor, "batch coarse dim"]:
-        """The same sums without any addition in place."""
+        """The same sums as a matrix product, without additions in place."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         coarse = torch.arange(self.num_coarse, device=x.device)
         member = self.index[:, None, :] == coarse[:, None]
@@ -163,7 +164,7 @@ class Clusters:
         return first.scatter_reduce(1, self.index, position, "amin")
 
     def then(self, other: Clusters) -> Clusters:
-        """Where the members of this map end up after `other`, as one map (without shares)."""
+        """This map, and then `other`, as one map (without shares)."""
         index = other.index.gather(1, self.index)
         return Clusters(index, other.num_coarse, ragged=other.ragged)
 
@@ -174,8 +175,8 @@ class Kept:
 
     Attributes:
         index: `index[b, m]` is the fine token that coarse token `m` of sample `b` is; rising.
-        counts: how many tokens each sample keeps, where they differ: the first so many of its
-            row in `index` are meant, the others are padding.
+        counts: the number of tokens that each sample keeps, if samples differ: that many entries at
+            the start of its row of `index` are kept, the others are padding.
     """
 
     merges: ClassVar[bool] = False
@@ -216,7 +217,7 @@ class Kept:
         return total if self.counts is None else total * self._meant()
 
     def labels(self) -> Int[Tensor, "batch fine"]:
-        # One column more, for padding to go into.
+        # One more column, which padding is written to.
         none = self.index.new_full((self.index.shape[0], self.num_fine + 1), -1)
         number = torch.arange(self.num_coarse, device=self.index.device)
         index = self.index
@@ -234,12 +235,12 @@ class Kept:
 
 @dataclass(frozen=True)
 class Weighted:
-    """Reconstruction: the way down of another map, and a way up of its own.
+    """Reconstruction: `down` is that of another map, `up` makes each token of several coarse ones.
 
     Attributes:
-        coarse: the map whose way down this is.
-        index: the coarse tokens that each fine token is made of, for every sample or for all.
-        weight: how much of each; those of a fine token add up to 1.
+        coarse: the other map.
+        index: the coarse tokens that each fine token is made of, for each sample or one for all.
+        weight: their weights; those of a fine token add up to 1.
     """
 
     merges: ClassVar[bool] = True
@@ -282,16 +283,16 @@ def side_by_side(
     parts: Sequence[tuple[Int[Tensor, " _rows"], Int[Tensor, "_rows _tokens"], TokenMap | None]],
     size: Float[Tensor, "batch fine"],
 ) -> TokenMap:
-    """One map of a batch whose samples were mapped apart.
+    """One map for a batch, from maps for parts of it.
 
     Args:
-        parts: groups of samples that are alike: which samples of the batch these are; which of
-            their tokens are meant, rising (the others are padding); and the map of those, None if
-            they stay as they are.
+        parts: groups of samples with the same number of tokens. Of each group: the samples; the
+            tokens of each sample that are no padding, in rising order; and the map of those tokens,
+            None if they stay as they are.
         size: how many original tokens each fine one stands for; 0 for padding.
 
     Raises:
-        TypeError: the maps are not all of one kind, of the two that this file has.
+        TypeError: the maps are neither all `Clusters` nor all `Kept`.
     """
     maps = [part for _, _, part in parts if part is not None]
     if all(isinstance(part, Kept) for part in maps):
@@ -336,6 +337,11 @@ def _counted(like: Int[Tensor, "rows tokens"]) -> Int[Tensor, "rows tokens"]:
     return torch.arange(like.shape[1], device=like.device).expand_as(like)
 
 
+def wide(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The same in at least float32: squares of float16 overflow, and its long sums are inexact."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def in_order_of_first_member(labels: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
     """The same partition, its groups numbered from 0 in the order of their first tokens.
 
@@ -352,8 +358,8 @@ def in_order_of_first_member(labels: Int[Tensor, "batch tokens"]) -> Int[Tensor,
 def ranked(score: Shaped[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
     """The tokens of every sample by falling score; of equals the one with the lower index first."""
     if torch.onnx.is_in_onnx_export():
-        # ONNX knows no stable sort by that name; its TopK is one ("the element with the lower index
-        # will appear first").
+        # ONNX has no stable sort. But this becomes TopK there, which is stable ("the element with
+        # the lower index will appear first").
         return score.argsort(dim=-1, descending=True)
     return score.argsort(dim=-1, descending=True, stable=True)
 
@@ -371,7 +377,7 @@ def blend(
     index: Int[Tensor, "batch_or_1 fine nearest"],
     weight: Float[Tensor, "batch_or_1 fine nearest"],
 ) -> Float[Tensor, "batch fine dim"]:
-    """Sums of the tokens at `index`, weighted, in at least float32."""
+    """Weighted sums of the tokens at `index`, computed in float32 at least."""
     batch, (fine, nearest) = y.shape[0], index.shape[1:]
     rows = _rows(index.expand(batch, -1, -1).flatten(1), y.shape[1])
     wide = y.flatten(0, 1).to(torch.promote_types(y.dtype, torch.float32))
@@ -381,6 +387,6 @@ def blend(
 
 
 def _rows(index: Int[Tensor, "batch tokens"], num: int) -> Int[Tensor, " rows"]:
-    """Where the tokens at `index` stand when samples of `num` tokens are put end to end."""
+    """The positions of the tokens at `index` when samples of `num` tokens are laid end to end."""
     offset = torch.arange(index.shape[0], device=index.device)[:, None] * num
     return (index + offset).flatten()

@@ -103,7 +103,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Linear:
-    """Removes ever fewer tokens (or ever more), in a straight line over the layers.
+    """Removes fewer tokens in every layer than in the one before (or more), along a straight line.
 
     Layer l of L removes floor(low + l * (high - low) / (L - 1)) tokens, at most half of what is
     left, with low = floor(merges * (1 - inflection)) and high = 2 * merges - low. The default is
@@ -114,7 +114,7 @@ class Linear:
 
     Args:
         merges: tokens removed per layer, on average before rounding down.
-        inflection: -1 falls from 2 * merges to nothing, 0 is constant, 1 rises from nothing.
+        inflection: -1 falls from 2 * merges to 0, 0 is constant, 1 rises from 0 to 2 * merges.
     """
 
     merges: int
@@ -141,7 +141,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Hourglass:
-    """Runs some layers in the middle with few tokens, and those before and behind with all.
+    """Runs some layers in the middle with few tokens, and the layers before and after with all.
 
     Liang et al., "Expediting Large-Scale Vision Transformer for Dense Prediction without
     Fine-tuning", NeurIPS 2022, https://arxiv.org/abs/2210.01035, section 3: the first alpha layers
@@ -153,9 +153,10 @@ class Hourglass:
     Args:
         keep_rate: the share of tokens kept, in (0, 1].
         grid: rows and columns of the tokens kept, in place of `keep_rate`.
-        down: how many layers run before tokens become few (alpha); a third of them if not given.
-        up: the layer before which they are many again (alpha + beta); behind the last one if not
-            given.
+        down: the number of layers that run before tokens are reduced (alpha); a third of all layers
+            if not given.
+        up: the first layer that runs on all tokens again (alpha + beta). If not given, there is
+            none: the grid is made full again after the last layer.
     """
 
     keep_rate: float | None = None
@@ -200,7 +201,7 @@ class Hourglass:
 
 @dataclass(frozen=True)
 class Exactly:
-    """The number of tokens after each layer, given outright.
+    """The number of tokens after each layer, as a list.
 
     >>> Exactly((196, 98, 98, 49))(tokens=196, layers=4)
     [196, 98, 98, 49]
@@ -216,8 +217,10 @@ class Exactly:
 
 
 def plan(schedule: Schedule, tokens: int, layers: int) -> tuple[int, ...]:
-    """What the schedule asks for, checked: one whole number per layer, none above `tokens`, and
-    every rise back to a number that was there before.
+    """What the schedule asks for, checked.
+
+    There must be one whole number per layer, from 1 to `tokens`; and where it rises, it must rise
+    to a number that was there before.
 
     Raises:
         ValueError: the schedule asks for something else.
@@ -246,8 +249,8 @@ def plan(schedule: Schedule, tokens: int, layers: int) -> tuple[int, ...]:
 
 
 def shares(schedule: Schedule, tokens: int, layers: int) -> tuple[float, ...]:
-    """The share of the tokens that leaves each layer, before it is rounded to whole tokens where
-    the schedule knows it."""
+    """The share of the tokens that leaves each layer; the exact share where the schedule has one,
+    otherwise that of the whole number of tokens."""
     if isinstance(schedule, Shares):
         plan(schedule, tokens, layers)
         return tuple(map(float, schedule.shares))
@@ -271,13 +274,14 @@ def check_keep_rate(keep_rate: object) -> None:
 
 
 def ratio_of(decimal: float) -> tuple[int, int]:
-    """The decimal number that was meant: as a float, 100 * 0.7**2 is a little below 49. Two
-    integers, because older versions of torch.compile cannot follow a Fraction."""
+    """A decimal number as the fraction that its digits say: as a float, 100 * 0.7**2 is a little
+    below 49. Two integers, because older versions of torch.compile cannot follow a Fraction."""
     return Fraction(str(decimal)).as_integer_ratio()
 
 
 def removing(removed: Sequence[int], tokens: int) -> list[int]:
-    """The tokens that leave each layer, if each removes so many, at most half of what is left."""
+    """The number of tokens that leave each layer, if each layer removes the given number, but at
+    most half of what is left."""
     left = []
     for merges in removed:
         tokens -= min(merges, tokens // 2)

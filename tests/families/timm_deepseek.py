@@ -1,4 +1,4 @@
-"""timm's DeepSeek vision transformers: the encoder with each kind of pooling, and the classifier."""
+"""timm's DeepSeek vision transformers: the encoder with each kind of pooling, and a classifier."""
 
 from __future__ import annotations
 

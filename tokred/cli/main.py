@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import tokred
-from tokred import reducers
+from tokred import reducers, training
 from tokred.data import (
     inputs,
     pictures,
@@ -39,7 +39,6 @@ from tokred.optional import require
 from tokred.reducers import Reducer
 from tokred.reducers.truncate import Truncate
 from tokred.show import drawing, report
-from tokred.training import training
 
 KEEP_RATES = (0.9, 0.7, 0.5, 0.25)
 GATES_KEEP = 0.7

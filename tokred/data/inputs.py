@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 Inputs: TypeAlias = Tensor | Mapping[str, Any]
-"""[batch, channels, height, width], or a mapping with such a tensor and what else there is."""
+"""A tensor [batch, channels, height, width], or a mapping with such a tensor and other inputs."""
 
 
 def call(model: Callable[..., Any], inputs: Inputs) -> Any:
-    """Runs the model on them."""
+    """Runs a model on its inputs."""
     return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
 
 
 def pixels(inputs: Inputs) -> Tensor:
-    """The images among them: [batch, (frames,) channels, height, width], or patches.
+    """The images among the inputs: [batch, (frames,) channels, height, width], or patches.
 
     Raises:
         ValueError: there are none.
@@ -36,7 +36,7 @@ def pixels(inputs: Inputs) -> Tensor:
 
 
 def device_of(inputs: Inputs) -> torch.device:
-    """Where they are: where their first tensor is.
+    """The device of the inputs, which is that of their first tensor.
 
     Raises:
         ValueError: there is no tensor.

@@ -1,5 +1,5 @@
-"""What `tokred train` trains: labelled pictures, from folders or Hugging Face datasets, and a model
-with what its pictures have to be like.
+"""What `tokred train` needs: labelled pictures from a folder or a Hugging Face dataset, and a model
+with the transforms of its pictures.
 
     train, held_out = pictures.read("flowers")  # or "hf:beans"
     model, preparation = pictures.load("deit_small_patch16_224", len(train.classes))
@@ -15,23 +15,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
-import numpy as np
-import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokred.data import reading, zoo
+from tokred.data.hugging_face import load_dataset
+from tokred.data.reading import HELD_OUT
+from tokred.data.transforms import Augmented, Digits, Processed
 from tokred.optional import require
 
-HELD_OUT = ("val", "validation", "valid", "test")
-"""What folders and splits to validate on are called; the first that is there is taken."""
+__all__ = [
+    "HELD_OUT",
+    "Augmented",
+    "Digits",
+    "Folder",
+    "Pictures",
+    "Preparation",
+    "Prepared",
+    "Processed",
+    "Split",
+    "folder",
+    "load",
+    "open_model",
+    "read",
+]
+
 _ON_HUB = ("hf-hub:", "hf_hub:", "local-dir:")
 """What timm takes for a checkpoint, whatever stands behind it."""
 
 
 @runtime_checkable
 class Pictures(Protocol):
-    """Pictures as Pillow has them, in colour, and the number of the class of each."""
+    """Labelled pictures: each is an image of Pillow, in colour, and the number of its class."""
 
     @property
     def classes(self) -> tuple[str, ...]: ...
@@ -43,10 +57,10 @@ class Pictures(Protocol):
 
 @dataclass(frozen=True)
 class Folder:
-    """Files in a folder for each class.
+    """Pictures in a folder for each class.
 
     Attributes:
-        files: with the number of the class of each.
+        files: the pictures, each with the number of its class.
         classes: the names of the folders.
     """
 
@@ -88,13 +102,14 @@ def read(where: str) -> tuple[Pictures, Pictures | None]:
     """Pictures to train on, and those to validate on, if there are any.
 
     Args:
-        where: a folder with a folder for each class in it, or with such folders as `train` and
-            `val`; or, after "hf:", a Hugging Face dataset: its name on the hub, with a
-            configuration after another colon if need be, or a folder that `save_to_disk` has
-            written.
+        where: a folder that holds a folder for each class, or a folder for each split (`train` and
+            `val`) that holds such folders. Or "hf:" and the name of a Hugging Face dataset on the
+            hub, with a configuration after another colon if need be. Or "hf:" and a folder that
+            `save_to_disk` has written.
 
     Raises:
-        ValueError: there are no pictures, or classes to validate on that are not trained on.
+        ValueError: there are no pictures, or there are held-out pictures of classes that are not
+            trained.
         FileNotFoundError: there is no such folder.
         ModuleNotFoundError: `datasets` is not installed.
     """
@@ -113,14 +128,14 @@ def read(where: str) -> tuple[Pictures, Pictures | None]:
 
 
 def folder(path: Path, classes: Sequence[str] | None = None) -> Folder:
-    """The pictures in a folder, whose folders are their classes. Hidden ones are passed over.
+    """The pictures in a folder that holds a folder for each class. Hidden ones are passed over.
 
     Args:
         path: the folder.
-        classes: which folder is which class; by name if not given.
+        classes: the names of the folders in the order of classes; sorted by name if not given.
 
     Raises:
-        ValueError: there are none, or of other classes.
+        ValueError: there are no pictures, or a folder is none of `classes`.
     """
     names = reading.folders(path)
     known = tuple(names if classes is None else classes)
@@ -138,11 +153,7 @@ def folder(path: Path, classes: Sequence[str] | None = None) -> Folder:
 
 def _read_dataset(name: str) -> tuple[Pictures, Pictures | None]:
     datasets = require("datasets", "train")
-    if Path(name).is_dir() and any(Path(name).glob("dataset*.json")):
-        found = datasets.load_from_disk(name)
-    else:
-        name, _, configuration = name.partition(":")
-        found = datasets.load_dataset(name, configuration or None)
+    found = load_dataset(name, "train")
     splits = dict(found) if hasattr(found, "keys") else {"train": found}
     train = splits.get("train")
     if train is None:
@@ -167,10 +178,10 @@ def _read_dataset(name: str) -> tuple[Pictures, Pictures | None]:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Pictures as a model takes them: (inputs, label), where inputs are by name if it has one.
+    """Labelled pictures as a model takes them: (inputs, label).
 
     Attributes:
-        pictures: what there is.
+        pictures: the labelled pictures.
         transform: from a picture to a tensor [channels, height, width].
         name: what the model calls its images; None if it takes them without a name.
     """
@@ -190,11 +201,11 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Preparation:
-    """What becomes of pictures before a model sees them.
+    """The transforms of a model's pictures.
 
     Attributes:
-        train: with random changes, from the global random streams.
-        evaluate: without.
+        train: for training, with random changes, which draw from the global random streams.
+        evaluate: for validation, without random changes.
         name: see `Prepared`.
     """
 
@@ -211,20 +222,21 @@ def load(
     frozen: bool = False,
     augment: Literal["crop", "none"] | None = None,
 ) -> tuple[nn.Module, Preparation]:
-    """A classifier, and how its pictures are prepared. Where it has another number of classes, its
-    head is replaced by a random one.
+    """A classifier, and the transforms of its pictures. If it has another number of classes than
+    wanted, its head is replaced by a random one.
 
     Args:
         name: a bundled checkpoint, a timm name, or what transformers loads: a folder or a name.
-        classes: how many it is to tell apart.
-        pretrained: whether to fetch timm's weights; others come with theirs.
-        frozen: whether it is not going to be trained: then it must have the right head already.
-        augment: "crop": random crops and flips, as models for ImageNet are trained; "none". If not
-            given, "crop", but for bundled checkpoints, because a digit is not its mirror image.
+        classes: how many classes it is to have.
+        pretrained: whether to fetch timm's weights; other models come with their weights.
+        frozen: whether it will stay as it is: then it must have the right head already.
+        augment: "crop" for random crops and flips, as models for ImageNet are trained, or "none".
+            If not given, "none" for bundled checkpoints, because the mirror image of a digit is no
+            digit, and "crop" for others.
 
     Raises:
-        ValueError: there is no such model, it classifies no images, or it is frozen and its head
-            does not fit.
+        ValueError: there is no such model, it does not classify images, or it is frozen and its
+            head does not fit.
         ModuleNotFoundError: a library is missing.
     """
     if name in zoo.names():
@@ -265,7 +277,7 @@ def _from_transformers(
     )
     processor = transformers.AutoImageProcessor.from_pretrained(name)
     evaluate = Processed(processor)
-    # Whatever ways there are to say which size images get, this one is always right.
+    # Processors have several ways to say which size images get; a look at the result is reliable.
     size = tuple(evaluate(require("PIL.Image", "train").new("RGB", (64, 48))).shape[1:])
     train = evaluate if augment == "none" else Augmented(size, Processed(processor, resize=False))
     return model, Preparation(train, evaluate, str(model.main_input_name))
@@ -290,14 +302,14 @@ def _refuse_frozen(name: str, own: int, classes: int, frozen: bool) -> None:
 
 
 def open_model(name: str, pretrained: bool = True) -> nn.Module:
-    """A model as it is, in evaluation mode, whatever it does.
+    """A model as it was saved, in evaluation mode, of whatever kind it is.
 
     >>> model = pictures.open_model("deit_small_patch16_224")
 
     Args:
-        name: a bundled checkpoint, a timm name, or what transformers loads: a folder or a name,
-            which becomes an object of the class that it was saved from.
-        pretrained: whether to fetch timm's weights; others come with theirs.
+        name: a bundled checkpoint, a timm name, or what transformers loads: a folder or a name. A
+            model of transformers has the class from which it was saved.
+        pretrained: whether to fetch timm's weights; other models come with their weights.
 
     Raises:
         ValueError: there is no such model.
@@ -315,59 +327,3 @@ def open_model(name: str, pretrained: bool = True) -> nn.Module:
     kind = getattr(transformers, saved_from, transformers.AutoModel)
     model = kind.from_pretrained(name)
     return model.eval()
-
-
-@dataclass(frozen=True)
-class Augmented:
-    """A random crop of a picture, perhaps mirrored, of the size that the model takes; then the
-    rest.
-
-    Attributes:
-        size: height and width.
-        rest: from a picture of this size to a tensor.
-    """
-
-    size: tuple[int, ...]
-    rest: Callable[[Any], Tensor]
-
-    def __call__(self, picture: Any) -> Float[Tensor, "channels height width"]:
-        transforms = require("torchvision.transforms.v2", "train")
-        bicubic = require("torchvision.transforms", "train").InterpolationMode.BICUBIC
-        cut = transforms.RandomResizedCrop(self.size, interpolation=bicubic)
-        return self.rest(transforms.RandomHorizontalFlip()(cut(picture)))
-
-
-@dataclass(frozen=True)
-class Processed:
-    """What an image processor of transformers makes of a picture.
-
-    Attributes:
-        processor: the processor.
-        resize: whether it may resize and crop.
-    """
-
-    processor: Any
-    resize: bool = True
-
-    def __call__(self, picture: Any) -> Float[Tensor, "channels height width"]:
-        left_out = {} if self.resize else {"do_resize": False, "do_center_crop": False}
-        options = {key: value for key, value in left_out.items() if hasattr(self.processor, key)}
-        found: Tensor = self.processor(picture, return_tensors="pt", **options)["pixel_values"][0]
-        return found
-
-
-@dataclass(frozen=True)
-class Digits:
-    """A picture as the bundled checkpoints take it: grey, ink 1 and paper -1.
-
-    Attributes:
-        side: height and width.
-    """
-
-    side: int
-
-    def __call__(self, picture: Any) -> Float[Tensor, "1 side side"]:
-        grey = picture.convert("L")
-        if grey.size != (self.side, self.side):
-            grey = grey.resize((self.side, self.side))
-        return zoo.normalise(torch.from_numpy(np.array(grey))[None])

@@ -1,4 +1,8 @@
-"""Pictures and maps of pixels, in files and folders: which there are, and what is in them."""
+"""Pictures and maps in files and folders: the one place where they are found and decoded.
+
+Hidden files and folders are passed over: those whose names begin with a dot (`._a.jpg`, which macOS
+writes, is no picture) or with two underscores (`__MACOSX`).
+"""
 
 from __future__ import annotations
 
@@ -13,40 +17,45 @@ from torch import Tensor
 from tokred.optional import require
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
-"""What the names of pictures end with."""
+"""Endings of the names of pictures, in small letters."""
+HELD_OUT = ("val", "validation", "valid", "test")
+"""Names of folders and splits of held-out pictures; the first that is there is taken."""
+IGNORED = 255
+"""The class of pixels that do not count, if the model has no such class."""
 
 
 def folders(path: Path) -> list[str]:
-    """The names of the folders in it, but for hidden ones (`.ipynb_checkpoints`)."""
+    """The names of the folders in a folder, without hidden ones, sorted."""
     return sorted(
-        entry.name
-        for entry in path.iterdir()
-        if entry.is_dir() and not entry.name.startswith((".", "__"))
+        entry.name for entry in path.iterdir() if entry.is_dir() and not _hidden(entry.name)
     )
 
 
 def shown(folder: Path) -> list[Path]:
-    """The files under it, without hidden ones: `._a.jpg`, which macOS writes, is no picture."""
+    """The files in a folder and in all folders below it, without hidden ones, sorted."""
     return sorted(
         file
         for file in folder.rglob("*")
-        if file.is_file()
-        and not any(part.startswith((".", "__")) for part in file.relative_to(folder).parts)
+        if file.is_file() and not any(map(_hidden, file.relative_to(folder).parts))
     )
 
 
+def _hidden(name: str) -> bool:
+    return name.startswith((".", "__"))
+
+
 def is_picture(file: Path) -> bool:
-    """Whether it is one, by its name, and not hidden."""
+    """Whether a path is a file with the name of a picture, and not hidden."""
     return file.is_file() and file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """The pictures under it, without hidden ones."""
+    """The pictures in a folder and in all folders below it, without hidden ones, sorted."""
     return [file for file in shown(folder) if file.suffix.lower() in SUFFIXES]
 
 
 def some_pictures(folder: Path) -> tuple[Path, ...]:
-    """The same.
+    """The pictures in a folder, as `pictures_in` finds them.
 
     Raises:
         ValueError: there are none.
@@ -60,11 +69,11 @@ def some_pictures(folder: Path) -> tuple[Path, ...]:
 
 
 def opened(path: Path) -> Any:
-    """A picture as it is stored, all of it.
+    """A picture as it is stored, read completely.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no picture, or a broken one.
+        ValueError: the file is no picture, or a broken one.
     """
     image = require("PIL.Image", "evaluate")
     try:
@@ -82,7 +91,7 @@ def picture(path: Path) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no picture, a broken one, or it cannot be told which number is white.
+        ValueError: the file is no picture, a broken one, or does not say which number is white.
     """
     upright = require("PIL.ImageOps", "evaluate").exif_transpose(opened(path))
     try:
@@ -95,7 +104,7 @@ def coloured(picture: Any) -> Any:
     """A picture of any mode in red, green and blue.
 
     Raises:
-        ValueError: it cannot be told which number is white.
+        ValueError: the mode does not say which number is white.
     """
     if picture.mode.startswith("I;16"):  # Pillow would make everything above 255 white
         grey = np.rint(np.asarray(picture) / 257).astype(np.uint8)
@@ -108,17 +117,38 @@ def coloured(picture: Any) -> Any:
     return picture.convert("RGB")
 
 
-def class_map(picture: Any) -> Int[Tensor, "height width"]:
-    """The class of every pixel, [height, width], of a picture with one channel or a palette.
+def map_file(path: Path, depth: bool) -> Tensor:
+    """The class or the depth of every pixel, from an `.npy` file or a picture.
+
+    Args:
+        path: the file.
+        depth: whether it holds depths (the result is float32) or classes (int64).
 
     Raises:
-        ValueError: it has several channels.
+        FileNotFoundError: there is no such file.
+        ValueError: the file cannot be read, or has several channels.
+    """
+    if path.suffix.lower() == ".npy":
+        pixels = torch.from_numpy(np.load(path, allow_pickle=False)).squeeze()
+        return pixels.float() if depth else pixels.long()
+    return depth_map(opened(path)) if depth else class_map(opened(path))
+
+
+def class_map(picture: Any) -> Int[Tensor, "height width"]:
+    """The class of every pixel, from a picture with one channel or a palette.
+
+    Raises:
+        ValueError: the picture has several channels.
     """
     return torch.from_numpy(_channel(picture).astype(np.int64))
 
 
 def depth_map(picture: Any) -> Float[Tensor, "height width"]:
-    """The depth of every pixel, of a picture with one channel, in its unit."""
+    """The depth of every pixel, from a picture with one channel, in its unit.
+
+    Raises:
+        ValueError: the picture has several channels.
+    """
     return torch.from_numpy(_channel(picture).astype(np.float32))
 
 

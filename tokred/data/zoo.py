@@ -1,4 +1,4 @@
-"""Bundled checkpoints and images: real weights, real pictures, nothing downloaded.
+"""Bundled checkpoints and images: trained weights and real handwriting, without a download.
 
 All are trained on the handwritten digits of the UCI repository (Alpaydin & Kaynak, "Optical
 Recognition of Handwritten Digits", 1998, CC BY 4.0), drawn larger:
@@ -12,14 +12,15 @@ Recognition of Handwritten Digits", 1998, CC BY 4.0), drawn larger:
                                                      28x28 tokens, in windows of 14x14
 
 `digits` and `digits_cluttered` have patch 4, width 64, 12 blocks and 4 heads: 196 patch tokens and
-a class token, the geometry of DeiT at 224. `load` gives all these; `diffusion` gives another, which
+a class token, the geometry of DeiT at 224. `load` gives these models; `diffusion` gives one that
 draws digits:
 
     digits_diffusion  a digit on an empty ground     `DigitPipeline` around a diffusers
                                                      `UNet2DConditionModel`, 32x32 tokens
 
-The model cards are beside the weights, in `zoo/`; `train_digits.py`, `train_segmenter.py`,
-`train_swin.py`, `train_tcformer.py` and `train_diffusion.py`, in `examples/`, train them again.
+Weights and model cards are in the folder `bundled`. The programs `train_digits.py`,
+`train_segmenter.py`, `train_swin.py`, `train_tcformer.py` and `train_diffusion.py` in `examples/`
+train them again.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ SCENE_CLASSES = 11
 """Classes of a scene's pixels: 0 is background, 1 to 10 are the digits 0 to 9."""
 
 DEFAULT = "digits_cluttered"
-"""The checkpoint that is meant where none is named."""
+"""The checkpoint that functions use if none is named."""
 
 
 @dataclass(frozen=True)
@@ -78,19 +79,19 @@ _STYLES = {
 }
 _STYLES["digits_tcformer"] = _STYLES["digits_cluttered"]
 
-# Whose held-out images they are.
+# Checkpoints that share the held-out images of another.
 _HELD_OUT = {"digits_tcformer": "digits_cluttered"}
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Images that a checkpoint has not been trained on.
+    """Images on which a checkpoint was not trained.
 
     Attributes:
-        images: the held-out digits, drawn once, 0 (paper) to 255 (ink).
-        labels: the digit on each image, 0 to 9; of scenes, the class of every pixel, 0 to 10.
-        digits: the digits themselves, 8x8 pixels, 0 to 16, for drawing them anew.
-        classes: the digit that each of `digits` is, 0 to 9.
+        images: drawings of held-out digits, 0 (paper) to 255 (ink).
+        labels: the digit on each image, 0 to 9; for scenes, the class of every pixel, 0 to 10.
+        digits: the held-out digits, 8x8 pixels, 0 to 16, from which more images can be drawn.
+        classes: the class of each of `digits`, 0 to 9.
     """
 
     images: UInt8[Tensor, "images 1 height width"]
@@ -123,12 +124,12 @@ def build_scenes(image_size: int = SCENE_SIZE) -> Segmenter:
     """The architecture of `digits_scenes`, with random weights. Needs timm.
 
     Its tokens come from five small convolutions instead of one large one, as in Xiao et al., "Early
-    Convolutions Help Transformers See Better" (NeurIPS 2021): with one, the few scenes that can be
-    seen in minutes do not teach it to tell digits apart.
+    Convolutions Help Transformers See Better" (NeurIPS 2021). With a large one, the model does not
+    learn to tell digits apart from the few scenes that it sees in minutes of training.
 
     Args:
-        image_size: the size that the position embeddings are for; any other that 4 divides will do
-            as well, for which they are resampled.
+        image_size: the size for which there are position embeddings. Images of any other size that
+            4 divides are possible; embeddings are resampled for them.
     """
     timm_vit = require("timm.models.vision_transformer", "timm")
     encoder: nn.Module = timm_vit.VisionTransformer(
@@ -169,7 +170,7 @@ def build_swin() -> Segmenter:
 
 
 def _convolutions(norm_layer: object = None, **options: Any) -> nn.Module:
-    """timm's embedding by a small convolutional net, with nothing to normalise behind it."""
+    """timm's patch embedding by a small convolutional net, without a norm behind it."""
     layers: list[nn.Module] = []
     for before, after, stride in ((1, 16, 2), (16, 32, 1), (32, 64, 2), (64, 64, 1), (64, 64, 1)):
         layers += [nn.Conv2d(before, after, 3, stride, padding=1), nn.GELU()]
@@ -271,7 +272,7 @@ def held_out(name: str = DEFAULT) -> HeldOut:
 def normalise(
     images: UInt8[Tensor, "batch channels height width"],
 ) -> Float[Tensor, "batch channels height width"]:
-    """What the checkpoints take: ink 1, paper -1, float32."""
+    """Images as the checkpoints take them: ink 1, paper -1, float32."""
     return images.float() / 127.5 - 1
 
 
@@ -282,18 +283,18 @@ def draw(
     side: int = IMAGE_SIZE,
     fragments: int | None = None,
 ) -> UInt8[Tensor, "digits 1 side side"]:
-    """Draws every digit once, with a random size, place and slant, as a checkpoint knows them.
+    """Draws every digit once, with random size, place and slant, as in a checkpoint's training.
 
     Args:
         digits: 8x8 pixels each, 0 (paper) to 16 (ink).
         generator: where the randomness comes from; a CPU generator.
-        name: the checkpoint, which decides how large digits are and how cluttered the image is.
+        name: the checkpoint. It decides how large digits are and how cluttered the image is.
         side: height and width of the images, in pixels.
-        fragments: how many pieces of other digits there are around each; as the checkpoint knows
-            them, if not given. With 0, and all else equal, the same digits stand there alone.
+        fragments: how many pieces of other digits are drawn around each; as in the checkpoint's
+            training if not given. With 0 and the same generator, the same digits stand alone.
 
     Raises:
-        ValueError: there is no checkpoint of that name, or it knows scenes (`draw_scenes`).
+        ValueError: there is no checkpoint of that name, or it takes scenes (`draw_scenes`).
     """
     _check(name)
     if name not in _STYLES:
@@ -308,7 +309,7 @@ def draw(
 
     column = torch.arange(8)
     for _ in range(style.fragments if fragments is None else fragments):
-        # A window of 3x3 pixels of another digit, off the digit that is to be read.
+        # A window of 3x3 pixels of another digit, outside of the digit that is to be recognised.
         other = ink[torch.randint(num, (num,), generator=generator)]
         corner = torch.randint(1, 5, (num, 2), generator=generator)
         inside = (column >= corner[..., None]) & (column < corner[..., None] + 3)
@@ -332,20 +333,20 @@ def draw_scenes(
     num: int,
     generator: torch.Generator,
 ) -> tuple[UInt8[Tensor, "num 1 112 112"], Int[Tensor, "num 112 112"]]:
-    """Draws scenes as `digits_scenes` and `digits_swin` know them.
+    """Draws scenes as in the training of `digits_scenes` and `digits_swin`.
 
     Three to six digits, no two of one class, stand on a texture, with random sizes, places, slants
     and contrasts; where they overlap, the later hides the earlier.
 
     Args:
         digits: 8x8 pixels each, 0 (paper) to 16 (ink).
-        classes: the digit that each of them is, 0 to 9; there must be one of each at least.
+        classes: the class of each, 0 to 9; each class must be there.
         num: how many scenes.
         generator: where the randomness comes from; a CPU generator.
 
     Returns:
-        The scenes, and the class of each of their pixels: 0 for the background, 1 + its class for a
-        pixel of a digit (where its ink is at least a third of the darkest there is).
+        The scenes, and the class of each of their pixels: 0 for the background, 1 + the class of
+        the digit for a pixel of a digit (whose ink is at least a third of the darkest ink).
 
     Raises:
         ValueError: a class is missing.
@@ -367,7 +368,7 @@ def draw_scenes(
     target = torch.zeros(num, SCENE_SIZE, SCENE_SIZE, dtype=torch.long)
     centre = torch.zeros(num, most, 2)
     for turn in range(most):
-        # Of thirty places the one that is farthest from the digits that are there.
+        # Of thirty random places, the one that is farthest from the digits before.
         places = uniform(-1, 1, num, 30, 2) * (1 - 0.9 * size[:, turn, None, None])
         apart = (places[:, :, None] - centre[:, None, :turn]).abs().amax(3)
         gaps = apart - size[:, None, :turn] - size[:, turn, None, None]
@@ -413,8 +414,8 @@ def _paste(
     centre: Float[Tensor, "digits 2"],
     side: int,
 ) -> Float[Tensor, "digits 1 side side"]:
-    """Each digit on an empty image of `side` pixels; `size` as a share of that, `slant` in radians,
-    `centre` (x, y) in [-1, 1]."""
+    """Draws each digit on an empty image of `side` pixels. `size` is a share of the side,
+    `slant` is in radians, `centre` is (x, y) in [-1, 1]."""
     cos, sin = slant.cos() / size, slant.sin() / size
     turn = torch.stack([torch.stack([cos, sin], 1), torch.stack([-sin, cos], 1)], 1)
     affine = torch.cat([turn, -turn @ centre[..., None]], 2)

@@ -149,5 +149,5 @@ def tokens_there(
 def _joined(parts: list[Out]) -> Out:
     """What a head has returned for single images, as for a batch."""
     if isinstance(parts[0], tuple):
-        return type(parts[0])(_joined(list(part)) for part in zip(*parts, strict=True))  # type: ignore[call-arg]
+        return type(parts[0])(_joined(list(part)) for part in zip(*parts, strict=True))
     return torch.cat(parts)  # type: ignore[arg-type, return-value]

@@ -2,25 +2,25 @@
 
 Complete and average linkage follow the generic algorithm of Müllner, "Modern hierarchical,
 agglomerative clustering algorithms", 2011, https://arxiv.org/abs/1109.2378, section 3.1: every row
-remembers its nearest neighbour, or, once that one has merged, a lower bound of how far it can be.
-Five things are done differently, to be fast where only the first merges are wanted:
+remembers its nearest neighbour, or, once that one has merged, a lower bound of its distance. Five
+things are done differently, to be fast when only the first merges are wanted:
 
 - It stops when as many clusters are left as asked for.
-- Merges are written down, and a row catches up with them when it is next read. Writing a column
-  at every merge, into as many cache lines as there are rows, would take most of the time; most
-  rows are read once or twice, and some never.
+- Merges are recorded, and a row is brought up to date when it is read next. Writing a column at
+  every merge would touch as many cache lines as there are rows and take most of the time; but most
+  rows are read only once or twice, and some never.
 - A row also remembers a lower bound of its second-nearest distance. If its nearest neighbour
-  merges into something that is nearer than that, the row need not be searched again.
-- Sums of distances, which are wider than distances, are written where the two rows were of which
-  they are the sums: no memory is needed but that of the distances.
+  merges into a cluster that is nearer than that, the row need not be searched again.
+- Sums of distances need twice the memory of distances. They are written over the two rows that they
+  are the sums of, so that no more memory is needed.
 - Average linkage keeps float64 sums of the distances, which are exact, and compares
   sum / (size * size), which is rounded once: the result does not depend on the order of merges.
 
 Single linkage is Prim's minimum spanning tree without its longest edges (section 3.2 there).
 
-Loops are written so that compilers make vector instructions of them. Distances are not negative, so
-that they can be compared as the integers of the same bits: minima of integers are vectorised, those
-of floats are not (what to do with NaN forbids it). numba must be installed to import this module.
+Loops are written so that compilers can vectorise them. Distances are not negative, so they can be
+compared as integers of the same bits: minima of integers are vectorised, those of floats are not
+(because of NaN). numba must be installed to import this module.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _CODE = {"single": 0, "complete": 1, "average": 2}
 _INFINITE_32 = np.int32(0x7F800000)
 _INFINITE_64 = np.int64(0x7FF0000000000000)
 
-# So many distances take a thread about as long as it takes to wake another one.
+# The number of distances on which a thread works about as long as it takes to wake another thread.
 _DISTANCES_PER_THREAD = 2**15
 
 
@@ -58,16 +58,17 @@ def cluster(
 ) -> Int[Tensor, "batch tokens"]:
     """Merges the closest clusters of every sample until `num_clusters` are left.
 
-    The next merge is always the one of the least (height, first token of one cluster, first token
-    of the other); with single linkage, that of the least (distance, token, later token). Samples
-    are shared out among at most `torch.get_num_threads()` threads.
+    The next merge is always the one with the least (height, first token of one cluster, first token
+    of the other); with single linkage, the one with the least (distance, token, later token).
+    Samples are divided among at most `torch.get_num_threads()` threads.
 
     Args:
         distance: float32 on the CPU, in [0, 2], without NaN. Only what is above the diagonal is
             read.
         num_clusters: in [1, tokens].
         linkage: "single", "complete" or "average".
-        overwrite: whether distances may be written to: those in a `workspace` need no copy then.
+        overwrite: whether the distances may be overwritten. If so, and if they are in a
+            `workspace`, they are not copied.
 
     Returns:
         The cluster of every token, int64; clusters are numbered in the order of their first tokens.
@@ -98,11 +99,11 @@ def cluster(
 
 
 def workspace(batch: int, num: int) -> Float[Tensor, "batch tokens tokens"]:
-    """Where to write distances to, float32, for `cluster` to work on without a copy of them.
+    """Memory for distances, float32, on which `cluster` can work without a copy.
 
-    The memory is the same whenever a thread asks for it.
+    A thread gets the same memory whenever it asks.
     """
-    # A copy of few distances stays in a core's own cache, and products without gaps are faster.
+    # A copy of few distances stays in a core's own cache, and contiguous products are faster.
     stride = _stride(num) if num >= 512 else num
     return torch.from_numpy(scratch("distance", (batch, num, stride), np.float32))[:, :, :num]
 
@@ -126,7 +127,7 @@ def _cluster_share(
     integers: Integers,
     labels: Integers,
 ) -> None:
-    """Clusters every n-th sample from `share` on, n being `shares`, in a workspace of its own."""
+    """Clusters the samples `share`, `share + shares`, ... in a workspace of its own."""
     for sample in range(share, distance.shape[0], shares):
         if in_place:
             own = near[sample]
@@ -161,6 +162,8 @@ def _cluster_shares(
         )
 
 
+# In one piece, although long: every part reads and writes most of the arrays that are named at the
+# beginning, and as functions with ten and more arguments they would hide what changes what.
 @compiled
 def _merge_closest(
     near: Floats,
@@ -172,11 +175,12 @@ def _merge_closest(
 ) -> None:
     """Complete and average linkage for one sample: fills `labels` [tokens].
 
-    A cluster goes by its first token. Its row has the sums (average linkage) or maxima (complete)
-    of its distances to the cluster of every column, infinite for itself and for what was absorbed.
-    That of a single token is its row of `near`. A row of sums takes twice the memory, and gets that
-    of two tokens of its cluster: its first half is in place of the cluster's first token, the
-    second one in place of the token that was absorbed first.
+    A cluster is named by its first token. Its row holds, for the cluster of every column, the sum
+    (average linkage) or the maximum (complete linkage) of the distances to it; infinity for itself
+    and for clusters that were absorbed. The row of a single token is its row of `near`. A row of
+    sums needs float64, twice the memory, and takes the rows of two tokens of its cluster: the first
+    half is stored in the row of the cluster's first token, the second half in the row of the token
+    that was absorbed first.
 
     Args:
         near: the distances [tokens, stride], float32, those of tokens to themselves infinite; is
@@ -186,9 +190,9 @@ def _merge_closest(
     """
     num = near.shape[0]
     wide = near.view(np.float64)
-    # How far the nearest cluster is, the second-nearest, how many tokens each cluster has, and how
-    # far the clusters are from the one that was read last. If `nearest[k]` is -1, `height[k]` is
-    # only a lower bound; `second[k]` always is.
+    # For each cluster: the distance to the nearest cluster, to the second-nearest, the number of
+    # its tokens, and its distance to the cluster that was read last. If `nearest[k]` is -1,
+    # `height[k]` is only a lower bound; `second[k]` always is.
     height, second, size, current = floats[0], floats[1], floats[2], floats[3]
     row, other = floats[4], floats[5]
     height_bits, second_bits = height.view(np.int64), second.view(np.int64)

@@ -1,6 +1,6 @@
 """Agglomerative clustering with SciPy's dendrograms, one sample at a time, on the CPU.
 
-The reference for the other backends, and what there is without numba. SciPy computes the whole
+The reference for the other backends, and the default without numba. SciPy computes the whole
 dendrogram, and decides between equal heights in its own way: where distances are tied, clusters
 may differ from those of the other backends.
 """

@@ -4,7 +4,7 @@ Single, complete and average linkage are reducible: a merge never brings the new
 to a third one than its parts were. So all pairs of clusters that are each other's nearest may
 merge in the same round, and the dendrogram is that of one merge at a time (Murtagh, "A survey of
 recent advances in hierarchical clustering algorithms", The Computer Journal 26, 1983, section 3).
-Single linkage chains, which takes such rounds a long time; it is read off the minimum spanning
+Single linkage forms chains, which take many such rounds; it is read off the minimum spanning
 tree instead, grown in at most log2(tokens) rounds (Boruvka 1926; Gower and Ross, "Minimum spanning
 trees and single linkage cluster analysis", Applied Statistics 18, 1969).
 
@@ -78,7 +78,7 @@ def cut(
         height: at which distance the cluster named by a token was absorbed; infinite for a token
             that still names a cluster.
         into: the smaller token that names the cluster it was absorbed by.
-        merges: how many merges to make; at least so many heights must be finite.
+        merges: the number of merges to make; at least that many heights must be finite.
     """
     token = torch.arange(height.shape[1], device=height.device).expand_as(into)
     least = _ascending(height, into)[:, :merges]

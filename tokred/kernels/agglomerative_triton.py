@@ -36,7 +36,7 @@ TOKEN_BITS = tl.constexpr(agglomerative_torch.TOKEN_BITS)
 TOKEN_MASK = tl.constexpr(agglomerative_torch.MAX_TOKENS - 1)
 NO_EDGE = tl.constexpr(agglomerative_torch.NO_EDGE)
 
-# Up to so many tokens, one program does all rounds of a sample.
+# Up to this number of tokens, one program does all rounds of a sample.
 _SMALL = 256
 
 
@@ -288,15 +288,16 @@ def _copies(linked, sample, apart, tokens, round_number):
     return linked + (1 - odd) * apart, linked + odd * apart
 
 
+# In one piece, although long: one pass over a sample's slots, whose values all live in registers.
 @triton.jit
 @no_type_check
 def _pairs(
     far, nearest, slots, partner, name, size, height, into, bound, left, tokens, merges,
     block: tl.constexpr,
 ):  # fmt: skip
-    """Merges all reciprocal nearest neighbours of a sample, and numbers what stays.
+    """Merges all reciprocal nearest neighbours of a sample, and numbers the clusters that are left.
 
-    Returns how many clusters stay; 0 when the `merges` least merges are known.
+    Returns the number of clusters that are left; 0 when the `merges` lowest merges are known.
     """
     slot = tl.arange(0, block)
     here = slot < left

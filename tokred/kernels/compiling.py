@@ -14,8 +14,8 @@ import torch
 
 F = TypeVar("F", bound=Callable[..., object])
 
-# numba's threads are not there in a process that was forked off (with OpenMP, asking for them ends
-# the process), and not every kind of them may be called from two places at once.
+# A forked process does not have numba's threads (with OpenMP, asking for them ends the process).
+# Some kinds of numba's threads must not be used from two places at once.
 _PROCESS = os.getpid()
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -23,18 +23,18 @@ _ONE_AT_A_TIME = threading.Lock()
 def compiled(function: F) -> F:
     """Compiles at the first call, and keeps the machine code for other processes.
 
-    Division by zero is as in NumPy: looking for it would keep loops from being vectorised.
+    Division by zero is as in NumPy: checks for it would prevent loops from being vectorised.
     """
     return _compile(function, error_model="numpy")
 
 
 def compiled_parallel(function: F) -> F:
-    """As `compiled`; every turn of a `prange` loop may run on a thread of its own."""
+    """Like `compiled`; every iteration of a `prange` loop may run on a thread of its own."""
     return _compile(function, parallel=True)
 
 
 def threads_for(shares: int) -> int:
-    """How many threads to share work among, that is worth so many: at most those of PyTorch."""
+    """The number of threads for work that can be split into `shares`: at most those of PyTorch."""
     threads = max(1, min(shares, torch.get_num_threads()))
     if os.getpid() != _PROCESS:
         return 1
@@ -43,7 +43,8 @@ def threads_for(shares: int) -> int:
 
 @contextmanager
 def running(threads: int) -> Iterator[None]:
-    """While it is entered, parallel kernels run on so many threads, and no others run."""
+    """While it is entered, parallel kernels run on this number of threads, and no other Python
+    thread runs one."""
     with _ONE_AT_A_TIME:
         before = numba.get_num_threads()  # of this Python thread alone
         numba.set_num_threads(threads)
@@ -54,8 +55,8 @@ def running(threads: int) -> Iterator[None]:
 
 
 def _available() -> int:
-    """The threads that numba may use. Asking for the first time starts them; with OpenMP, that
-    also changes how many PyTorch uses, which is put right again."""
+    """The number of threads that numba may use. Asking for the first time starts them. With OpenMP,
+    that also changes the number that PyTorch uses, which is restored."""
     before = torch.get_num_threads()
     available: int = numba.get_num_threads()
     if torch.get_num_threads() != before:

@@ -1,9 +1,9 @@
 """Densities and separations of density-peak clustering on the CPU, compiled by numba: one sample
 per thread, its distances in the cache.
 
-Does what `tokred.reducers.dpc_knn` does with tensors, to the bit, in one pass over the distances
-for each of the two, where tensors take one for every neighbour. numba must be installed to import
-this module.
+Results are those of `tokred.reducers.dpc_knn` with tensors, to the bit. Densities take one pass
+over the distances, and separations another; with tensors, every neighbour takes a pass. numba must
+be installed to import this module.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Integers = NDArray[np.integer[Any]]
 MOST_NEIGHBOURS = 8
 """For more, the smallest distances are better looked for otherwise."""
 
-# So many distances take a thread about as long as it takes to wake another one.
+# The number of distances on which a thread works about as long as it takes to wake another thread.
 _DISTANCES_PER_THREAD = 2**15
 
 _LARGEST = np.iinfo(np.int64).max
@@ -34,7 +34,7 @@ _LARGEST = np.iinfo(np.int64).max
 def spread_and_separation(
     halved: Float[Tensor, "batch tokens tokens"], unit: Float[Tensor, " batch"], k: int, dim: int
 ) -> tuple[Float[Tensor, "batch tokens"], Float[Tensor, "batch tokens"]]:
-    """What tokens are made centres by.
+    """The two numbers by which centres are chosen: spread and separation of every token.
 
     Args:
         halved: half of the squared distances, in units that differ by sample; float64, contiguous,
@@ -88,7 +88,7 @@ def _share(
     spread: Floats,
     separation: Floats,
 ) -> None:
-    """Every n-th sample from `share` on, n being `shares`."""
+    """The samples `share`, `share + shares`, ..."""
     num = distances.shape[1]
     smallest = np.empty(k, dtype=np.int64)
     for sample in range(share, distances.shape[0], shares):

@@ -1,8 +1,8 @@
-"""Memory that kernels on the CPU write to and need no more when they return.
+"""Temporary memory for kernels on the CPU.
 
-Fresh memory is cleared by the operating system when it is first written to, a page at a time. For
-the distances of a few images this can take longer than the clustering itself, which is why they are
-kept from call to call.
+The operating system clears new memory when it is first written to, a page at a time. For the
+distances of a few images this can take longer than the clustering itself. So the memory is kept
+from call to call.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _kept = threading.local()
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-    """An array of any content, the same memory whenever one of that name is asked for.
+    """An array with arbitrary content; the same memory at every call with that name.
 
     It is the calling thread's own, starts at a cache line, and may be written to until the next one
     of that name is asked for. As much is kept as the largest one took, but larger ones than 256 MiB

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class NotPerImageError(Exception):
-    """What a block computes cannot be told image by image; it has to be called on padded images."""
+    """A block cannot be run on images that are laid end to end; it needs padded images."""
 
 
 class PerImage(TorchFunctionMode):
@@ -29,8 +29,8 @@ class PerImage(TorchFunctionMode):
         lengths: how many tokens each image has.
 
     Attributes:
-        calls: how often attention was called. If never, the block has attention of another kind,
-            and what it has put out is wrong.
+        calls: how often fused attention was called. If never, the block has attention of another
+            kind, which has mixed the images: its output is wrong.
     """
 
     def __init__(self, lengths: Sequence[int]) -> None:
@@ -82,8 +82,8 @@ def attend(
 ) -> Float[Tensor, "1 heads total value_dim"]:
     """Softmax attention of every image to itself.
 
-    On CPUs image by image; on GPUs by the variable-length flash kernel where there is one for the
-    dtype, else padded to the longest image.
+    On CPUs, image by image. On GPUs, by the variable-length flash kernel if there is one for the
+    dtype, otherwise padded to the longest image.
 
     Args:
         query, key, value: of all images, end to end.
@@ -91,7 +91,7 @@ def attend(
         dropout_p, scale, options: as for `scaled_dot_product_attention`.
 
     Returns:
-        A transposed view, so that hosts, which transpose it back, copy nothing.
+        A transposed view: hosts transpose it back, and then nothing has to be copied.
     """
     if query.device.type == "cuda":
         if dropout_p == 0 and not options and _flash_fits(query):
@@ -116,7 +116,7 @@ def attend(
 
 
 def _flash_fits(query: Tensor) -> bool:
-    """Whether the flash kernel for sequences of different lengths is there, and takes the dtype."""
+    """Whether the variable-length flash kernel is available, and takes the dtype."""
     if query.dtype not in (torch.float16, torch.bfloat16) or query.shape[3] % 8:
         return False
     if find_spec("torch.nn.attention.varlen") is None:  # older torch
@@ -146,7 +146,7 @@ def _padded(
     scale: float | None,
     **options: Any,
 ) -> Tensor:
-    """The same on images that are padded to the longest."""
+    """The same attention, with images padded to the longest."""
     there = _places(lengths, query.device)
     mask = there >= 0
     index = there.clamp(min=0).flatten()
@@ -164,7 +164,7 @@ def _padded(
 
 
 def _places(lengths: Sequence[int], device: torch.device) -> Int[Tensor, "images longest"]:
-    """Where the tokens of each image stand end to end; -1 for padding."""
+    """The positions of the tokens of each image in the long sequence; -1 for padding."""
     counts = torch.tensor(lengths, device=device)[:, None]
     column = torch.arange(max(lengths), device=device)
     start = counts.cumsum(0) - counts

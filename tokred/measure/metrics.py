@@ -18,11 +18,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from tokred.data.reading import IGNORED
 from tokred.measure.fidelity import Decisions
 from tokred.optional import require
-
-IGNORED = 255
-"""The class of pixels that count for nothing, if the model has no such class."""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """A diffusion model that draws digits: a small UNet of diffusers, and a pipeline around it.
 
 The UNet is diffusers' `UNet2DConditionModel`, the class that Stable Diffusion is made of, on pixels
-instead of latents: 32x32 pixels are 1,024 tokens, and what it calls a text are four learned tokens
-per class. Blocks with self-attention stand at 32x32 and at 16x16, with few convolutions beside
-them. `zoo.diffusion()` gives it with trained weights.
+instead of latents: 32x32 pixels are 1,024 tokens, and in place of a text it is given four learned
+tokens per class. There are blocks with self-attention at 32x32 and at 16x16, and few convolutions
+beside them. `zoo.diffusion()` has it with trained weights.
 
 It predicts v (Salimans & Ho, "Progressive Distillation for Fast Sampling of Diffusion Models", ICLR
 2022, section 4, https://arxiv.org/abs/2202.00512) under the cosine schedule of Nichol & Dhariwal
@@ -36,10 +36,10 @@ IMAGE_SIZE = 32
 
 CLASSES = 10
 NO_CLASS = CLASSES
-"""The class that stands for none: what guidance leads away from."""
+"""The number that stands for "no class"; guidance leads away from it."""
 
 _TOKENS, _DIM = 4, 32
-"""How a class is written: so many tokens of that width."""
+"""Every class is this many tokens, of this width."""
 
 
 def build() -> DigitPipeline:
@@ -60,8 +60,8 @@ def load(file: Path) -> DigitPipeline:
 def build_unet() -> nn.Module:
     """The UNet with random weights, for images [batch, 1, 32, 32] from -1 (paper) to 1 (ink).
 
-    Self-attention is dear at 32x32, so that it comes once, on the way up: two blocks of one
-    transformer. At 16x16 there are three, one on the way down and two on the way up.
+    Self-attention is expensive at 32x32, so there is only one transformer, of two blocks, on the
+    way up. At 16x16 there are three, one on the way down and two on the way up.
     """
     unet: nn.Module = diffusers.UNet2DConditionModel(
         sample_size=IMAGE_SIZE,
@@ -81,7 +81,7 @@ def build_unet() -> nn.Module:
 
 
 def build_scheduler() -> Any:
-    """The sampler, a `DPMSolverMultistepScheduler`: given its start, it is deterministic."""
+    """The sampler, a `DPMSolverMultistepScheduler`. It adds no noise on its way."""
     return diffusers.DPMSolverMultistepScheduler(
         beta_schedule="squaredcos_cap_v2",
         prediction_type="v_prediction",
@@ -90,7 +90,7 @@ def build_scheduler() -> Any:
 
 
 class ClassEmbedder(ModelMixin, diffusers.ConfigMixin):  # type: ignore[misc]
-    """Four learned tokens for each class, and for none (`NO_CLASS`)."""
+    """Four learned tokens for each class, and for "no class" (`NO_CLASS`)."""
 
     config_name = "config.json"
 
@@ -138,12 +138,12 @@ class DigitPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
         Args:
             prompt: a text with one digit in it ("7", "a handwritten 7"), or a list of such.
             num_inference_steps: how often the UNet runs.
-            guidance_scale: how strongly images are led to their class; up to 1 there is no
+            guidance_scale: how strongly images are led to their class. With 1 or less there is no
                 guidance, and the UNet runs on half as many images.
-            num_images_per_prompt: how many images of each prompt, one behind the other.
+            num_images_per_prompt: the number of images for each prompt; they follow one another.
             generator: where the noise comes from. With a list, one for each image, an image does
                 not depend on those that are drawn with it.
-            latents: the noise itself, instead.
+            latents: the noise itself, instead of a generator.
             output_type: "pil" for pictures; "np" for an array [images, 32, 32, 1], "pt" for a
                 tensor [images, 1, 32, 32], both from 0 (paper) to 1 (ink).
             return_dict: whether to return an `ImagePipelineOutput`, or a tuple of its one field.
@@ -163,27 +163,65 @@ class DigitPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
                 f"{len(generator)}"
             )
 
-        device = self._execution_device
-        guided = guidance_scale > 1
-        classes = torch.tensor(digits, device=device)
-        if guided:
+        classes = torch.tensor(digits, device=self._execution_device)
+        if guidance_scale > 1:
             classes = torch.cat([torch.full_like(classes, NO_CLASS), classes])
         tokens = self.embedder(classes)
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        noise = self._noise(len(digits), tokens.dtype, generator, latents)
+        images: Any = (self._denoised(noise, tokens, guidance_scale, generator) / 2 + 0.5).clamp(
+            0, 1
+        )
+        if output_type != "pt":
+            images = images.permute(0, 2, 3, 1).float().cpu().numpy()
+        if output_type == "pil":
+            images = self.numpy_to_pil(images)
+        self.maybe_free_model_hooks()
+        return diffusers.ImagePipelineOutput(images=images) if return_dict else (images,)
 
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        side = self.unet.config.sample_size
-        shape = (len(digits), self.unet.config.in_channels, side, side)
+    def _noise(
+        self,
+        number: int,
+        dtype: torch.dtype,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: Float[Tensor, "images 1 height width"] | None,
+    ) -> Float[Tensor, "images 1 height width"]:
+        """What sampling starts from, as large as the scheduler wants it: the given latents, or
+        noise from the generator.
+
+        Raises:
+            ValueError: the latents are of another shape.
+        """
+        device, side = self._execution_device, self.unet.config.sample_size
+        shape = (number, self.unet.config.in_channels, side, side)
         if latents is None:
             latents = diffusers.utils.torch_utils.randn_tensor(
-                shape, generator=generator, device=device, dtype=tokens.dtype
+                shape, generator=generator, device=device, dtype=dtype
             )
         elif latents.shape != shape:
             raise ValueError(f"latents must have shape {shape}, not {tuple(latents.shape)}")
-        x = latents.to(device, tokens.dtype) * self.scheduler.init_noise_sigma
-        # Only samplers that add noise on their way take a generator.
+        noise: Tensor = latents.to(device, dtype) * self.scheduler.init_noise_sigma
+        return noise
+
+    def _denoised(
+        self,
+        x: Float[Tensor, "images 1 height width"],
+        tokens: Float[Tensor, "batch tokens dim"],
+        guidance_scale: float,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> Float[Tensor, "images 1 height width"]:
+        """Runs the sampler over all its steps.
+
+        Args:
+            x: the noise.
+            tokens: what the UNet attends to; with guidance, first for no class, then for the
+                classes.
+            guidance_scale: see `__call__`.
+            generator: for samplers that add noise on their way.
+        """
+        guided = guidance_scale > 1
         noisy = "generator" in inspect.signature(self.scheduler.step).parameters
         source = {"generator": generator} if noisy else {}
-
         for time in self.progress_bar(self.scheduler.timesteps):
             seen = self.scheduler.scale_model_input(torch.cat([x, x]) if guided else x, time)
             v = self.unet(seen, time, encoder_hidden_states=tokens).sample
@@ -191,14 +229,7 @@ class DigitPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
                 without, with_class = v.chunk(2)
                 v = without + guidance_scale * (with_class - without)
             x = self.scheduler.step(v, time, x, **source).prev_sample
-
-        images: Any = (x / 2 + 0.5).clamp(0, 1)
-        if output_type != "pt":
-            images = images.permute(0, 2, 3, 1).float().cpu().numpy()
-        if output_type == "pil":
-            images = self.numpy_to_pil(images)
-        self.maybe_free_model_hooks()
-        return diffusers.ImagePipelineOutput(images=images) if return_dict else (images,)
+        return x
 
 
 def read_digit(prompt: str) -> int:

@@ -4,11 +4,11 @@ Strudel, Garcia, Laptev, Schmid, "Segmenter: Transformer for Semantic Segmentati
 https://arxiv.org/abs/2105.05633, section 3. The encoder is a timm `VisionTransformer` that is
 handed in (or a `SwinTransformer`, of which the last stage is decoded); a decoder turns its patch
 tokens into one score per class; the scores, on the grid of patches, are upsampled to the pixels.
-`tokred.apply(segmenter, ...)` finds the encoder inside. What the encoder hands out is on the full
-grid whatever was merged within, so that nothing here has to know of it.
+`tokred.apply(segmenter, ...)` finds the encoder inside. The output of the encoder is on the full
+grid, whatever was merged inside, so that nothing here depends on it.
 
-The scores are logits, as a cross entropy takes them: where the paper has a softmax over the classes
-and a layer norm behind it (section 3.2), there is the layer norm alone.
+The scores are logits, for a cross entropy. The paper has a softmax over the classes, followed by a
+layer norm (section 3.2); here is only the layer norm.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Segmenter(nn.Module):
         x = self.encoder.forward_features(images)
         embed = self.encoder.patch_embed
         down, across = embed.feat_ratio(as_scalar=False)
-        if x.ndim == 4:  # Swin's stay on their grid, which every stage but the first has halved
+        if x.ndim == 4:  # Swin's tokens are on a grid, which every stage but the first has halved
             rows, columns = x.shape[1:3]
             tokens = x.flatten(1, 2)
             halved = 2 ** (len(self.encoder.layers) - 1)
@@ -67,14 +67,14 @@ class Segmenter(nn.Module):
             rows, columns = embed.dynamic_feat_size((height, width))
             tokens = x[:, self.encoder.num_prefix_tokens :]
         scores = self.decoder(tokens).transpose(1, 2).unflatten(2, (rows, columns))
-        # An encoder that pads its images (`dynamic_img_pad`) does so at the right and below.
+        # An encoder that pads its images (`dynamic_img_pad`) pads them right and below.
         size = (rows * down, columns * across)
         scores = F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
         return scores[:, :, :height, :width]
 
 
 class LinearDecoder(nn.Module):
-    """Every patch token for itself: one linear layer (section 3.2, "Linear")."""
+    """One linear layer on every patch token (section 3.2, "Linear")."""
 
     def __init__(self, dim: int, num_classes: int) -> None:
         super().__init__()
@@ -89,8 +89,8 @@ class LinearDecoder(nn.Module):
 
 
 class MaskTransformer(nn.Module):
-    """Class embeddings run through a few blocks together with the patch tokens; the mask of a class
-    is how much each patch is like it (section 3.2, "Mask Transformer").
+    """Class embeddings run through a few blocks together with the patch tokens. The mask of a class
+    is the similarity of each patch to its embedding (section 3.2, "Mask Transformer").
 
     Args:
         dim: width of the encoder's tokens.

@@ -5,8 +5,8 @@ https://arxiv.org/abs/2205.08534, section 3. Attention between the two branches 
 al., "Deformable DETR: Deformable Transformers for End-to-End Object Detection", ICLR 2021,
 https://arxiv.org/abs/2010.04159, section 4.1, in plain torch.
 
-The transformer keeps its own blocks, with global attention. `tokred.apply` finds them: in each
-group of blocks there are then fewer tokens, and every injector and extractor gets the full grid.
+The transformer keeps its own blocks, with global attention. `tokred.apply` finds them: then each
+group of blocks runs on fewer tokens, and every injector and extractor still gets the full grid.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ Grid = tuple[int, int]
 
 
 class ViTAdapter(nn.Module):
-    """Four maps at strides 4, 8, 16 and 32, as wide as the transformer, from images of any size
-    that is a multiple of 32.
+    """Four maps at strides 4, 8, 16 and 32, as wide as the transformer, from images whose sides are
+    multiples of 32.
 
-    What is published has, for ViT-T, S, B and L, 6, 6, 12 and 16 heads (the default) and 2.5, 5.8,
-    14.0 and 23.7 million parameters beside the transformer's. With a `value_ratio` of 1, 1, 0.5 and
-    0.5 these here have 2.4, 5.8, 13.7 and 23.2.
+    The published adapters for ViT-T, S, B and L have 6, 6, 12 and 16 heads (the default here) and
+    2.5, 5.8, 14.0 and 23.7 million parameters besides the transformer's. With a `value_ratio` of 1,
+    1, 0.5 and 0.5, this one has 2.4, 5.8, 13.7 and 23.2 million.
 
-    Normalisation of maps is by batch; with few images per device, `nn.SyncBatchNorm` can take its
-    place (`convert_sync_batchnorm`). The final norm and the head of the transformer are not used.
+    Maps are normalised by `nn.BatchNorm2d`. With few images per device, `nn.SyncBatchNorm` can
+    replace it (`convert_sync_batchnorm`). The final norm and the head of the transformer are not
+    used.
 
     >>> vit = timm.create_model("deit_small_patch16_224", dynamic_img_size=True)
     >>> [tuple(one.shape) for one in ViTAdapter(vit)(torch.zeros(1, 3, 64, 96))]
@@ -45,17 +46,17 @@ class ViTAdapter(nn.Module):
 
     Args:
         vit: a timm `VisionTransformer` made with `dynamic_img_size=True`. It becomes a part of the
-            adapter. If its patches are not 16 pixels wide, it is shown the images at such a size
-            that its grid has a stride of 16 all the same.
-        interactions: N, how many groups of blocks there are, each between an injector and an
-            extractor; the number of blocks must be a multiple of it.
-        extra_extractors: how many more extractors follow the last one.
-        heads: of the attention between the branches; as published if not given.
-        points: that each head looks at, in every map.
-        value_ratio: width of the values in that attention, as a share of the transformer's.
-        hidden_ratio: width inside the extractors' feed-forward networks, likewise.
+            adapter. If its patches are not 16 pixels wide, images are resized for it, so that its
+            grid has a stride of 16 all the same.
+        interactions: N, the number of groups of blocks. Each group has an injector before it and an
+            extractor after it; the number of blocks must be a multiple of N.
+        extra_extractors: the number of further extractors after the last one.
+        heads: heads of the attention between the branches; as published if not given.
+        points: the number of points that each head looks at in every map.
+        value_ratio: width of the values in that attention, relative to the transformer's width.
+        hidden_ratio: width inside the extractors' feed-forward networks, relative to the same.
         stem_width: channels of the convolutional stem.
-        in_channels: of the images.
+        in_channels: channels of the images.
 
     Raises:
         TypeError: `vit` is no `VisionTransformer` of timm.
@@ -245,8 +246,10 @@ class Injector(nn.Module):
         """New patch tokens.
 
         Args:
-            x: all patch tokens, and `at` which points of the image they stand, see `centres`.
-            spatial: three maps of the sizes `grids`, end to end.
+            x: all patch tokens.
+            at: their points in the image, see `centres`.
+            spatial: three maps, end to end.
+            grids: the sizes of the maps.
         """
         found = self.attention(self.norm(x), at, self.norm_spatial(spatial), grids)
         new: Tensor = x + self.gamma * found
@@ -277,9 +280,10 @@ class Extractor(nn.Module):
         """New spatial features.
 
         Args:
-            spatial: three maps of the sizes `grids`, end to end, and `at` which points of the
-                image their pixels stand, see `centres`.
-            x: all patch tokens, on the middle one of the grids.
+            spatial: three maps, end to end.
+            at: the points of their pixels in the image, see `centres`.
+            x: all patch tokens, on the second of the grids.
+            grids: the sizes of the maps.
         """
         query, patches = self.norm(spatial), self.norm_patches(x)
         spatial = spatial + self.attention(query, at, patches, grids[1:2])
@@ -288,8 +292,8 @@ class Extractor(nn.Module):
 
 
 class ConvolutionalMlp(nn.Module):
-    """A feed-forward network with a depth-wise 3x3 convolution before its nonlinearity, for want
-    of position embeddings of the spatial features (section 3.3; Wang et al., "PVT v2", 2022)."""
+    """A feed-forward network with a depth-wise 3x3 convolution before its nonlinearity, because the
+    spatial features have no position embeddings (section 3.3; Wang et al., "PVT v2", 2022)."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -338,11 +342,13 @@ class DeformableAttention(nn.Module):
         value: Float[Tensor, "batch pixels dim"],
         grids: Sequence[Grid],
     ) -> Float[Tensor, "batch queries dim"]:
-        """What every query finds.
+        """The attention's output for every query.
 
         Args:
-            query: who looks, from `at` which points of the image (x, y), from 0 to 1.
-            value: the maps, of the sizes `grids`, end to end.
+            query: the queries.
+            at: their points in the image (x, y), from 0 to 1.
+            value: the maps, end to end.
+            grids: the sizes of the maps.
         """
         heads, levels, points = self.shape
         # Points of the image in half precision would miss pixels of a large map.
@@ -361,8 +367,8 @@ class DeformableAttention(nn.Module):
         return new
 
     def reset(self) -> None:
-        """As Deformable DETR begins (section 4.1 and appendix A.4): all points count alike; point
-        k of a head lies k pixels away, in a direction of the head's own."""
+        """The initial weights of Deformable DETR (section 4.1 and appendix A.4): all points weigh
+        the same, and point k of a head is k pixels away, in a direction of this head."""
         heads, _, points = self.shape
         turn = torch.arange(heads) * (2 * math.pi / heads)
         direction = torch.stack([turn.cos(), turn.sin()], -1)
@@ -391,7 +397,7 @@ def attend(
         value: the maps of all levels, end to end.
         grids: their sizes (height, width).
         locations: (x, y), from 0 (left and upper edge of the map) to 1.
-        weights: which add up to one over levels and points.
+        weights: the weights of the points, which add up to one over levels and points.
 
     Returns:
         The heads' sums side by side, at least float32: pixels are weighed in full precision.
@@ -411,8 +417,8 @@ def attend(
 
 
 def centres(grids: Sequence[Grid], device: torch.device) -> Float[Tensor, "pixels 2"]:
-    """Where the pixels of maps (height, width) stand in the image: (x, y), from 0 to 1, of their
-    centres; map by map, row by row."""
+    """The centres of the pixels of maps (height, width): (x, y) in the image, from 0 to 1; map by
+    map, row by row."""
     parts = []
     for h, w in grids:
         y = (torch.arange(h, device=device, dtype=torch.float32) + 0.5) / h
@@ -422,8 +428,8 @@ def centres(grids: Sequence[Grid], device: torch.device) -> Float[Tensor, "pixel
 
 
 class Backbone(nn.Module):
-    """An adapter as torchvision's detectors take it: five maps of one width (Lin et al., "Feature
-    Pyramid Networks for Object Detection", CVPR 2017), by name."""
+    """An adapter as a backbone of torchvision's detectors: five maps of the same width, by name
+    (Lin et al., "Feature Pyramid Networks for Object Detection", CVPR 2017)."""
 
     def __init__(self, adapter: ViTAdapter, out_channels: int) -> None:
         super().__init__()
@@ -447,10 +453,10 @@ def mask_rcnn(
     """torchvision's Mask R-CNN (He et al., ICCV 2017) on the pyramid of an adapter.
 
     Args:
-        adapter: which becomes a part of it.
-        num_classes: the background included.
+        adapter: the adapter, which becomes a part of the detector.
+        num_classes: the number of classes, including the background.
         out_channels: width of the pyramid that the heads see.
-        options: of `torchvision.models.detection.MaskRCNN`, such as `min_size`.
+        options: options of `torchvision.models.detection.MaskRCNN`, such as `min_size`.
 
     Raises:
         ModuleNotFoundError: torchvision is not installed (`pip install "tokred[torchvision]"`).
@@ -464,7 +470,7 @@ def mask_rcnn(
 
 
 def _checked(vit: nn.Module) -> Any:
-    """The transformer, if it is one that can be adapted."""
+    """The transformer, unless it cannot be adapted: then an error."""
     timm = require("timm.models.vision_transformer", "timm")
     if not isinstance(vit, timm.VisionTransformer):
         raise TypeError(f"vit must be a VisionTransformer of timm, not {type(vit).__qualname__}")

@@ -62,7 +62,7 @@ class StandIn:
         # Up to version 0.7 one class stood in for blocks of all kinds, and forwards said themselves
         # what is always seen.
         if state.get("grid") is not None:
-            self.__class__ = PatchedInWindows  # type: ignore[assignment]
+            self.__class__ = PatchedInWindows
         self.__dict__.update({"always_full": None, **state})
 
     @property
@@ -82,7 +82,7 @@ class StandIn:
         """The arguments by position, where the tokens were given by name."""
         if args:
             return args
-        return (kwargs.pop(next(iter(inspect.signature(self).parameters))),)
+        return (kwargs.pop(next(iter(inspect.signature(self.__wrapped__).parameters))),)
 
 
 @dataclass(eq=False, kw_only=True)

@@ -28,7 +28,7 @@ from tokred.reducers.registry import register
 from tokred.reducers.tome import mean_over_heads
 
 _AT_ONCE = 2**21
-"""Distances that are worked on at once on the CPU."""
+"""How many distances are worked on at once on the CPU."""
 
 LINKAGES = ("single", "complete", "average")
 BACKENDS = ("auto", "numba", "scipy", "torch", "triton")
@@ -64,7 +64,7 @@ class ATC:
         _check_options(self.linkage, self.backend)
 
     def on(self, device: torch.device | str) -> ATC:
-        """The same with the backend that is used on a device in place of "auto"."""
+        """The same method, with the backend that "auto" means on a device."""
         return dataclasses.replace(self, backend=choose(device, self.backend))
 
     def __call__(self, tokens: Tokens, keep: int) -> Clusters:
@@ -90,8 +90,8 @@ def cluster(
 
     Args:
         features: what tokens are compared by, any floating dtype; need not be normalised. NaN and
-            infinity are refused on the CPU. Elsewhere it would take waiting for the device to
-            find them: there, their tokens get distance 2 to all others.
+            infinity are refused on the CPU. On other devices, looking for them would mean waiting
+            for the device; such tokens get distance 2 to all others there.
         num_clusters: in [1, tokens].
         linkage: "single", "complete" or "average".
         backend: "numba" and "scipy" run on the CPU (features elsewhere are copied there and the
@@ -114,11 +114,10 @@ def cluster(
 
 
 def choose(device: torch.device | str, backend: str = "auto") -> str:
-    """The backend that is used for features on a device: what "auto" stands for there.
+    """The backend that "auto" means on a device; any other backend is returned as it is.
 
-    On CUDA devices "triton" if it is installed (3.3 or later), on the CPU "numba" if it is
-    installed and otherwise "scipy", in all other cases "torch". A backend that is named stays what
-    it is.
+    "auto" is "triton" on CUDA devices if it is installed (3.3 or later), on the CPU "numba" if it
+    is installed and otherwise "scipy", and "torch" in all other cases.
 
     Raises:
         ValueError: no backend has that name, or it cannot run on that device.
@@ -165,7 +164,7 @@ def cosine_distance(
     Tokens are normalised, and multiplied, in at least float32, also under autocast. A token of
     zeros is at distance 1 to all others; one with NaN or infinity is refused on the CPU and at
     distance 2 elsewhere. Results are multiples of 2**-24, so that float64 sums of them are exact.
-    The diagonal means nothing, and what is below it may differ from what is above in the last bit.
+    The diagonal means nothing. Entries below it may differ from those above in the last bit.
 
     Raises:
         ValueError: a feature on the CPU is NaN or infinite.
@@ -176,7 +175,7 @@ def cosine_distance(
 def _unit(features: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
     """Tokens of length 1, in at least float32; zeros stay zeros."""
     x = features.detach()
-    # Lengths of rows with gaps between their entries take eight times as long.
+    # The lengths of rows whose entries are not contiguous take eight times as long.
     x = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     if x.device.type == "cpu" and x.numel() > 0:
@@ -186,9 +185,9 @@ def _unit(features: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch t
             return unit
         if not x.isfinite().all():
             raise ValueError("features must be finite, but some are NaN or infinite")
-    # The squares of some are too great or too small to be added, so they are scaled first. On the
-    # CPU by a power of two, which changes no bit of the result: a token does not depend on whether
-    # there are others like that in its batch.
+    # The squares of some features overflow or vanish, so tokens are scaled first. On the CPU, by a
+    # power of two, which changes no bit of the result: so a token does not depend on whether other
+    # tokens of its batch need scaling.
     scale = x.abs().amax(-1, keepdim=True)
     if x.device.type == "cpu":
         scale = torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent.clamp(-100, 100))
@@ -200,10 +199,10 @@ def _unit(features: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch t
 def _distance(
     unit: Float[Tensor, "batch tokens dim"],
 ) -> Float[Tensor, "batch tokens tokens"]:
-    # The product is rounded before it is taken from 1: within one operation (`baddbmm`) results
-    # need not be multiples of 2**-24. Equal tokens get equal products, as every entry is summed in
-    # the same order by the libraries that we know; float64 products would make sure of it, but
-    # take two to three times as long.
+    # The product is rounded before it is subtracted from 1: results of a single operation
+    # (`baddbmm`) need not be multiples of 2**-24. Equal tokens get equal products, because the
+    # libraries that we know sum every entry in the same order. Products in float64 would guarantee
+    # it, but take two to three times as long.
     finite = unit.isfinite().all(-1)
     unit = torch.where(finite[..., None], unit, 0)
     with torch.autocast(unit.device.type, enabled=False):
@@ -214,10 +213,11 @@ def _distance(
 def _upper_distance(
     unit: Float[Tensor, "batch tokens dim"], distance: Float[Tensor, "batch tokens tokens"]
 ) -> Float[Tensor, "batch tokens tokens"]:
-    """Writes the same above the diagonal, for finite tokens on the CPU; anything below."""
+    """The same, written to `distance`, for finite tokens on the CPU. Only entries above the
+    diagonal are right."""
     batch, num, _ = unit.shape
-    # Some rows at a time, from the diagonal on: half of the work, and the next step finds them in
-    # the cache. Fewer would make small products, which are slow.
+    # A few rows at a time, from the diagonal on. That is half of the work, and the result is still
+    # in the cache when it is subtracted from 1. With fewer rows, products would be small and slow.
     rows = max(256, _AT_ONCE // 2 // max(1, batch * num))
     for start in range(0, num, rows):
         block = distance[:, start : start + rows, start:]
@@ -233,12 +233,12 @@ def _upper_distance(
 def _one_minus(
     cosine: Float[Tensor, "batch rows columns"],
 ) -> Float[Tensor, "batch rows columns"]:
-    """In place, in [0, 2]."""
+    """1 - cosine, cut to [0, 2], in place."""
     torch.sub(cosine.new_ones(()), cosine, out=cosine)
     return cosine.clamp_(0, 2)
 
 
-# An opaque operator, so that a compiled model has no graph break here.
+# A custom operator, which is opaque to torch.compile, so that a compiled model has no graph break.
 @torch.library.custom_op(
     "tokred::cluster",
     mutates_args=(),
@@ -253,7 +253,7 @@ def _cluster(features: Tensor, num_clusters: int, linkage: str, backend: str) ->
     if unit.device.type != "cpu":
         there: Tensor = kernel.cluster(_distance(unit), num_clusters, linkage)
         return there
-    # As many samples at once as threads need or the cache holds.
+    # As many samples at once as there are threads, or more if they fit into the cache.
     num = unit.shape[1]
     at_once = max(torch.get_num_threads(), _AT_ONCE // max(1, num) ** 2)
     labels = []

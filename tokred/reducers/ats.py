@@ -4,7 +4,7 @@ Fayyaz et al., "Adaptive Token Sampling for Efficient Vision Transformers", ECCV
 https://arxiv.org/abs/2111.15667, sections 3.1 and 3.2. The tokens that are not sampled leave
 between attention and MLP, which is the same as leaving their queries out of the attention: their
 keys and values still take part in it. Differs from the published code in that distances in the
-cumulative sum are exact, and that a batch gives for every image what the image gives alone.
+cumulative sum are exact, and that an image gives the same result in a batch as alone.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class ATS:
         significance = (tokens.class_attention * length).sum(1) * (tokens.size > 0)
         sampled = sample(significance, keep)
         counts = sampled.sum(1)
-        # The sampled tokens in their order, and others behind them as padding.
+        # The sampled tokens in their order, followed by others as padding.
         order = ranked(sampled.int())
         most = int(counts.max()) if len(counts) > 0 else keep
         return Kept(order[:, :most], sampled.shape[1], counts)
@@ -61,10 +61,10 @@ def sample(significance: Float[Tensor, "batch tokens"], num: int) -> Bool[Tensor
     once.
 
     The points are 1/2K, 3/2K, ..., (2K-1)/2K (section 3.2). Each draws the token whose entry in
-    the cumulative sum of the normalised significance is nearest, the lowest index of equals.
+    the cumulative sum of the normalised significance is nearest to it; of equals, the lowest index.
 
     Args:
-        significance: at least 0. Where all of a sample's is 0, its first token is drawn.
+        significance: at least 0. If it is 0 for all tokens of a sample, the first one is drawn.
         num: how many points, at least 1.
     """
     # float64: after a few hundred additions in float32 nearby points would change places.
@@ -78,7 +78,7 @@ def sample(significance: Float[Tensor, "batch tokens"], num: int) -> Bool[Tensor
     to_above = (cumulative.gather(1, above) - points).abs()
     to_below = (cumulative.gather(1, below) - points).abs()
     nearest = torch.where(to_below <= to_above, below, above)
-    # Entries that are equal, because a token has no significance, are the lowest one's.
+    # A token without significance has the same entry as the token before it; the first is drawn.
     drawn = torch.searchsorted(cumulative, cumulative.gather(1, nearest))
     chosen = torch.zeros_like(share, dtype=torch.bool)
     return chosen.scatter(1, drawn, True)

@@ -5,10 +5,10 @@ analysis", Knowledge-Based Systems 99, 2016, as Zeng et al. cluster tokens with 
 Tokens Are Equal: Human-centric Visual Analysis via Token Clustering Transformer" (TCFormer), CVPR
 2022, https://arxiv.org/abs/2204.08680, section 3.2, and as Haurum et al., "Which Tokens to Use?",
 ICCVW 2023, https://arxiv.org/abs/2308.04657, put it into ViTs. Distances are divided by the square
-root of their dimension, as in the published code (not so in the paper's equation 1), and the
-densest token is as far from denser ones as any two tokens of the image are from each other (there,
-too). Differs from that code in that no noise is added to the densities: ties go to the lower
-index.
+root of their dimension, as in the published code (but not in the paper's equation 1). The densest
+token has no denser one; its distance to one is set to the longest distance in the image, as in the
+published code. Differs from that code in that no noise is added to the densities: ties go to the
+lower index.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class DPCKNN:
     Stands before the block and compares the tokens themselves.
 
     Args:
-        k: over how many nearest neighbours a density is taken, the token itself among them.
-        weighted: whether a cluster becomes the mean of its members counted as often as the tokens
-            they stand for, or their plain mean.
+        k: the number of nearest neighbours for a density, the token itself included.
+        weighted: whether the mean of a cluster weighs its members by the number of original tokens
+            that they stand for, or all alike.
     """
 
     k: int = 5
@@ -83,7 +83,7 @@ def cluster(
     _check_k(k)
     check_number(num_clusters, x.shape[1])
     num = x.shape[1]
-    # As many samples at a time as there is room for; on the CPU, in the cache.
+    # As many samples at a time as fit into memory; on the CPU, into the cache.
     at_once, rows = samples_at_once(num), num
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         at_once = min(at_once, max(1, 2**18 // num**2))
@@ -95,8 +95,8 @@ def cluster(
 def _cluster(
     x: Float[Tensor, "batch tokens dim"], num_clusters: int, k: int, rows: int
 ) -> Int[Tensor, "batch tokens"]:
-    """`rows` is of how many tokens of a sample the distances to all others are held at a time. If
-    not of all, distances are formed for each step anew."""
+    """`rows` is the number of tokens of a sample whose distances to all others are held at a time.
+    If it is less than all tokens, distances are computed again for each step."""
     whole, half, unit = _whole_numbers(x)
     num, dim = x.shape[1:]
     every = (whole, half)
@@ -120,7 +120,7 @@ def _cluster(
     for number, part in enumerate(parts):
         halved = _halved(part, every)
         longest = torch.maximum(longest, halved.flatten(1).amax(1))
-        # The nearest is the token itself, at distance 0, which need not be looked for.
+        # The nearest neighbour is the token itself, at distance 0: no need to search for it.
         itself = halved.diagonal(number * rows, 1, 2).fill_(torch.inf)
         others = _smallest(halved, min(k, num) - 1).sum(-1)
         itself.fill_(0)
@@ -157,19 +157,19 @@ def _centres(
 
 
 def _by_numba(x: Tensor, k: int) -> bool:
-    """Whether the kernel for few neighbours is there, and may be called here."""
+    """Whether the numba kernel, which is for few neighbours, is available and can be used here."""
     return _as_bits(x) and 1 < k <= 8 and not x.requires_grad and installed("numba")
 
 
 def squared_distances(x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens tokens"]:
     """The squared Euclidean distances of all pairs of tokens in a sample, float64.
 
-    Tokens are rounded, by at most 3e-8 of the distance between the first token and the one that is
-    furthest from it (or to float32, if that is coarser); nothing is rounded after that. So the
-    result is symmetric, equal tokens have distance 0 and are equally far from any other, and the
-    order of summation, that is, the device and the rest of the batch, makes no difference. Float32
-    differences, squared and added up, are no more exact than this and take much longer, because no
-    matrix product can form them.
+    Tokens are rounded first, by at most 3e-8 of the distance between the first token and the token
+    farthest from it (or to float32, if that is coarser). After that, nothing is rounded. So the
+    result is symmetric; equal tokens have distance 0 and are equally far from any other token; and
+    the order of summation, which depends on the device and the batch, makes no difference.
+    Differences in float32, squared and summed, are no more exact, and take much longer, because
+    they cannot be computed as a matrix product.
     """
     whole, half, unit = _whole_numbers(x)
     return _halved((whole, half), (whole, half)).mul_(unit)
@@ -180,10 +180,10 @@ def _whole_numbers(
 ) -> tuple[
     Float[Tensor, "batch tokens dim"], Float[Tensor, "batch tokens"], Float[Tensor, "batch 1 1"]
 ]:
-    """The tokens in whole numbers, half of their squared lengths, and twice the square of what one
-    of these numbers stands for."""
+    """The tokens as vectors of whole numbers, in some unit; half of their squared lengths; and
+    twice the square of the unit."""
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    # Distances are the same from any origin; what all tokens have in common costs digits.
+    # Distances do not depend on the origin; but what all tokens have in common costs digits.
     x = x - x[:, :1]
     # To vectors of integers, 2^25 long at most (the scale is a power of two). By Cauchy and Schwarz
     # the partial sums of their inner products stay within about 2^50, and squared distances within
@@ -198,9 +198,9 @@ def _halved(
     some: tuple[Float[Tensor, "batch some dim"], Float[Tensor, "batch some"]],
     others: tuple[Float[Tensor, "batch others dim"], Float[Tensor, "batch others"]],
 ) -> Float[Tensor, "batch some others"]:
-    """Half of the squared distances between these and those, see `_whole_numbers`."""
-    # In place: on the CPU, fresh memory costs more than the arithmetic here. (torch's counter of
-    # multiply-adds does not know `baddbmm_`.)
+    """Half of the squared distances between two sets of tokens, see `_whole_numbers`."""
+    # In place: on the CPU, new memory costs more than the arithmetic. (Not by `baddbmm_`, which
+    # torch's counter of multiply-adds does not know.)
     halved = some[1][:, :, None] + others[1][:, None, :]
     torch.baddbmm(halved, some[0], others[0].transpose(1, 2), alpha=-1, out=halved)
     return halved
@@ -210,8 +210,8 @@ def _smallest(x: Float[Tensor, "batch some others"], k: int) -> Float[Tensor, "b
     """The k smallest of every row, rising, of numbers that are not negative."""
     if not _as_bits(x) or not 1 <= k <= 8:
         return x.topk(k, largest=False).values
-    # One after the other: half the time of topk, which copies every row. Numbers that are not
-    # negative rank as the integers of the same bits, whose minima are found faster.
+    # One minimum after the other takes half the time of topk, which copies every row. Numbers that
+    # are not negative have the same order as integers of the same bits, whose minima are faster.
     bits = x.view(torch.int64)
     found = []
     for _ in range(k):
@@ -232,11 +232,12 @@ def _as_bits(x: Tensor) -> bool:
 def join_nearest(
     distance: Float[Tensor, "batch tokens tokens"], centres: Int[Tensor, "batch clusters"]
 ) -> Int[Tensor, "batch tokens"]:
-    """For every token, which of the centres is nearest: the first of equals. A centre joins itself,
-    even if another is its equal, so that no cluster is empty.
+    """For every token, the number of the nearest centre; of equals, the first. A centre joins
+    itself, even if another centre equals it, so that no cluster is empty.
 
     Args:
-        distance: symmetric, not negative; or any that rises with it, such as the square.
+        distance: symmetric, not negative. Anything that rises with the distance will do, such as
+            its square.
         centres: which tokens are centres, all different.
     """
     return _own(_first_least(take(distance, centres), 1), centres)
@@ -251,14 +252,14 @@ def _own(
 
 
 def _first_least(x: Float[Tensor, "batch a b"], dim: int) -> Int[Tensor, "batch kept"]:
-    """Where the smallest is, the first of equals, of numbers that are not negative."""
+    """The index of the smallest of numbers that are not negative; of equals, the first."""
     # As integers of the same bits, see `_smallest`.
     return x.view(torch.int64).min(dim).indices if _as_bits(x) else x.argmin(dim)
 
 
 def samples_at_once(num: int, elements: int = 2**24) -> int:
-    """How many samples of `num` tokens to work on together, so that a matrix of all their
-    distances has at most `elements` (but one sample at least)."""
+    """How many samples of `num` tokens to work on together, so that all their distances are at most
+    `elements` numbers; at least one sample."""
     return max(1, elements // num**2)
 
 

@@ -2,8 +2,8 @@
 
 Rao et al., "DynamicViT: Efficient Vision Transformers with Dynamic Token Sparsification", NeurIPS
 2021, https://arxiv.org/abs/2106.02034, sections 3.2 and 3.3. Differs from the published code in
-that what a predictor sees of all tokens together is a mean over those that are left, at inference
-as in training.
+that the predictor's global feature is the mean over the tokens that are left, at inference as in
+training.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tokred.reducers.svit import kept, start_at
 class DynamicViT:
     """Keeps the tokens that a learned predictor holds most worth keeping; drops the others.
 
-    As many in every image. Needs trained predictors, see `tokred train`.
+    Every image keeps the same number. Needs trained predictors, see `tokred train`.
 
     Args:
         gates: a file that `Reduction.save` or `tokred train` has written, or the predictors
@@ -57,12 +57,12 @@ class DynamicViT:
         return [layer for layer, share in enumerate(shares) if share < before[layer]]
 
     def gate(self, width: int, odds: float) -> Predictor:
-        """A predictor for tokens of this width that is going to keep about so many for each that it
-        drops."""
+        """A random predictor for tokens of this width, which keeps about `odds` tokens for each one
+        that it drops."""
         return Predictor(width, odds)
 
     def score(self, tokens: Tokens) -> Float[Tensor, "batch tokens 2"]:
-        """The logarithms of how probable it is to keep a token, and to drop it."""
+        """The log-probabilities of keeping each token, and of dropping it."""
         assert tokens.gate is not None
         there = (tokens.size > 0).to(tokens.size)
         scores: Tensor = tokens.gate(
@@ -75,8 +75,8 @@ class DynamicViT:
 
 
 class Predictor(nn.Module):
-    """What a token says of itself, and the mean of what those that are left say of the image, are
-    weighed together (equations 1 to 5)."""
+    """An MLP on the features of a token and the mean of the global features of all tokens that are
+    left (equations 1 to 5)."""
 
     def __init__(self, width: int, odds: float = 1.0) -> None:
         super().__init__()

@@ -26,7 +26,7 @@ from tokred.reducers.registry import register
 class EViT:
     """Keeps the tokens that the class token attends to most, and fuses the others into one.
 
-    Of n tokens n - 1 are kept and one is the fused one, which is an ordinary token from then on.
+    Of the `keep` tokens that are left, one is the fused one; from then on, it is an ordinary token.
     Without a class token: those that get the most attention from all tokens. Of equal scores the
     lower index wins.
 
@@ -53,12 +53,12 @@ class EViT:
         attention = tokens.class_attention.mean(1)
         fused = least(attention, attention.shape[1] - keep + 1)
 
-        # Every kept token is a group of its own; the first that goes names the group of all.
+        # Every kept token is a group of its own. All others are one group, named by their first.
         position = torch.arange(fused.shape[1], device=fused.device).expand(fused.shape)
         first = fused.int().argmax(-1, keepdim=True)
         index = in_order_of_first_member(torch.where(fused, first, position))
 
-        # Equations 3 and 4: a token counts by the attention it got. (By the same if all got none.)
+        # Equations 3 and 4: a token is weighed by its attention. (All alike, if all of it is 0.)
         total = (attention * fused).sum(-1, keepdim=True)
         weight = torch.where(total > 0, attention, torch.ones_like(attention))
         total = torch.where(total > 0, total, fused.sum(-1, keepdim=True).to(total))
@@ -73,8 +73,8 @@ class Summed(Clusters):
     """Clusters whose shares do not add up to 1.
 
     Attributes:
-        sum_of_shares: what the shares in the coarse token of each fine one add up to. A copy is
-            divided by it, so that it is as large as a token, and merges into the same again.
+        sum_of_shares: for each fine token, the sum of the shares in its coarse token. `up` divides
+            copies by it, so that they are as large as a token, and merge into the same again.
     """
 
     sum_of_shares: Float[Tensor, "batch fine"] | None = None

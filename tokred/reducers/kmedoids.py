@@ -39,7 +39,7 @@ class KMedoids:
     of its tokens, which then stands for all of them.
 
     Args:
-        iterations: how many times tokens join medoids and clusters choose new ones.
+        iterations: how often tokens join medoids and clusters choose new medoids.
         published: see `cluster`.
     """
 
@@ -118,7 +118,7 @@ def _cluster(
     published: bool,
 ) -> tuple[Int[Tensor, "batch tokens"], Int[Tensor, "batch clusters"]]:
     distance = squared_distances(x).sqrt()
-    weighted = distance * weight[:, None, :]  # by the token that it is the distance to
+    weighted = distance * weight[:, None, :]  # by the weight of the token at the other end
 
     heaviest = ranked(weight)[:, :num_clusters]
     medoids = heaviest.sort(-1).values
@@ -144,10 +144,10 @@ def _sum_in_cluster(
 def _cheapest(
     cost: Float[Tensor, "batch tokens"], label: Int[Tensor, "batch tokens"], num_clusters: int
 ) -> Int[Tensor, "batch clusters"]:
-    """The member of each cluster that costs least, the first of equals."""
+    """The member of each cluster with the least cost; of equals, the first."""
     batch, num = cost.shape
     least = cost.new_full((batch, num_clusters), torch.inf).scatter_reduce(1, label, cost, "amin")
-    # Not "equal to": where a cost is NaN, there would be no member at all.
+    # Not `cost == least`: where a cost is NaN, no member would be left.
     dearer = cost > least.gather(1, label)
     position = torch.arange(num, device=cost.device).masked_fill(dearer, num)
     first = label.new_full((batch, num_clusters), num)

@@ -3,7 +3,7 @@
 Reciprocal nearest neighbours, a classic of hierarchical clustering (Murtagh, "A survey of recent
 advances in hierarchical clustering algorithms", The Computer Journal 26(4), 1983), with the cosine
 of the keys for similarity and the merged tokens' mean key for the next round. No token is forced
-to a partner that would rather have another one, as between the two sets of bipartite matching.
+to merge with a token that is closer to a third one, as in bipartite matching.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ def match(
 ) -> Int[Tensor, "batch tokens"]:
     """Merges mutual pairs until `num_clusters` groups are left; returns the group of every token.
 
-    In one round, the most similar of all mutual pairs merge, as many as there are or as must go.
-    A merged token is the mean of its two, weighted by size, and takes the place of the first.
+    In each round, mutual pairs merge, the most similar first, until there are none left or enough
+    tokens have gone. A merged token is the mean of the two, weighted by size, in the place of the
+    first.
     Groups are numbered in the order of their first tokens. Ties go to the lower index.
 
     Args:
@@ -66,7 +67,7 @@ def match(
     return labels
 
 
-# An opaque operator: the number of rounds depends on the tokens, which no compiled graph can.
+# A custom operator: the number of rounds depends on the tokens, so no graph can hold them.
 @torch.library.custom_op(
     "tokred::mutual_pairs",
     mutates_args=(),
@@ -77,7 +78,7 @@ def _match(metric: Tensor, size: Tensor, num_clusters: int) -> Tensor:
     mean = metric.detach().to(torch.promote_types(metric.dtype, torch.float32))
     size = size.detach().to(mean.dtype)
     label = torch.arange(num, device=metric.device).repeat(batch, 1)
-    # Samples need different numbers of rounds: those with fewer groups left than others are padded.
+    # Samples need different numbers of rounds: those that have fewer groups left are padded.
     groups = label.new_full((batch,), num)
     most = num if batch > 0 else num_clusters
     while most > num_clusters:
@@ -86,7 +87,7 @@ def _match(metric: Tensor, size: Tensor, num_clusters: int) -> Tensor:
         groups = pairs.masked_fill(_padding(pairs, groups), -1).amax(1) + 1
         most = int(groups.max())
         once = Clusters(pairs, mean.shape[1])
-        # The mean of padding is 0 / 0; nothing looks at it.
+        # The mean of padding is 0 / 0, which is never used.
         mean, size = once.down(mean, size)[:, :most], once.total(size)[:, :most]
     return label
 
@@ -103,20 +104,20 @@ def _merge_once(
 
     Args:
         mean: what groups are compared by.
-        groups: how many there are in each sample; what comes after them is padding, and stays.
-        num_clusters: how many shall be left.
+        groups: the number of groups in each sample; entries after those are padding, and stay.
+        num_clusters: the number of groups to be left at the end.
     """
     padding = _padding(mean[..., 0], groups)
     itself = torch.eye(mean.shape[1], dtype=torch.bool, device=mean.device)
     unit = F.normalize(mean, dim=-1)
     similarity = unit @ unit.transpose(1, 2)
-    # A matrix product is not always symmetric to the last bit. If it is, there always is a mutual
-    # pair: of the most similar tokens, the first one and the first that is so similar to it.
+    # A matrix product is not always symmetric to the last bit. Once it is made symmetric, there is
+    # always a mutual pair: the two most similar tokens (of equals, the first).
     similarity = torch.maximum(similarity, similarity.transpose(1, 2))
     nobody = itself | padding[:, None, :] | padding[:, :, None]
     highest, nearest = similarity.masked_fill(nobody, -torch.inf).max(-1)
 
-    # The first of every mutual pair, and which place the pair has among all of them.
+    # The first token of every mutual pair, and the rank of the pair among all pairs.
     position = torch.arange(mean.shape[1], device=mean.device).expand_as(nearest)
     mutual = nearest.gather(1, nearest) == position
     first = mutual & (position < nearest)
@@ -131,5 +132,5 @@ def _merge_once(
 def _padding(
     slots: Shaped[Tensor, "batch slots"], groups: Int[Tensor, " batch"]
 ) -> Bool[Tensor, "batch slots"]:
-    """Which slots stand for nothing: those after the groups of a sample."""
+    """Which slots are padding: those after the groups of a sample."""
     return torch.arange(slots.shape[1], device=slots.device) >= groups[:, None]

@@ -32,9 +32,9 @@ class PiToMe:
     of the tokens at most; if more must go, the merged tokens are matched again.
 
     Args:
-        margin: from which cosine on a token counts as alike. If not given, 0.9 in the first layer
-            and less by the same amount in every layer, so that 0 would come after the last one.
-        alpha: how much tokens that are not alike count against each other.
+        margin: tokens count as alike from this cosine on. If not given, it is 0.9 in the first
+            layer and falls by the same amount in every layer, to reach 0 after the last one.
+        alpha: the weight of tokens that are not alike, which lower the energy.
     """
 
     margin: float | None = None
@@ -123,8 +123,8 @@ def energy(
     A cosine x counts as x from `margin` on, and as alpha * (exp(x - margin) - 1) below it.
 
     Args:
-        unit: tokens of length 1. Each one is among its own neighbours, which adds the same to all.
-        elements: how many cosines are kept at once; they are only ever needed for their mean.
+        unit: tokens of length 1. (A token is among its own neighbours, which adds the same to all.)
+        elements: how many cosines are held at once; only their means are needed.
     """
     rows = max(1, elements // max(1, unit.shape[0] * unit.shape[1]))
     means = []

@@ -183,7 +183,7 @@ class Traits:
 
     Attributes:
         needs: the signals of `Tokens` that it wants, some of `SIGNALS`. Must be given.
-        bibtex: the paper to cite; empty if there is none. Must be given.
+        bibtex: the paper to cite. Default: empty, there is none.
         place: where it stands: "between" attention and MLP (the default), "before" the block, or
             "around" the block, behind which all tokens are there again.
         varies: whether samples may end with different numbers of tokens. `keep` is then a bound or
@@ -218,7 +218,7 @@ class Traits:
     """
 
     needs: frozenset[str]
-    bibtex: str
+    bibtex: str = ""
     place: Place = "between"
     varies: bool = False
     prunes: bool = False
@@ -259,7 +259,7 @@ def traits(reducer: Reducer) -> Traits:
     """
     found = Traits(
         needs=reducer.needs,
-        bibtex=reducer.bibtex,
+        bibtex=getattr(reducer, "bibtex", ""),
         place=getattr(reducer, "place", "between"),
         varies=getattr(reducer, "varies", False),
         prunes=getattr(reducer, "prunes", False),

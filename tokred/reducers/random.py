@@ -19,8 +19,8 @@ from tokred.reducers.registry import register
 class Random:
     """Merges tokens at random, whatever is in them.
 
-    The draw depends on the seed, the layer and the number of tokens alone: every image of a
-    batch, and every pass, gets the same one. The global random stream does not move.
+    The draw depends on the seed, the layer and the number of tokens alone: it is the same for every
+    image of a batch, and for every pass. The global random stream is not touched.
     """
 
     seed: int = 0
@@ -35,7 +35,7 @@ class Random:
         return Clusters(labels.to(tokens.x.device).repeat(batch, 1), keep)
 
 
-# An opaque operator: a generator cannot be part of a compiled graph.
+# A custom operator: a generator cannot be part of a compiled graph.
 @torch.library.custom_op(
     "tokred::random_partition",
     mutates_args=(),

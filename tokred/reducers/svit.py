@@ -1,9 +1,9 @@
-"""SViT: gates that choose, for every image and at every layer anew, which tokens go through it.
+"""SViT: learned gates choose, for every image and in every layer anew, which tokens go through it.
 
 Liu et al., "Revisiting Token Pruning for Object Detection and Instance Segmentation", WACV 2024,
 https://arxiv.org/abs/2306.07050, section 4. Differs from the published code in that inference is
-deterministic (there, it samples as in training), that tokens are really left out for any number of
-heads and of tokens, and that no class token is needed.
+deterministic (there, it samples as in training), that tokens are really left out of the computation
+for any number of heads and tokens, and that no class token is needed.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class SViT:
         gates: a file that `Reduction.save` or `tokred train` has written, or the gates themselves
             (`Reduction.gates`). Without any they start at random, to be trained.
         reactivate: whether a token that was left out once may be chosen again (table 3 of the
-            paper). If not, a gate's mask is multiplied by those before.
+            paper). If not, the mask of a gate is multiplied by the masks before it.
         preserve: whether tokens that are left out stay in the feature map. If not, they are dropped
-            for good, as pruners do it; heads that pool tokens then do not see them.
-        fixed: choose exactly the number of tokens that the schedule asks for in every image, those
+            for good, as pruners drop them; heads that pool tokens do not see them.
+        fixed: choose in every image exactly the number of tokens that the schedule asks for, those
             with the highest odds. Such models can be compiled.
     """
 
@@ -86,16 +86,16 @@ class SViT:
         return not self.reactivate
 
     def layers(self, shares: Sequence[float]) -> list[int]:
-        """The layers that have gates: all that are to run on fewer tokens."""
+        """The layers that have gates: all that run on fewer than all tokens."""
         return [layer for layer, share in enumerate(shares) if share < 1]
 
     def gate(self, width: int, odds: float) -> Gate:
-        """A gate for tokens of this width that is going to keep about so many for each that it
-        leaves out."""
+        """A random gate for tokens of this width, which keeps about `odds` tokens for each one that
+        it leaves out."""
         return Gate(width, odds)
 
     def score(self, tokens: Tokens) -> Float[Tensor, "batch tokens 2"]:
-        """The logarithms of how probable it is to keep a token, and to leave it out."""
+        """The log-probabilities of keeping each token, and of leaving it out."""
         assert tokens.gate is not None
         scores: Tensor = tokens.gate(tokens.x)
         return scores
@@ -107,8 +107,8 @@ class SViT:
 class Gate(nn.Module):
     """LayerNorm, and an MLP with two outputs (section 4.1).
 
-    It computes in its own dtype, whatever that of the tokens, so that a model in half precision
-    decides as it does in float32 wherever rounding allows.
+    It computes in the dtype of its weights, not in that of the tokens, so that a model in half
+    precision decides as it does in float32, except where rounding of the tokens decides.
     """
 
     def __init__(self, width: int, odds: float = 1.0) -> None:
@@ -127,13 +127,13 @@ class Gate(nn.Module):
         return scores.log_softmax(-1)
 
     def favour(self, more: float) -> None:
-        """Raises the logit in favour of keeping a token against the other."""
+        """Raises the logit for keeping a token by `more`, relative to the other logit."""
         with torch.no_grad():
             self.fc2.bias.add_(torch.tensor([more / 2, -more / 2]).to(self.fc2.bias))
 
 
 def start_at(last: nn.Linear, odds: float) -> None:
-    """Lets a random gate begin near the odds it is going to be trained for."""
+    """Sets the bias of a random gate so that it begins near these odds of keeping a token."""
     with torch.no_grad():
         last.bias.copy_(torch.tensor([0.5, -0.5]) * torch.tensor(odds).log())
 
@@ -144,10 +144,10 @@ def kept(
     """The tokens that are chosen, of those that are still there.
 
     Args:
-        scores: for and against each token.
+        scores: the log-probabilities for and against each token.
         tokens: the tokens.
-        number: how many to choose, those with the highest odds (of equals, the lower index); those
-            that are more likely kept than not, if not given.
+        number: choose this many, those with the highest odds (of equals, the lower index). If not
+            given, choose the tokens that are more likely to be kept than not.
     """
     there = tokens.size > 0
     if tokens.kept is not None:
@@ -158,5 +158,5 @@ def kept(
     chosen = (scores[..., 0] > scores[..., 1]) & there
     counts = chosen.sum(1)
     most = int(counts.max()) if len(counts) > 0 else 0
-    # The chosen ones in their order, and others behind them as padding.
+    # The chosen tokens in their order, followed by others as padding.
     return Kept(ranked(chosen.int())[:, :most], chosen.shape[1], counts)

@@ -1,9 +1,9 @@
 """Keys and values of a coarser grid.
 
 Smith et al., "ToDo: Token Downsampling for Efficient Generation of High-Resolution Images", IJCAI
-2024, https://arxiv.org/abs/2402.13573, section 3: in self-attention, keys and values are those of
-some tokens, which lie evenly on the grid (nearest-neighbour downsampling); queries stay, so that
-nothing has to be made whole again.
+2024, https://arxiv.org/abs/2402.13573, section 3: in self-attention, only tokens that lie evenly on
+the grid have keys and values (nearest-neighbour downsampling). All tokens have queries, so that
+nothing has to be undone afterwards.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokred.grids import nearest_grid
 from tokred.maps import Kept
 from tokred.reducers.protocol import Tokens
-from tokred.reducers.slic import nearest_grid
 
 
 @dataclass(frozen=True)
 class ToDo:
     """Lets all tokens attend to few, which lie evenly on the grid.
 
-    Stands around self-attention in a denoiser. The number of tokens is the nearest to the one asked
-    for that makes a grid of the same aspect.
+    For self-attention in denoisers. The few tokens make a grid of about the same aspect ratio, with
+    about the number of tokens that was asked for.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"grid"})
@@ -38,7 +38,7 @@ class ToDo:
 }"""
 
     def fit(self, keep: int, grid: tuple[int, int]) -> int:
-        """The number of tokens nearest to `keep` that it can leave of such a grid."""
+        """The number of tokens nearest to `keep` that it can take from such a grid."""
         rows, columns = nearest_grid(keep, grid)
         return rows * columns
 
@@ -60,5 +60,5 @@ class ToDo:
 
 
 def _nearest(fine: int, coarse: int, device: torch.device) -> Tensor:
-    """Of `fine` tokens, those that nearest-neighbour resampling to `coarse` takes."""
+    """Which of `fine` tokens nearest-neighbour resampling to `coarse` tokens takes."""
     return torch.arange(coarse, device=device) * fine // coarse

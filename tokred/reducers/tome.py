@@ -31,8 +31,9 @@ class ToMe:
 
     Args:
         threshold: if given, only pairs at least this similar merge, in [-1, 1]. Then an image
-            keeps at least as many tokens as the schedule says, more if its tokens are less alike,
-            whatever else is in the batch. Runs eagerly: how many stay depends on the images.
+            keeps at least as many tokens as the schedule says, and more if its tokens are less
+            alike. Other images of the batch make no difference. Runs eagerly: the number of tokens
+            depends on the image.
     """
 
     threshold: float | None = None
@@ -89,8 +90,7 @@ def match(
 ) -> Int[Tensor, "batch tokens"]:
     """Merges the `merges` strongest proposals; returns the group of every token.
 
-    Groups are numbered in the order of their first tokens. Equal similarities are decided for
-    the lower index.
+    Groups are numbered in the order of their first tokens. Ties go to the lower index.
 
     Args:
         metric: what tokens are compared by; need not be normalised. A row of zeros is as far
@@ -135,13 +135,13 @@ def match_similar(
     threshold: float,
     before: int = 0,
 ) -> Clusters:
-    """Merges the strongest proposals that are at least as similar as `threshold`, in every sample
-    as many as there are; those that are not make the map ragged.
+    """Merges the strongest proposals whose similarity is at least `threshold`. Their number differs
+    between samples, so the map is ragged.
 
     Args:
         metric: what tokens are compared by; need not be normalised.
         valid: False for padding, at the end of a sample, which takes no part.
-        most: how many tokens of each sample may go at most.
+        most: the largest number of tokens that each sample may lose.
         threshold: the least cosine similarity of a pair.
         before: how many prefix tokens stand in front; see `match`.
     """
@@ -157,7 +157,7 @@ def match_similar(
         merges &= torch.arange(order.shape[1], device=order.device) < most[:, None]
         joined = torch.where(merges, odd + 2 * partner.gather(1, order), even + 2 * order)
         label = label.scatter(1, even + 2 * order, joined)
-    # Padding goes along with the first token, which it does not change, having no size.
+    # Padding joins the first token. It has size 0, so it does not change it.
     label = in_order_of_first_member(torch.where(valid, label, label[:, :1]))
     groups = int(label.max()) + 1 if batch > 0 else num
     return Clusters(label, groups, ragged=True)
@@ -182,15 +182,16 @@ def best(
     valid: Bool[Tensor, "batch b"] | None = None,
     elements: int | None = None,
 ) -> tuple[Float[Tensor, "batch a"], Int[Tensor, "batch a"]]:
-    """For every row of a, its highest inner product with a (valid) row of b, and which that is.
+    """For every row of a, its highest inner product with a (valid) row of b, and the index of that
+    row.
 
-    The products are only ever reduced by their maximum, so they are never all kept at once:
-    `elements` bounds how many are. On the CPU, they stay in the cache.
+    Only the maxima are needed, so at most about `elements` products are held at once. On the CPU,
+    the default is what fits into the cache.
     """
     rows = a.shape[1]
     if elements is None:
         elements = 2**20 if a.device.type == "cpu" else 2**26
-    if not torch.compiler.is_compiling():  # there the batch may have no number
+    if not torch.compiler.is_compiling():  # there the batch may be a symbol, not a number
         rows = max(1, elements // max(1, a.shape[0] * b.shape[1]))
     invalid = None if valid is None else ~valid[:, None]
     parts = []

@@ -27,15 +27,15 @@ from tokred.reducers.tome import best
 class ToMe2d:
     """Merges tokens into the most similar of few destinations, which are spread over the grid.
 
-    Stands around the modules of a denoiser, where "tome" means it. Tokens are compared by the
-    cosine of what enters the block.
+    For the modules of a denoiser, where "tome" is short for it. Tokens are compared by the cosine
+    of what enters the block.
 
     Args:
-        cell: rows and columns of a cell, of which one token is a destination. At most all others
-            can merge: a keep rate must be at least 1 / (rows * columns).
-        generator: destinations are drawn from it, anew at every matching, the same for all images
-            of a batch. If not given, they are the cells' upper left tokens. (The global random
-            state is never touched.)
+        cell: rows and columns of a cell. One token of each cell is a destination and stays, so the
+            keep rate must be at least 1 / (rows * columns).
+        generator: draws the destinations, anew at every matching, and the same for all images of a
+            batch. If not given, they are the cells' upper left tokens. (The global random stream
+            is never touched.)
     """
 
     cell: tuple[int, int] = (2, 2)
@@ -59,7 +59,7 @@ class ToMe2d:
 
     @property
     def least(self) -> float:
-        """The lowest keep rate that there is on every grid."""
+        """The lowest keep rate that it can reach on every grid."""
         return 1 / math.prod(self.cell)
 
     def __call__(self, tokens: Tokens, keep: int) -> Clusters:
@@ -79,13 +79,13 @@ def match(
 ) -> Int[Tensor, "batch tokens"]:
     """Merges the `merges` strongest proposals; returns the group of every token.
 
-    Groups are numbered in the order of their first tokens. Equal similarities are decided for the
-    lower index. Tokens in rows and columns that fill no cell are no destinations.
+    Groups are numbered in the order of their first tokens. Ties go to the lower index. Rows and
+    columns at the edges that fill no whole cell have no destinations.
 
     Args:
         metric: what tokens are compared by; need not be normalised.
         grid: rows and columns of the tokens.
-        merges: how many tokens to remove, from 0 to all that are no destinations.
+        merges: how many tokens to remove, at most all that are no destinations.
         cell: rows and columns of a cell.
         generator: what destinations are drawn from; the cells' upper left tokens if not given.
 
@@ -105,7 +105,8 @@ def match(
     position = torch.arange(num, device=metric.device)
     if merges == 0:
         return position.repeat(metric.shape[0], 1)
-    # Without `nonzero`, which would wait for the device: those that are none first, in order.
+    # All tokens that are no destinations, in order. (By sorting: `nonzero` would wait for the
+    # device.)
     taken = torch.zeros(num, dtype=torch.int8, device=metric.device).index_fill(0, at, 1)
     sources = taken.argsort(stable=True)[: num - len(at)]
     unit = F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)

@@ -1,14 +1,15 @@
-"""What a model with fewer tokens is trained for: to be right, to keep as many tokens as it should,
-and to stay close to the dense model.
+"""Losses: for wrong answers, for keeping another share of tokens than wanted, and for answers and
+tokens that differ from those of the dense model.
 
 SViT: Liu et al., "Revisiting Token Pruning for Object Detection and Instance Segmentation", WACV
 2024, https://arxiv.org/abs/2306.07050, equations 2 and 3. DynamicViT: Rao et al., "DynamicViT:
 Efficient Vision Transformers with Dynamic Token Sparsification", NeurIPS 2021,
 https://arxiv.org/abs/2106.02034, section 3.3.
 
-Under several processes each one calls these with its share of a batch, and averages gradients (as
-DistributedDataParallel does). Means over things that processes have different numbers of, and
-squares of means, are taken over all of them, so that many processes train as one does.
+If there are several processes, each calls these functions with its share of a batch, and gradients
+are averaged afterwards (as DistributedDataParallel does). Squares of means, and means over things
+of which processes have different numbers, are taken over all processes. So many processes train as
+one does.
 """
 
 from __future__ import annotations
@@ -17,10 +18,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from tokred.data.processes import num_processes, summed
+
+processes = num_processes
+"""The name of version 0.7."""
 
 
 def rate_loss(
@@ -28,7 +33,7 @@ def rate_loss(
     targets: Mapping[int, float],
     per_image: bool = False,
 ) -> Float[Tensor, ""]:
-    """How far the share of tokens that gates keep is from the share that they should.
+    """The squared difference between the share of tokens that gates keep and the share wanted.
 
     SViT, equation 2 (dynamic): the mean over gated layers of (mean over batch and tokens of M - t)
     squared, so that an image may keep more if another keeps fewer. SViT, equation 3 (fixed), and
@@ -36,13 +41,13 @@ def rate_loss(
     squared.
 
     Args:
-        decisions: of every gated layer, 1 for a token that is kept and 0 for others, as
-            `Reduction.decisions` has them.
-        targets: the share of tokens that each layer should keep, as `Reduction.targets` has them.
-        per_image: whether every image should keep that share, rather than all together.
+        decisions: for every gated layer, 1 for a token that is kept and 0 for others, as in
+            `Reduction.decisions`.
+        targets: for every gated layer, the share of tokens wanted, as in `Reduction.targets`.
+        per_image: whether every image should keep that share; else all images together should.
 
     Raises:
-        ValueError: there are no decisions, or they are of other layers than the targets.
+        ValueError: there are no decisions, or decisions and targets are for different layers.
     """
     if not decisions:
         raise ValueError(
@@ -66,8 +71,8 @@ def kl_loss(
     student: Float[Tensor, "batch classes ..."],
     teacher: Float[Tensor, "batch classes ..."],
 ) -> Float[Tensor, ""]:
-    """KL(y || y'): how far the class probabilities y of the model are from those of the dense one,
-    y'; in this direction, as the paper has it (DynamicViT, L_KL). Mean over images, and pixels.
+    """KL(y || y'): how far the class probabilities y of the model are from those of the dense
+    model, y', in the direction of the paper (DynamicViT, L_KL). Mean over images, and over pixels.
 
     Args:
         student: scores of the model.
@@ -81,7 +86,7 @@ def kl_loss(
             f"scores of student and teacher must have one shape, not {tuple(student.shape)} and "
             f"{tuple(teacher.shape)}"
         )
-    # In half precision the sum over many classes would be worth little.
+    # In half precision the sum over many classes would be inexact.
     ours, theirs = student.float().log_softmax(1), teacher.float().log_softmax(1)
     return (ours.exp() * (ours - theirs)).sum(1).mean()
 
@@ -92,13 +97,13 @@ def token_loss(
     kept: Float[Tensor, "batch tokens"],
 ) -> Float[Tensor, ""]:
     """How far the tokens that are kept to the end are from those of the dense model (DynamicViT,
-    L_distill): sum of D (t - t')^2 / sum of D, squares as means over channels.
+    L_distill): sum of D (t - t')^2 / sum of D, where squares are means over channels.
 
-    D chooses, and gets no gradient: gates could else lower this loss by pruning what differs.
+    D gets no gradient. If it had one, gates could lower this loss by pruning tokens that differ.
 
     Args:
-        student: patch tokens that leave the last block.
-        teacher: the same of the dense model.
+        student: patch tokens behind the last block.
+        teacher: patch tokens behind the last block of the dense model.
         kept: D of the last gate, 1 for a token that is kept and 0 for others.
 
     Raises:
@@ -119,14 +124,14 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
 ) -> Float[Tensor, ""]:
-    """Cross entropy of images, or of pixels: then scores are resized to the labels, if need be.
+    """Cross entropy of images or of pixels. Scores of pixels are resized to the labels, if need be.
 
     Args:
-        outputs: what the model gives: scores [batch, classes] or [batch, classes, height, width],
-            or something that has them as `logits`.
+        outputs: scores [batch, classes] or [batch, classes, height, width], or an object that has
+            them as `logits`.
         targets: labels, or the probability of each class.
         label_smoothing: how much of each label is spread over all classes.
-        ignore_index: a label of what is left out.
+        ignore_index: the label of images or pixels that do not count.
 
     Raises:
         ValueError: labels are out of range, or there are no scores that fit them.
@@ -143,7 +148,7 @@ def cross_entropy(
         scores = F.interpolate(
             scores.float(), size=targets.shape[1:], mode="bilinear", align_corners=False
         )
-    if not scores.is_cuda:  # there, it would wait for the device; `fit` has looked before
+    if not scores.is_cuda:  # on CUDA this would wait for the device, and `fit` has checked before
         check_labels(targets, scores.shape[1], ignore_index)
     each = F.cross_entropy(
         scores.float(),
@@ -156,10 +161,10 @@ def cross_entropy(
 
 
 def check_labels(targets: Tensor, classes: int, ignore_index: int = -100) -> None:
-    """Raises where there are labels that the model has no class for.
+    """Refuses labels for which the model has no class.
 
     Raises:
-        ValueError: there are.
+        ValueError: there are such labels.
     """
     used = targets[targets != ignore_index]
     if used.numel() == 0:
@@ -169,12 +174,12 @@ def check_labels(targets: Tensor, classes: int, ignore_index: int = -100) -> Non
         wrong = low if low < 0 else high
         raise ValueError(
             f"labels must be 0 to {classes - 1}, as the model has {classes} classes; there is "
-            f"{wrong}. (What is to be left out has the label ignore_index, {ignore_index}.)"
+            f"{wrong}. (What does not count has the label ignore_index, {ignore_index}.)"
         )
 
 
 def scores_of(outputs: Any) -> Tensor:
-    """The scores among what a model gives: itself, or its `logits`.
+    """The scores in the outputs of a model: the outputs themselves, or their `logits`.
 
     Raises:
         ValueError: there are none.
@@ -192,29 +197,19 @@ def scores_of(outputs: Any) -> Tensor:
 
 
 def over_processes(mean: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """The mean over all processes, of each one's own.
+    """The mean of a value over all processes.
 
-    Its gradient is that of the own one: where processes then average their gradients, this is the
-    gradient of the mean, and no gradient has to travel.
+    Its gradient is that of this process's own value. Processes average their gradients later, which
+    gives the gradient of the mean; so no gradient has to be sent here.
     """
-    if processes() == 1:
+    if num_processes() == 1:
         return mean
-    every = mean.detach().clone()
-    dist.all_reduce(every)
-    return mean + (every / processes() - mean.detach())
+    return mean + (summed(mean.detach()) / num_processes() - mean.detach())
 
 
 def weighted_mean(values: Tensor, weights: Tensor) -> Float[Tensor, ""]:
-    """sum of w v / sum of w, such that the mean over processes is that of all of their values."""
-    total = weights.detach().sum()
-    if processes() > 1:
-        total = total.clone()
-        dist.all_reduce(total)
-        total = total / processes()
-    # Without any weight there is nothing to learn, rather than a division by nothing.
+    """sum of w v / sum of w. The sum of w is averaged over processes, so that the mean of their
+    results is the weighted mean of all values."""
+    total = summed(weights.detach().sum()) / num_processes()
+    # If all weights are zero, the result is zero, and not a division by zero.
     return (values * weights).sum() / torch.where(total > 0, total, 1)
-
-
-def processes() -> int:
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

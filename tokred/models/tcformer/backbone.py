@@ -63,20 +63,20 @@ class TCFormer(nn.Module):
     Args:
         depths: blocks of every stage.
         in_chans: channels of the images.
-        num_classes: of the head; 0 for none.
-        widths: of the tokens, stage by stage.
-        heads: of attention; must divide the widths.
-        mlp_ratios: width inside the feed-forward networks, as a multiple.
-        sr_ratios: by how much maps are reduced, along each side, for keys and values.
-        parts: into how many parts along each side the image is cut for the clustering of every CTM:
-            `GLOBAL`, `LOCAL`, or others.
+        num_classes: outputs of the head; 0 for no head.
+        widths: width of the tokens of every stage.
+        heads: attention heads of every stage; must divide the widths.
+        mlp_ratios: width inside the feed-forward networks, as a multiple of the tokens' width.
+        sr_ratios: the factor by which maps are reduced, along each side, for keys and values.
+        parts: for every CTM, the number of parts along each side into which the image is cut for
+            clustering: `GLOBAL`, `LOCAL`, or others.
         qkv_bias: whether queries, keys and values have biases.
         drop_rate: dropout in front of the head.
-        drop_path_rate: how often the last block is left out in training; those before, in
-            proportion.
+        drop_path_rate: the probability to leave out the last block in training. It rises linearly
+            from 0 in the first block.
         global_pool: "avg"; or "" for no pooling, so that the head sees every token.
-        clustering: how tokens are clustered, `DPCKNN()` if not given; can be changed later, by the
-            attribute.
+        clustering: how tokens are clustered, `DPCKNN()` if not given. The attribute may be changed
+            later.
 
     Raises:
         ValueError: an option is out of range.
@@ -210,11 +210,11 @@ class TCFormer(nn.Module):
 
         Args:
             x: the images.
-            indices: which stages, from 0; the last so many; or all.
-            norm: without a meaning here.
-            stop_early: without a meaning here.
+            indices: the stages, from 0; or a number, for that many at the end; or None, for all.
+            norm: has no effect here.
+            stop_early: has no effect here.
             output_fmt: "NCHW".
-            intermediates_only: whether the maps alone are wanted, or behind the last tokens.
+            intermediates_only: whether to return the maps alone, or the last tokens and the maps.
 
         Raises:
             ValueError: there is no such stage, or another format is asked for.
@@ -245,7 +245,7 @@ class TCFormer(nn.Module):
         return chosen
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Another head, of random weights; none for 0 classes."""
+        """Replaces the head by one with random weights; by none for 0 classes."""
         if global_pool is not None:
             _check_pool(global_pool)
             self.global_pool = global_pool
@@ -262,11 +262,11 @@ class TCFormer(nn.Module):
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that timm's optimisers shall not decay, beside biases and norms: none."""
+        """Parameters that timm's optimisers must not decay, besides biases and norms: none."""
         return set()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Which parameters belong together, in order, for learning rates that differ by layer."""
+        """Groups of parameters, in order, for learning rates that differ by layer."""
         return {
             "stem": r"^patch_embed1",
             "blocks": (
@@ -282,7 +282,7 @@ Memory = tuple[Tensor, Layout, Tensor]
 
 
 class PatchEmbed(nn.Module):
-    """Overlapping patches: a strided convolution; `norm` is applied by whoever calls, to tokens."""
+    """Overlapping patches: a strided convolution. The caller applies `norm`, to tokens."""
 
     def __init__(self, in_chans: int, dim: int) -> None:
         super().__init__()
@@ -351,12 +351,12 @@ class Block(nn.Module):
 
     Args:
         dim: width of the tokens.
-        heads: of the attention.
-        mlp_ratio: width inside the feed-forward network, as a multiple.
-        sr_ratio: by how much keys and values are fewer, along each side of the map.
-        reduction: how they become fewer, see `Attention`.
-        qkv_bias: of the attention.
-        drop_path: how often each of the two is left out, in training.
+        heads: attention heads.
+        mlp_ratio: width inside the feed-forward network, as a multiple of the tokens' width.
+        sr_ratio: the factor by which keys and values are reduced, along each side of the map.
+        reduction: how keys and values are reduced, see `Attention`.
+        qkv_bias: whether queries, keys and values have biases.
+        drop_path: the probability to leave out each of the two branches in training.
         on_grid: whether tokens lie on a grid, as in the first stage.
     """
 
@@ -411,7 +411,7 @@ class Attention(nn.Module):
     Args:
         dim: width of the tokens.
         heads: must divide it.
-        sr_ratio: by how much they are fewer, along each side of the map.
+        sr_ratio: the factor by which keys and values are reduced, along each side of the map.
         reduction: "conv", a strided convolution of the map and a norm; "pool", its average; or
             "clusters" (CR-MTA), the tokens of the last stage, whatever `sr_ratio` is.
         qkv_bias: whether queries, keys and values have biases.
@@ -444,13 +444,13 @@ class Attention(nn.Module):
         score: Float[Tensor, "batch others"] | None = None,
         last: Layout | None = None,
     ) -> Float[Tensor, "batch tokens dim"]:
-        """What the tokens `x` see (equation 4).
+        """The output of attention for the tokens `x` (equation 4).
 
         Args:
-            x: who looks.
-            memory: what they look at.
-            layout: where that lies.
-            score: which is added to the logits of the attention of all heads; higher = more.
+            x: the tokens that become queries.
+            memory: the tokens that become keys and values.
+            layout: where those lie.
+            score: added to the attention logits of all heads; higher = more attention.
             last: see `Block`.
         """
         memory, bias = self.reduced(memory, layout, score, last)
@@ -472,7 +472,7 @@ class Attention(nn.Module):
         score: Float[Tensor, "batch others"] | None,
         last: Layout | None,
     ) -> tuple[Float[Tensor, "batch fewer dim"], Float[Tensor, "batch fewer"] | None]:
-        """The few tokens that are looked at, and their scores."""
+        """The reduced tokens, which become keys and values, and their scores."""
         if self.reduction == "clusters":
             assert last is not None and score is None
             return interpolate(x, layout, last), None

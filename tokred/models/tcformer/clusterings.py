@@ -1,7 +1,7 @@
-"""How tokens are clustered: density peaks, and what may take their place in a trained model.
+"""How tokens are clustered: by density peaks, and by what can replace them in a trained model.
 
-A clustering is any function of tokens [batch, tokens, dim] and a number that gives every token one
-of so many labels, none of which is left without a token. Zeng et al., "TCFormer: Visual Recognition
+A clustering is any function that takes tokens [batch, tokens, dim] and a number of clusters, and
+returns the cluster of every token; no cluster is empty. Zeng et al., "TCFormer: Visual Recognition
 via Token Clustering Transformer", TPAMI 2024, https://arxiv.org/abs/2407.11321, compare these
 (table IX) and cluster in parts of the image (Local CTM).
 """
@@ -24,18 +24,18 @@ from tokred.reducers.dpc_knn import check_number
 
 
 class Clustering(Protocol):
-    """`clustering(x, num)`: a label in [0, num) for every token [batch, tokens, dim], each label at
-    least once. No gradient is asked for."""
+    """`clustering(x, num)`: a label in [0, num) for every token [batch, tokens, dim]; each label
+    occurs. No gradient is needed."""
 
     def __call__(self, x: Tensor, num: int, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class DPCKNN:
-    """Density peaks from the k nearest neighbours (section 3.2), what TCFormers are trained with.
+    """Density peaks from the k nearest neighbours (section 3.2), with which TCFormers are trained.
 
     Args:
-        k: over how many nearest neighbours a density is taken, the token itself among them.
+        k: the number of nearest neighbours for a density, the token itself included.
     """
 
     k: int = 5
@@ -46,11 +46,11 @@ class DPCKNN:
 
 @dataclass(frozen=True)
 class KMeans:
-    """Lloyd's algorithm from evenly spaced tokens. A cluster that ends empty takes the token that
-    is farthest from its own centre.
+    """Lloyd's algorithm, started from evenly spaced tokens. Clusters that are empty at the end take
+    the tokens that are farthest from their own centres.
 
     Args:
-        iterations: how many times tokens join centres and centres become means.
+        iterations: how often tokens join centres and centres become means.
     """
 
     iterations: int = 5
@@ -85,15 +85,15 @@ def _nearest(x: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fill(label: Tensor, distance: Tensor, num: int) -> Tensor:
-    """No label left without a token: empty ones take the farthest tokens, but of every other
-    cluster one stays."""
+    """Gives every empty cluster one of the tokens that are farthest from their centres. At least
+    one token of every other cluster stays."""
     batch, tokens = label.shape
     position = torch.arange(tokens, device=label.device).expand_as(label)
     first = torch.full((batch, num), tokens, device=label.device)
     first = first.scatter_reduce(1, label, position, "amin")
     empty = first == tokens
     stays = first.gather(1, label) == position
-    # The farthest first; those that stay last.
+    # The farthest tokens first, those that stay last.
     farthest = ranked(distance.masked_fill(stays, -torch.inf))[:, :num]
     # The n-th empty cluster takes the n-th of them.
     number = empty.cumsum(1) - 1
@@ -106,8 +106,8 @@ def _fill(label: Tensor, distance: Tensor, num: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Bipartite:
-    """Bipartite soft matching, as ToMe merges tokens: again and again, half of them at most each
-    time, with means in between."""
+    """Bipartite soft matching, as in ToMe, in rounds. Each round merges at most half of the tokens
+    and forms their means."""
 
     def __call__(self, x: Tensor, num: int, /) -> Tensor:
         check_number(num, x.shape[1])
@@ -128,8 +128,8 @@ class Parts:
     """Tokens that are clustered part by part.
 
     Attributes:
-        sizes: how many tokens each part has.
-        keeps: how many clusters they become.
+        sizes: the number of tokens of each part.
+        keeps: the number of clusters that each part becomes.
         order: the tokens, part by part; None if they are in that order already.
     """
 
@@ -143,21 +143,21 @@ class Parts:
 
 
 def kept(num: int) -> int:
-    """How many tokens a CTM leaves of so many: a quarter, rounded up."""
+    """The number of tokens that a CTM leaves of `num`: a quarter, rounded up."""
     return max(-(-num // 4), 1)
 
 
 def parts_of(grid: Grid, sides: Sequence[int], device: torch.device) -> list[Parts]:
-    """The parts of every CTM (Local CTM): the grid is cut into sides x sides, each cluster of a
-    part stays in it, and parts join to larger ones in the next CTM.
+    """The parts of every CTM (Local CTM). The grid is cut into sides x sides parts, tokens are only
+    merged within a part, and parts join into larger ones for the next CTM.
 
-    A grid that does not divide is cut as evenly as can be: parts differ by a row or a column, and
-    each keeps a quarter of its own tokens. Parts without a cell, of a grid that is too small, are
+    A grid that cannot be divided evenly is cut into parts that differ by a row or a column; each
+    keeps a quarter of its own tokens. If the grid is so small that a part has no cell, the part is
     left out.
 
     Args:
         grid: rows and columns of the cells.
-        sides: for every CTM how many parts there are along each side.
+        sides: for every CTM, the number of parts along each side.
         device: where the order of the cells is wanted.
 
     Raises:
@@ -166,7 +166,7 @@ def parts_of(grid: Grid, sides: Sequence[int], device: torch.device) -> list[Par
     check_sides(sides)
     height, width = grid
     most = sides[0]
-    # Parts that are going to join stand together: by the coarsest cut first.
+    # Sorted by the coarsest cut first, so that parts that will join are next to each other.
     places = sorted(
         ((r, c) for r in range(most) for c in range(most)),
         key=lambda place: [
@@ -206,8 +206,7 @@ def _coarser(place: tuple[int, int], fine: int, coarse: int) -> tuple[int, int]:
 
 
 def check_sides(sides: Sequence[int]) -> None:
-    """Raises a ValueError unless the parts of every CTM are made of whole parts of the one
-    before."""
+    """Raises a ValueError unless parts of every CTM consist of whole parts of the CTM before."""
     fine = [sides[0], *sides[:-1]]
     if any(s < 1 for s in sides) or any(f % s for f, s in zip(fine, sides, strict=True)):
         raise ValueError(

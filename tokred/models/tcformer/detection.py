@@ -17,13 +17,13 @@ class Backbone(nn.Module):
     16 and 32, and the coarser ones that `extra` makes.
 
     Args:
-        pyramid: which becomes a part of it.
+        pyramid: the pyramid, which becomes a part of the model.
         extra: torchvision's `LastLevelMaxPool` ("pool", stride 64), `LastLevelP6P7` ("p6" and "p7",
             strides 64 and 128), or a module like these.
-        first: the finest level that is handed out.
+        first: the finest level of the output.
 
     Raises:
-        TypeError: `pyramid` is none.
+        TypeError: `pyramid` is not a `Pyramid`.
     """
 
     def __init__(self, pyramid: Pyramid, extra: nn.Module, first: int = 0) -> None:
@@ -47,13 +47,13 @@ def mask_rcnn(pyramid: Pyramid, num_classes: int, **options: Any) -> nn.Module:
     """torchvision's Mask R-CNN (He et al., ICCV 2017) on a TCFormer.
 
     Args:
-        pyramid: which becomes a part of it.
-        num_classes: the background included.
-        options: of `torchvision.models.detection.MaskRCNN`, such as `min_size`.
+        pyramid: the pyramid, which becomes a part of the model.
+        num_classes: the number of classes, including the background.
+        options: options of `torchvision.models.detection.MaskRCNN`, such as `min_size`.
 
     Raises:
         ModuleNotFoundError: torchvision is not installed (`pip install "tokred[torchvision]"`).
-        TypeError: `pyramid` is none.
+        TypeError: `pyramid` is not a `Pyramid`.
     """
     detection, fpn = _torchvision()
     backbone = Backbone(pyramid, fpn.LastLevelMaxPool())
@@ -65,13 +65,13 @@ def retina_net(pyramid: Pyramid, num_classes: int, **options: Any) -> nn.Module:
     """torchvision's RetinaNet (Lin et al., ICCV 2017) on a TCFormer, at strides 8 to 128.
 
     Args:
-        pyramid: which becomes a part of it.
-        num_classes: the background included.
-        options: of `torchvision.models.detection.RetinaNet`, such as `min_size`.
+        pyramid: the pyramid, which becomes a part of the model.
+        num_classes: the number of classes, including the background.
+        options: options of `torchvision.models.detection.RetinaNet`, such as `min_size`.
 
     Raises:
         ModuleNotFoundError: torchvision is not installed (`pip install "tokred[torchvision]"`).
-        TypeError: `pyramid` is none.
+        TypeError: `pyramid` is not a `Pyramid`.
     """
     detection, fpn = _torchvision()
     # Strides 64 and 128 come of the coarsest map, which is as wide as they are.

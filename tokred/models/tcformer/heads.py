@@ -45,10 +45,10 @@ class PoseEstimator(Pyramid):
 
     Args:
         backbone: see `Pyramid`.
-        num_keypoints: such as 133 of COCO-WholeBody.
+        num_keypoints: the number of keypoints, such as 133 for COCO-WholeBody.
         neck: see `MTA`.
-        out_channels: of the pyramid.
-        options: further ones of `MTA`.
+        out_channels: width of the pyramid.
+        options: further options of `MTA`.
     """
 
     def __init__(
@@ -76,12 +76,12 @@ def draw_heatmaps(
     sigma: float = 2.0,
     stride: int = 4,
 ) -> Float[Tensor, "batch keypoints rows columns"]:
-    """What heatmaps are trained to be: Gaussians of height 1.
+    """Targets for heatmaps: Gaussians of height 1.
 
     Args:
         keypoints: (x, y) in pixels of the image.
         size: rows and columns of the heatmaps.
-        sigma: of the Gaussians, in pixels of the heatmaps.
+        sigma: standard deviation of the Gaussians, in pixels of the heatmaps.
         stride: pixels of the image per pixel of the heatmaps.
     """
     squared = torch.zeros((), device=keypoints.device)
@@ -122,7 +122,7 @@ class Keypoints:
 
     Attributes:
         at: (x, y), as shares of the image's width and height.
-        sigma: how far off they may be, in the same unit.
+        sigma: their uncertainty, in the same unit.
     """
 
     at: Float[Tensor, "batch keypoints 2"]
@@ -130,7 +130,7 @@ class Keypoints:
 
     @property
     def score(self) -> Float[Tensor, "batch keypoints"]:
-        """How certain they are, from 0 to 1; higher = more."""
+        """How certain the keypoints are, from 0 to 1; higher = more."""
         return 1 - self.sigma.mean(-1)
 
 
@@ -140,7 +140,7 @@ class LikelihoodHead(nn.Module):
 
     Args:
         dim: width of the tokens.
-        num_keypoints: how many.
+        num_keypoints: the number of keypoints.
     """
 
     def __init__(self, dim: int, num_keypoints: int) -> None:
@@ -170,7 +170,7 @@ class LikelihoodHead(nn.Module):
         Args:
             found: what `forward` has returned.
             target: where the keypoints are.
-            visible: weights of the keypoints; 0 for those that are not there.
+            visible: weights of the keypoints; 0 for those that are not visible.
         """
         wide = torch.promote_types(found.at.dtype, torch.float32)
         sigma = found.sigma.to(wide).clamp_min(1e-6)
@@ -188,8 +188,8 @@ class RealNVP(nn.Module):
     distribution (Dinh et al., "Density Estimation using Real NVP", ICLR 2017).
 
     Args:
-        couplings: how many; the coordinates take turns.
-        hidden: width inside of each.
+        couplings: the number of couplings; they transform one coordinate after the other.
+        hidden: width inside each coupling.
     """
 
     def __init__(self, couplings: int = 6, hidden: int = 64) -> None:
@@ -228,9 +228,9 @@ class IterativeHead(nn.Module):
         dim: width of the tokens.
         start: the first guess, such as the parameters of the mean body; zeros if only their number
             is given.
-        iterations: how many corrections.
+        iterations: the number of corrections.
         hidden: width of the two hidden layers.
-        dropout: behind each of those.
+        dropout: dropout after each of those.
 
     Raises:
         ValueError: there is no correction.
@@ -277,10 +277,10 @@ class SegmentationHead(nn.Module):
     finest in steps of 2, a convolution in front of each step; then they are added up.
 
     Args:
-        in_channels: of the maps.
-        num_classes: how many.
-        channels: of the convolutions.
-        levels: how many maps there are.
+        in_channels: channels of the maps.
+        num_classes: the number of classes.
+        channels: channels of the convolutions.
+        levels: the number of maps.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
 """Multi-stage token aggregation: one pyramid from the tokens of four stages.
 
 Zeng et al., CVPR 2022, section 3.3 (MTA), and TPAMI 2024 (CR-MTA, in which keys and values are the
-clusters of the last stage); see `tokred.models.tcformer`. From the coarsest stage on, tokens are
-given to the cells that they are clusters of, at the next finer stage, added to its own, and run
-through one block; only then do tokens become maps, so that no detail is lost on the way.
+clusters of the last stage); see `tokred.models.tcformer`. From the coarsest stage on, the tokens of
+a stage are copied to the tokens of the next finer stage that they are clusters of, added to those,
+and run through one block. Tokens become maps only at the end, so that no detail is lost.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class MTA(nn.Module):
     """One pyramid of tokens, all of one width, from the tokens of all stages.
 
     Args:
-        widths: of the stages' tokens.
-        out_channels: of the pyramid.
+        widths: width of the tokens of every stage.
+        out_channels: width of the pyramid.
         neck: "mta", "mta_pool" or "cr_mta", see `REDUCTIONS`.
-        heads: of attention in the blocks.
-        mlp_ratio: width inside their feed-forward networks, as a multiple.
-        sr_ratios: by how much maps are reduced, along each side, for keys and values; of all stages
-            but the last. Without a meaning for "cr_mta".
+        heads: attention heads of the blocks.
+        mlp_ratio: width inside their feed-forward networks, as a multiple of the pyramid's width.
+        sr_ratios: for all stages but the last, the factor by which maps are reduced, along each
+            side, for keys and values. Has no effect with "cr_mta".
 
     Raises:
         ValueError: an option is out of range.
@@ -99,10 +99,10 @@ class Pyramid(nn.Module):
     [(1, 256, 56, 56), (1, 256, 28, 28), (1, 256, 14, 14), (1, 256, 7, 7)]
 
     Args:
-        backbone: which becomes a part of it, without its head.
+        backbone: the TCFormer, which becomes a part of the pyramid, without its head.
         neck: see `MTA`.
-        out_channels: of the maps.
-        options: further ones of `MTA`.
+        out_channels: channels of the maps.
+        options: further options of `MTA`.
     """
 
     def __init__(

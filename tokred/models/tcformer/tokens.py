@@ -1,13 +1,13 @@
-"""Tokens that are clusters of cells, and their way to maps and back.
+"""Tokens that are clusters of cells; from tokens to maps, and from maps to tokens.
 
 Zeng et al., "Not All Tokens Are Equal: Human-centric Visual Analysis via Token Clustering
 Transformer", CVPR 2022, https://arxiv.org/abs/2204.08680, section 3. The image is a grid of cells,
 one for each token of the first stage; every token of a later stage is a cluster of them, anywhere
-in the image. Convolutions want maps: there, a pixel is the mean of the tokens of the cells under
-it, and a token is the mean of the pixels over its cells.
+in the image. Convolutions need maps: a pixel of a map is the mean of the tokens of the cells under
+it; back from a map, a token is the mean of the pixels over its cells.
 
-Differs from published code in that these means are sums over bags of rows, once through the cells,
-instead of products with sparse matrices; and that nothing is added to what they are divided by.
+Differs from published code in that these means are sums over bags of rows, in one pass over the
+cells, instead of products with sparse matrices; and in that no epsilon is added to denominators.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True)
 class Bags:
-    """Which rows are added up, bag by bag.
+    """Groups ("bags") of rows that are added up.
 
     Attributes:
         index: the rows, those of the first bag first.
         starts: where each bag begins in `index`.
-        members: for every entry of `index`, how many its bag has.
+        members: for every entry of `index`, the number of entries of its bag.
     """
 
     index: Int[Tensor, " entries"]
@@ -45,12 +45,12 @@ class Layout:
     """Where the tokens of one stage lie.
 
     Attributes:
-        cells: from the cells of the grid, row by row, to the tokens. A cell's share is how much of
-            its token it makes up: the product of the shares with which it and what it became were
-            merged; those of a token add up to 1.
+        cells: the map from the cells of the grid, row by row, to the tokens. The share of a cell is
+            its weight in its token: the product of the shares of all merges so far. The shares of
+            a token's cells add up to 1.
         grid: rows and columns of the cells.
         size: rows and columns of the maps of this stage.
-        raster: whether every cell is a token, in their order.
+        raster: whether every cell is a token, in the order of the cells.
         by_token: the cells of all samples, end to end, token by token.
         from_map: bags of pixels (of all samples, end to end) for the tokens.
         to_map: bags of tokens for the pixels.
@@ -102,9 +102,9 @@ def merged(layout: Layout, clusters: Clusters, size: Grid) -> Layout:
     """The layout of the next stage.
 
     Args:
-        layout: of this stage.
-        clusters: from its tokens to those of the next, with shares.
-        size: of the next stage's maps.
+        layout: the layout of this stage.
+        clusters: the map from its tokens to those of the next stage, with shares.
+        size: rows and columns of the next stage's maps.
     """
     assert clusters.share is not None and layout.cells.share is not None
     index = clusters.index.gather(1, layout.cells.index)
@@ -128,7 +128,7 @@ def _on_map(cells: Clusters, grid: Grid, size: Grid, by_token: Bags) -> tuple[Ba
 
 
 def _end_to_end(index: Int[Tensor, "batch entries"], num: int) -> Int[Tensor, " all_entries"]:
-    """Where these of `num` rows of a sample are when samples are put end to end."""
+    """Row numbers when samples of `num` rows each are laid end to end."""
     return (index + torch.arange(len(index), device=index.device)[:, None] * num).flatten()
 
 
@@ -152,11 +152,11 @@ def bags(bag: Int[Tensor, " entries"], num: int) -> Bags:
 
     Args:
         bag: the bag of each entry.
-        num: how many bags there are; none may be empty.
+        num: the number of bags; none may be empty.
     """
     order, index = bag.sort(stable=True)
     every = torch.arange(num, device=bag.device)
-    # Not bincount, of which compilers do not know how long it is.
+    # Not bincount: compilers do not know the length of its result.
     starts = torch.searchsorted(order, every)
     ends = torch.searchsorted(order, every, right=True)
     return Bags(index, starts, (ends - starts)[order])
@@ -234,16 +234,16 @@ def merge(
 
     Args:
         x: the tokens.
-        score: how important they are; higher = more.
+        score: how important the tokens are; higher = more.
         labels: the cluster of each token.
-        num: how many clusters there are, none of them empty.
+        num: the number of clusters; none may be empty.
 
     Returns:
-        The merged tokens; and which they were made of, how much of each.
+        The merged tokens, and the map with which they were merged.
     """
     batch, _, dim = x.shape
     score = score.to(torch.promote_types(score.dtype, torch.float32))
-    # The highest of a cluster is taken away first, or a high one would overflow.
+    # The highest score of a cluster is subtracted first, because exp(score) could overflow.
     highest = score.new_zeros(batch, num).scatter_reduce(
         1, labels, score.detach(), "amax", include_self=False
     )
