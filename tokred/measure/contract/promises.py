@@ -9,13 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tokred.data.inputs import Inputs, pixels
 from tokred.host import Denoiser, Host, find_host
 from tokred.measure.contract.comparing import Leaves, apart, leaves, same, structure
 from tokred.measure.contract.findings import Broken, Findings, UntriedError, Verdict, said
-from tokred.measure.contract.probing import Probe, noise
+from tokred.measure.contract.probing import Chooser, Probe, noise
 from tokred.measure.contract.trial import Reduced, Run, Trial, entered, hanging_on
 from tokred.measure.contract.watching import Changes
 from tokred.patching import reduction_of, remove
@@ -358,6 +359,38 @@ def follows_masks(trial: Trial) -> Findings:
         yield from _compared(run, _with_noise(trial, run, changes), answers=False)
 
 
+def gates_blocks(trial: Trial) -> Findings:
+    """Where gates choose the tokens that go through a block, the others are neither seen nor
+    changed in it."""
+    trial.needs_a_sequence()
+    chooser = Chooser()
+    layout = trial.apply(chooser, trial.fewer).layout
+    run = trial.run()
+    if not chooser.chosen:
+        raise UntriedError("no gate has chosen tokens")
+    remove(trial.model)
+
+    def around(layer: int, value: float) -> Tensor:
+        return F.pad(chooser.chosen[layer], (layout.prefix, layout.suffix), value=value)
+
+    def bias(layer: int, batch: int) -> Tensor | None:
+        return around(layer, 1.0).log() if layer in chooser.chosen else None
+
+    def behind(layer: int, x: Tensor, y: Tensor) -> Tensor:
+        return torch.where(around(layer, 1.0)[..., None] > 0, y, x)
+
+    hidden = trial.run(changes=Changes(bias, behind))
+    found = [*run.tokens, *leaves(run.outputs)]
+    wanted = [*hidden.tokens, *leaves(hidden.outputs)]
+    for (path, got), (_, want) in zip(found, wanted, strict=True):
+        if difference := apart(got, want):
+            yield (
+                f"{path or 'the output'}: {difference}",
+                "what the unpatched model computes if attention does not see the others",
+            )
+            return
+
+
 def merges_equal_tokens(trial: Trial) -> Findings:
     """Where equal tokens are merged, the answer is the unpatched model's."""
     trial.needs_a_sequence()
@@ -383,7 +416,7 @@ _HIDDEN = "what the unpatched model computes if attention does not see tokens th
 def _compared(run: Reduced, hidden: Run, answers: bool = True) -> Findings:
     """The first difference between the patched model and the unpatched one, in which tokens are
     hidden."""
-    found, wanted = [*run.tokens(run.trace)], [*run.tokens(hidden.trace)]
+    found, wanted = run.left_of(run), run.left_of(hidden)
     if answers:
         found += [(f"output {path}", one) for path, one in leaves(run.outputs)]
         wanted += [(f"output {path}", one) for path, one in leaves(hidden.outputs)]
@@ -405,7 +438,7 @@ def _with_noise(trial: Trial, run: Reduced, changes: Changes) -> Run:
     hidden, again = (
         trial.run(changes=replace(run.as_changes(seed), masks=changes.masks)) for seed in (0, 1)
     )
-    pairs = zip(run.tokens(hidden.trace), run.tokens(again.trace), strict=True)
+    pairs = zip(run.left_of(hidden), run.left_of(again), strict=True)
     if any(apart(one, other) for (_, one), (_, other) in pairs):
         raise UntriedError("the model mixes tokens between its blocks, dropped ones, too")
     return hidden
@@ -553,6 +586,7 @@ PROMISES: dict[str, Callable[[Trial], Findings]] = {
     "merging": merges,
     "pruning": prunes,
     "masks": follows_masks,
+    "gates": gates_blocks,
     "dropped tokens": ignores_dropped,
     "full_grid=False": hands_out_few,
     "outputs": keeps_structure,
