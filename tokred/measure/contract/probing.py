@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -121,6 +121,26 @@ class Chooser(SViT):
         kept = Kept(index.to(device), fine, torch.tensor(counts, device=device))
         self.chosen[tokens.layer] = (kept.labels() >= 0).float()
         return kept
+
+
+@dataclass(frozen=True)
+class Equals:
+    """Merging of tokens that are equal: those at the end join the first one that they are equal
+    to."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    bibtex: ClassVar[str] = ""
+
+    def __call__(self, tokens: Tokens, keep: int) -> Clusters:
+        """A map to exactly `keep` tokens, no fewer than are different."""
+        apart = torch.cdist(tokens.x.float(), tokens.x.float())
+        equal = apart <= 1e-3 * apart.amax((1, 2), keepdim=True)
+        first = equal.int().argmax(2)  # the first of equals
+        number = torch.arange(first.shape[1], device=first.device).expand_as(first)
+        new = first == number
+        left = new | ((~new).cumsum(1) <= keep - new.sum(1, keepdim=True))
+        joined = torch.where(left, number, first)
+        return Clusters((left.cumsum(1) - 1).gather(1, joined), keep)
 
 
 @lru_cache

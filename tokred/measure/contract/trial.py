@@ -237,7 +237,7 @@ class Trial:
         Raises:
             UntriedError: the patch refuses that.
         """
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.random.fork_rng([]):  # gates are drawn at random
             warnings.simplefilter("ignore", UserWarning)  # that nothing is reduced
             try:
                 return apply(self.model, method, keep_rate, host=self.given, **options)
