@@ -14,7 +14,8 @@ import os
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
-from typing import Any, ClassVar
+from types import ModuleType
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -237,17 +238,23 @@ def _one_minus(
     return cosine.clamp_(0, 2)
 
 
-def _kernel(backend: str) -> Any:
+def _kernel(backend: str) -> ModuleType:
     """The module of a backend, imported when it is used: each needs a library of its own."""
     if backend == "numba":
-        from tokred.kernels import agglomerative_numba as kernel
-    elif backend == "scipy":
-        from tokred.kernels import agglomerative_scipy as kernel
-    elif backend == "triton":
-        from tokred.kernels import agglomerative_triton as kernel
-    else:
-        from tokred.kernels import agglomerative_torch as kernel
-    return kernel
+        from tokred.kernels import agglomerative_numba
+
+        return agglomerative_numba
+    if backend == "scipy":
+        from tokred.kernels import agglomerative_scipy
+
+        return agglomerative_scipy
+    if backend == "triton":
+        from tokred.kernels import agglomerative_triton
+
+        return agglomerative_triton
+    from tokred.kernels import agglomerative_torch
+
+    return agglomerative_torch
 
 
 # A custom operator, which is opaque to torch.compile, so that a compiled model has no graph break.

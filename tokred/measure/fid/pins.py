@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from importlib import metadata
@@ -18,6 +17,7 @@ from tokred.engine.denoising import Around
 from tokred.host import module_of
 from tokred.measure.fid.sweep import Sweep
 from tokred.patching import reduction_of
+from tokred.version import __version__
 
 
 def pins(pipe: Any, sweep: Sweep, model: str = "") -> dict[str, Any]:
@@ -54,7 +54,7 @@ def pins(pipe: Any, sweep: Sweep, model: str = "") -> dict[str, Any]:
             if key not in ("keep_rate", "_ratio") and value != getattr(Around(), key)
         },
         "versions": {
-            "tokred": sys.modules["tokred"].__version__,
+            "tokred": __version__,
             **{name: _version(name) for name in ("torch", "diffusers")},
         },
     }
