@@ -35,8 +35,7 @@ def reduction_for(
     full_grid: bool = True,
     attention: str = "host",
 ) -> tuple[Host | Stage, Reduction]:
-    """What `apply` hangs on a model that is no denoiser, and by which host. See there for arguments
-    and errors."""
+    """What `apply` (see there) hangs on a model that is no denoiser, and by which host."""
     cls = type(model).__qualname__
     if isinstance(keep_rate, Around):
         raise TypeError(

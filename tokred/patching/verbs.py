@@ -20,6 +20,7 @@ from tokred.reducers.protocol import Reconstruction, Reducer
 from tokred.schedule import Schedule
 
 
+# Longer than a page because of what it says of its arguments.
 def apply(
     model: Any,
     method: str | Reducer | Preset = "tome",
