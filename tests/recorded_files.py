@@ -5,9 +5,10 @@
 tests/test_recorded_files.py reads those of version 0.7.1. Like recordings of answers (see
 tests/recorded.py), they are made once, by the version that they are named after.
 
-- `models/NAME.pt.gz`: a patched model, saved whole, with inputs, its answer and the dense model's;
-  `families/LIBRARY.pt.xz`: the same of the first small model of every family.
-- `results.pickle.gz`: what `tokred.inspect`, `tokred.flops` and `tokred.apply` returned, pickled.
+- `models/NAME.pt.xz`: a patched model, saved whole, with inputs, its answer and the dense model's;
+  `families/LIBRARY.pt.xz`: the same of the first small model of every family, with a few values of
+  its answers.
+- `results.pickle.xz`: what `tokred.inspect`, `tokred.flops` and `tokred.apply` returned, pickled.
 - `gates.safetensors`: what `Reduction.save` wrote, for the model `svit`.
 - `cache/`: that of `tokred.evaluate`; the table that it gave, as JSON and pickled, is beside it.
 - `sweep/`: the folder of a sweep of `tokred.fid`, with the report on it, and `reference/`.
@@ -16,7 +17,6 @@ tests/recorded.py), they are made once, by the version that they are named after
 
 from __future__ import annotations
 
-import gzip
 import json
 import lzma
 import os
@@ -32,7 +32,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import recorded
 import torch
-from recorded import called, keeping, surroundings
+from recorded import called, keeping, some, surroundings
 from torch import Tensor, nn
 
 import tokred
@@ -44,9 +44,11 @@ FOLDER = Path(__file__).parent / "recorded" / f"artifacts-{tokred.__version__}"
 # Models
 
 
-def coarse(x: Tensor) -> Tensor:
-    """Of few digits, so that files are small when compressed."""
-    return (x * 32).round() / 32
+@torch.no_grad()
+def repeated(x: Tensor, period: int = 61) -> Tensor:
+    """The first values over and over, of few digits, so that files are small when compressed."""
+    flat = x.flatten()[:period].bfloat16().to(x.dtype)
+    return flat[torch.arange(x.numel()) % period].reshape(x.shape)
 
 
 def strong(model: nn.Module) -> nn.Module:
@@ -54,7 +56,7 @@ def strong(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.5 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
-            parameter.copy_(coarse(parameter))
+            parameter.copy_(repeated(parameter))
     return model.eval()
 
 
@@ -111,7 +113,7 @@ def unet() -> nn.Module:
 
 
 def images(rows: int = 32, columns: int = 32, batch: int = 2) -> Tensor:
-    return coarse(torch.randn(batch, 3, rows, columns))
+    return repeated(torch.randn(batch, 3, rows, columns), 997)
 
 
 def latents() -> dict[str, Any]:
@@ -164,13 +166,6 @@ def answered(model: nn.Module, inputs: Any) -> Tensor:
     return torch.cat([part.flatten() for part in parts])
 
 
-@torch.no_grad()
-def repeated(x: Tensor) -> Tensor:
-    """The first values over and over: of that files have little when they are compressed."""
-    flat = x.flatten()
-    return flat[torch.arange(len(flat)) % 251].reshape(x.shape)
-
-
 def family(name: str) -> Made:
     """The first small model of a family, with weights and images that repeat themselves."""
     one = recorded.models()[name]
@@ -184,9 +179,9 @@ def family(name: str) -> Made:
     def inputs() -> Any:
         x = one.inputs()
         if isinstance(x, Tensor):
-            return repeated(x)
+            return repeated(x, 997)
         return {
-            key: repeated(value) if isinstance(value, Tensor) and value.ndim == 4 else value
+            key: repeated(value, 997) if isinstance(value, Tensor) and value.ndim == 4 else value
             for key, value in x.items()
         }
 
@@ -218,7 +213,7 @@ def kept(made: Made) -> dict[str, Any]:
 def save_models(folder: Path) -> None:
     folder.mkdir()
     for name, (_, made) in MODELS.items():
-        with gzip.open(folder / f"{name}.pt.gz", "wb") as file:
+        with lzma.open(folder / f"{name}.pt.xz", "wb") as file:
             torch.save(kept(made), file)
 
 
@@ -227,6 +222,8 @@ def save_families(folder: Path) -> None:
     first = [name for name, one in recorded.models().items() if one.first]
     for library, begins in LIBRARIES.items():
         whole = {name: kept(family(name)) for name in first if name.startswith(begins)}
+        for one in whole.values():
+            one.update({name: some(one[name]) for name in ("dense", "reduced")})
         with lzma.open(folder / f"{library}.pt.xz", "wb", preset=9) as file:
             torch.save(whole, file)
 
@@ -261,7 +258,7 @@ def save_results(file: Path) -> None:
             side = 6 if name == "windows" else 4
             found["counts"][name] = reduction.counts(side**2, (side, side))
             found["flops"][name] = tokred.flops(model, x)
-    with gzip.open(file, "wb") as opened:
+    with lzma.open(file, "wb") as opened:
         pickle.dump(found, opened)
 
 
@@ -369,7 +366,7 @@ def main() -> None:
     model = vit()
     images()
     keeping("svit")(model).save(FOLDER / "gates.safetensors")
-    save_results(FOLDER / "results.pickle.gz")
+    save_results(FOLDER / "results.pickle.xz")
     table = evaluated(FOLDER / "cache")
     (FOLDER / "evaluation.json").write_text(json.dumps(table.as_dict(), indent=1) + "\n")
     with (FOLDER / "evaluation.pickle").open("wb") as file:

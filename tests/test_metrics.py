@@ -16,7 +16,7 @@ from torch import Tensor
 
 import tokred
 from tokred.data.inputs import device_of, pixels
-from tokred.measure.fidelity import Decisions, Difference, Seen, compare
+from tokred.measure.fidelity import Decisions, Difference, Outputs, compare
 from tokred.measure.metrics import TASKS, Scores, task_of
 
 pytest.importorskip("torchmetrics")
@@ -191,12 +191,12 @@ def test_a_task_that_does_not_go_with_labels_or_model_is_refused() -> None:
 # --- closeness to the dense model -----------------------------------------------------------------
 
 
-def seen(scores: Tensor | None = None, depth: Tensor | None = None) -> Seen:
+def seen(scores: Tensor | None = None, depth: Tensor | None = None) -> Outputs:
     given = scores if scores is not None else depth
     assert given is not None
     chosen = None if scores is None else scores.argmax(-1)
     features = torch.ones(len(given), 2, 3)
-    return Seen(len(given), features, Decisions(chosen, depth, scores))
+    return Outputs(len(given), features, Decisions(chosen, depth, scores))
 
 
 def test_classes_that_are_ruled_out_have_no_divergence() -> None:
@@ -239,7 +239,7 @@ def test_large_features_in_half_precision_have_a_cosine() -> None:
     a, b = torch.randn(2, 3, 5, 64) * 2e4
     a, b = (x.clamp(-6e4, 6e4).half() for x in (a, b))
     nothing = Decisions(None, None)
-    found = compare(Seen(3, a, nothing), Seen(3, b, nothing))
+    found = compare(Outputs(3, a, nothing), Outputs(3, b, nothing))
     x, y = (z.double().numpy() for z in (a, b))
     each = (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
     assert found.cosine == pytest.approx(each.sum())

@@ -19,11 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import tokred
 from tokred.maps import Clusters
-from tokred.measure.counting import _FUSED
 from tokred.models.tcformer import (
     DPCKNN,
     GLOBAL,
@@ -437,8 +436,12 @@ def multiply_adds(model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPa
 
     for module in model.modules():
         module.register_forward_hook(seen)
+    def fused(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))
+
     # Older versions of the counter do not know fused attention on the CPU.
-    with FlopCounterMode(display=False, custom_mapping=_FUSED) as counter, torch.no_grad():
+    known = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: fused}
+    with FlopCounterMode(display=False, custom_mapping=known) as counter, torch.no_grad():
         model(images)
     return counter.get_total_flops() / 2 + extra[0]
 

@@ -16,7 +16,9 @@ from families import Small, visible
 from families import timm_eva as eva
 from families import timm_relpos as relpos
 from families import timm_vit as vit
+from families import transformers_blip as blip
 from families import transformers_clip as clip
+from families import transformers_dinov2 as dinov2
 from families import transformers_maskless as maskless
 from families import transformers_vit as hf_vit
 from torch import Tensor, nn
@@ -28,7 +30,9 @@ from tokred.patches import (
     timm_eva,
     timm_relpos,
     timm_vit,
+    transformers_blip,
     transformers_clip,
+    transformers_dinov2,
     transformers_maskless,
     transformers_vit,
 )
@@ -302,8 +306,21 @@ def relative_attention(
     return attention.proj(y.transpose(1, 2).flatten(2))
 
 
+def told_twice(attention: Any, step: Step, *args: Any, **kwargs: Any) -> Any:
+    """BLIP's attention, in which tokens of all images attend to each other where they are laid end
+    to end."""
+    hidden_states = args[0] if args else kwargs["hidden_states"]
+    if step.flat:
+        parts = attention.qkv(hidden_states).unflatten(-1, (3, attention.num_heads, -1))
+        query, key, value = parts.permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(query.clone(), key, value)
+        whole = (query @ key.transpose(-1, -2) * attention.scale).softmax(-1) @ value
+        return attention.projection((0 * y + whole).transpose(1, 2).flatten(2)), None
+    return transformers_blip.attend(attention, step, *args, **kwargs)
+
+
 RELPOS, CLIP, HF = timm_relpos.HOST, transformers_clip.HOST, transformers_vit.HOST
-MASKLESS = transformers_maskless.HOST
+MASKLESS, DINO, BLIP = transformers_maskless.HOST, transformers_dinov2.HOST, transformers_blip.HOST
 OF_OTHERS = {
     "relative positions by position": wrong(
         relpos.SMALL["class token"], RELPOS, "merging", "pruning",
@@ -311,6 +328,12 @@ OF_OTHERS = {
     ),
     "forgets the tokens at the end": wrong(
         maskless.SMALL["yolos"], MASKLESS, "layout", layout=laid_out(MASKLESS, suffix=0)
+    ),
+    "does not say that positions are given to blocks": wrong(
+        dinov2.SMALL["dinov3"], DINO, "gates", "keys", layout=laid_out(DINO, by_position=False)
+    ),
+    "mixes images that are laid end to end": wrong(
+        blip.SMALL["blip2"], BLIP, "gates", attend=told_twice
     ),
     "a grid of columns and rows": wrong(
         maskless.SMALL["yolos"], MASKLESS, "layout", layout=laid_out(MASKLESS, grid=(6, 4))

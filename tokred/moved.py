@@ -88,7 +88,11 @@ MOVED: dict[str, tuple[str, ...]] = {
 }
 """Former modules of `tokred`, and the modules in which their names are now."""
 
-RENAMED: dict[str, str] = {"evaluating.Shown": "measure.progress.Progress"}
+RENAMED: dict[str, str] = {
+    "advising.Family": "measure.advise.values.SettingFamily",
+    "evaluating.Shown": "measure.progress.Progress",
+    "fidelity.Seen": "measure.fidelity.Outputs",
+}
 """Names that are others now, by the former module."""
 
 

@@ -407,7 +407,7 @@ class Step:
         with torch.autocast(x.device.type, enabled=False):
             with self.part("matching"):
                 if state.lengths is None:
-                    token_map = reduction.reducer(view, keep)
+                    token_map = self._chosen(view, keep)
                 else:
                     token_map = self._apart(view, state.lengths)
             if exact and token_map.num_coarse != keep:
@@ -415,10 +415,6 @@ class Step:
                     f"{reduction.reducer} returned {token_map.num_coarse} tokens of {len(size[0])} "
                     f"at layer {self.layer}, but was asked for {keep}"
                 )
-            said = reduction.traits
-            ragged = token_map.ragged and state.lengths is None
-            if said.drops == token_map.merges or (ragged and not said.varies):
-                check_map(reduction.reducer, token_map)  # which raises
             fewer = token_map.down(tokens, size)
             coarse_grid = getattr(token_map, "grid", None)
             if reduction.reconstruction is not None:
@@ -431,6 +427,14 @@ class Step:
         reduction.record(Record(self.layer, size.shape[1], token_map.num_coarse, token_map))
         self.go_down(token_map, keep, tokens, size, coarse_grid)
         return between(layout, x, fewer)
+
+    def _chosen(self, view: Tokens, keep: int) -> TokenMap:
+        """The map that the method makes of tokens, held to what the method says of itself."""
+        reducer, said = self.reduction.reducer, self.reduction.traits
+        token_map = reducer(view, keep)
+        if said.drops == token_map.merges or (token_map.ragged and not said.varies):
+            check_map(reducer, token_map)  # which raises
+        return token_map
 
     def _apart(self, view: Tokens, lengths: tuple[int, ...]) -> TokenMap:
         """The map of a batch whose images were padded to the same length: every image is reduced
@@ -447,7 +451,7 @@ class Step:
         for (now, keep), samples in alike.items():
             rows = torch.tensor(samples, device=order.device)
             columns = order[rows, :now]
-            part = None if keep == now else reduction.reducer(view.part(rows, columns), keep)
+            part = None if keep == now else self._chosen(view.part(rows, columns), keep)
             parts.append((rows, columns, part))
         return side_by_side(parts, view.size)
 

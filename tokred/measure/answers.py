@@ -6,7 +6,7 @@ from torch import nn
 
 from tokred.host import Host
 from tokred.measure.batches import Batches
-from tokred.measure.fidelity import Difference, Seen, compare, seeing
+from tokred.measure.fidelity import Difference, Outputs, compare, seeing
 from tokred.measure.metrics import TASKS, Scores, Task, task_of
 from tokred.patching import hang, host_of, reduction_of, remove
 
@@ -25,7 +25,7 @@ class Answers:
         self, model: nn.Module, host: Host | None, batches: Batches, task: str | None, compared: int
     ) -> None:
         self._model, self._host, self._batches = model, host, batches
-        self._dense: dict[int, list[Seen]] = {}
+        self._dense: dict[int, list[Outputs]] = {}
         inputs, targets = batches.first()
         with seeing(model, host) as see:
             self.example = see(inputs)
@@ -84,7 +84,7 @@ class Answers:
         counted = sum(processes.gathered([images]))
         return scores.result() if scores else {}, counted, [d for _, d in gathered]
 
-    def _differences(self, number: int, parts: list[Seen]) -> list[Difference]:
+    def _differences(self, number: int, parts: list[Outputs]) -> list[Difference]:
         """How answers to a batch differ from the dense model's, if that batch is compared."""
         multilabel = self.task is not None and self.task.name == "multilabel"
         if not parts:

@@ -127,7 +127,7 @@ class Decisions:
 
 
 @dataclass(frozen=True)
-class Seen:
+class Outputs:
     """What a model made of one batch.
 
     Attributes:
@@ -147,18 +147,18 @@ class Seen:
         tensors = (self.features, d.scores, d.chosen, d.depth)
         return sum(x.numel() * x.element_size() for x in tensors if x is not None)
 
-    def to(self, device: torch.device | str) -> Seen:
+    def to(self, device: torch.device | str) -> Outputs:
         """The same on another device."""
         d = self.decisions
         chosen, depth, scores = (
             None if x is None else x.to(device) for x in (d.chosen, d.depth, d.scores)
         )
         decided = Decisions(chosen, depth, scores, d.probabilities)
-        return Seen(self.images, self.features.to(device), decided)
+        return Outputs(self.images, self.features.to(device), decided)
 
 
 @contextmanager
-def seeing(model: nn.Module, host: Host | None = None) -> Iterator[Callable[[Inputs], Seen]]:
+def seeing(model: nn.Module, host: Host | None = None) -> Iterator[Callable[[Inputs], Outputs]]:
     """For the length of a `with` block, a function that runs the model on a batch, without
     gradients, and with whatever reduction it then has.
 
@@ -173,13 +173,13 @@ def seeing(model: nn.Module, host: Host | None = None) -> Iterator[Callable[[Inp
     def keep(module: nn.Module, args: Any, output: Any) -> None:
         features.append(output[0] if isinstance(output, tuple) else output)
 
-    def see(batch: Inputs) -> Seen:
+    def see(batch: Inputs) -> Outputs:
         features.clear()
         with torch.no_grad():
             decided = decisions(call(model, batch))
         y = _channels_last(features[-1], found)
         y = y[:, layout.prefix : y.shape[1] - layout.suffix] if y.ndim == 3 else y.flatten(1, 2)
-        return Seen(len(pixels(batch)), y, decided)
+        return Outputs(len(pixels(batch)), y, decided)
 
     handle = found.blocks(tower)[-1].register_forward_hook(keep)
     try:
@@ -238,7 +238,7 @@ class Difference:
     error: float = 0.0
 
 
-def compare(ours: Seen, theirs: Seen, multilabel: bool = False) -> Difference:
+def compare(ours: Outputs, theirs: Outputs, multilabel: bool = False) -> Difference:
     """How the outputs of a reduced model differ from those of the dense model on the same batch.
 
     Args:

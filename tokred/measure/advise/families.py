@@ -17,7 +17,7 @@ from tokred.measure.advise.schedules import (
     stations_of,
     unrolled,
 )
-from tokred.measure.advise.values import Family
+from tokred.measure.advise.values import SettingFamily
 from tokred.measure.progress import Progress
 from tokred.measure.settings import Setting
 from tokred.measure.work import Work
@@ -71,7 +71,7 @@ class Proposals:
         except ValueError:  # the method cannot make so few tokens
             return math.inf
 
-    def families(self, chosen: Sequence[Setting], speed: float, few: int) -> list[Family]:
+    def families(self, chosen: Sequence[Setting], speed: float, few: int) -> list[SettingFamily]:
         """The families that are measured.
 
         Args:
@@ -79,12 +79,12 @@ class Proposals:
             speed: the speed-up for which schedules are searched. They are scaled to others.
             few: on how many batches disturbance is measured.
         """
-        found = [Family(False, partial(self.uniform, method)) for method in chosen[:UNIFORM]]
+        found = [SettingFamily(False, partial(self.uniform, method)) for method in chosen[:UNIFORM]]
         for method in [m for m in chosen if m.method in self.costs][:FINALISTS]:
             seeds = self._seeds(method, speed, few)
             if seeds:  # otherwise no schedule of the method should have this speed-up
                 best = self._polished(method, seeds, few)
-                found.append(Family(True, partial(self._scaled, method, best)))
+                found.append(SettingFamily(True, partial(self._scaled, method, best)))
         return found
 
     def _seeds(self, method: Setting, speed: float, few: int) -> list[Stations]:

@@ -13,7 +13,7 @@ from tokred.measure.advise import words
 from tokred.measure.advise.costs import Costs, free_speed_ups, measured
 from tokred.measure.advise.families import Proposals
 from tokred.measure.advise.harm import screened
-from tokred.measure.advise.values import Advice, Candidate, Family
+from tokred.measure.advise.values import Advice, Candidate, SettingFamily
 from tokred.measure.evaluation import Evaluation, Row
 from tokred.measure.progress import Progress
 from tokred.measure.settings import Setting
@@ -146,13 +146,15 @@ class Search:
         uniform = self.proposals.uniform
         timed: dict[int, Setting] = {}
         if unknown:
-            timed = self.meeting(speed_up, [Family(False, partial(uniform, m)) for m in unknown])
+            timed = self.meeting(
+                speed_up, [SettingFamily(False, partial(uniform, m)) for m in unknown]
+            )
         met = {setting.method: setting for setting in timed.values()}
         settings = [met.get(m.method) or uniform(m, speed_up) for m in self.methods]
         order = screened(self.work, settings, self.few, self.progress)
         return [self.methods[position] for position in order]
 
-    def meeting(self, speed_up: float, families: Sequence[Family]) -> dict[int, Setting]:
+    def meeting(self, speed_up: float, families: Sequence[SettingFamily]) -> dict[int, Setting]:
         """One setting of each family, by the family's number: the slowest one that was measured to
         have the speed-up, or else the fastest one. A few are tried, in turns with those of the
         other families, and predictions are corrected by what was measured."""
@@ -202,7 +204,7 @@ class Search:
         self.progress.step()
         return self.candidates[setting.name]
 
-    def _approach(self, max_drop: float, most: float, family: Family) -> None:
+    def _approach(self, max_drop: float, most: float, family: SettingFamily) -> None:
         """Tries settings of a family at ever closer speed-ups, up to `most`, to find where the drop
         exceeds what is allowed."""
         low, high = 1.0, most

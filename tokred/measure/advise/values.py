@@ -71,7 +71,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Family:
+class SettingFamily:
     """Settings from which one is chosen by its speed-up: a method at uniform keep rates, or with
     the schedules that were found for it.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tokred.maps import Clusters, Kept, TokenMap, take
 from tokred.reducers import Tokens
+from tokred.reducers.svit import SViT
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,54 @@ class Probe:
                 left = left.after(self.drawn(layer, batch, fine, keep))
             self._known[batch, full, passed] = left
         return self._known[batch, full, passed]
+
+
+@dataclass(frozen=True)
+class Chooser(SViT):
+    """Gates of blocks that choose tokens at random, in every second image one less.
+
+    Attributes:
+        chosen: by layer, which tokens were chosen: 1, or 0.
+    """
+
+    chosen: dict[int, Float[Tensor, "batch patches"]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    def __str__(self) -> str:
+        return "tokens chosen at random"
+
+    def __call__(self, tokens: Tokens, keep: int) -> Kept:
+        """A map to `keep` tokens or one less."""
+        batch, fine, _ = tokens.x.shape
+        counts = [max(1, keep - image % 2) for image in range(batch)]
+        index = torch.zeros(batch, keep, dtype=torch.long)
+        for row, (image, count) in zip(index, enumerate(counts), strict=True):
+            row[:count] = _drawn(tokens.layer, image, fine, count)[0]
+        device = tokens.x.device
+        kept = Kept(index.to(device), fine, torch.tensor(counts, device=device))
+        self.chosen[tokens.layer] = (kept.labels() >= 0).float()
+        return kept
+
+
+@dataclass(frozen=True)
+class Equals:
+    """Merging of tokens that are equal: those at the end join the first one that they are equal
+    to."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    bibtex: ClassVar[str] = ""
+
+    def __call__(self, tokens: Tokens, keep: int) -> Clusters:
+        """A map to exactly `keep` tokens, no fewer than are different."""
+        apart = torch.cdist(tokens.x.float(), tokens.x.float())
+        equal = apart <= 1e-3 * apart.amax((1, 2), keepdim=True)
+        first = equal.int().argmax(2)  # the first of equals
+        number = torch.arange(first.shape[1], device=first.device).expand_as(first)
+        new = first == number
+        left = new | ((~new).cumsum(1) <= keep - new.sum(1, keepdim=True))
+        joined = torch.where(left, number, first)
+        return Clusters((left.cumsum(1) - 1).gather(1, joined), keep)
 
 
 @lru_cache

@@ -9,17 +9,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tokred.data.inputs import Inputs, pixels
 from tokred.host import Denoiser, Host, find_host
 from tokred.measure.contract.comparing import Leaves, apart, leaves, same, structure
 from tokred.measure.contract.findings import Broken, Findings, UntriedError, Verdict, said
-from tokred.measure.contract.probing import Probe, noise
+from tokred.measure.contract.probing import Chooser, Equals, Probe, noise
 from tokred.measure.contract.trial import Reduced, Run, Trial, entered, hanging_on
 from tokred.measure.contract.watching import Changes
 from tokred.patching import reduction_of, remove
-from tokred.reducers.atc import ATC
 from tokred.schedule import Exactly, Stages
 
 
@@ -343,11 +343,10 @@ def prunes(trial: Trial) -> Findings:
 
 def follows_masks(trial: Trial) -> Findings:
     """A mask over the full sequence that is given to blocks counts for the tokens that are left,
-    wherever they stand now. (Tried only where tokens are right without a mask.)"""
+    wherever they stand now. (Tried where merging and pruning are right.)"""
     trial.needs_a_sequence()
     changes = Changes(masks=trial.mask)
-    if any(verdict_on(name, trial).broken for name in ("merging", "pruning")):
-        raise UntriedError("tokens are not right without a mask, either")
+    _needs_right_tokens(trial)
     run = trial.masked(Probe())
     remove(trial.model)
     hidden = trial.run(changes=replace(run.as_changes(), masks=changes.masks))
@@ -356,6 +355,45 @@ def follows_masks(trial: Trial) -> Findings:
         run = trial.masked(Probe(prunes=True))
         remove(trial.model)
         yield from _compared(run, _with_noise(trial, run, changes), answers=False)
+
+
+def gates_blocks(trial: Trial) -> Findings:
+    """Where gates choose the tokens that go through a block, the others are neither seen nor
+    changed in it. (Tried where merging and pruning are right.)"""
+    trial.needs_a_sequence()
+    _needs_right_tokens(trial)
+    chooser = Chooser()
+    layout = trial.apply(chooser, trial.fewer).layout
+    run = trial.run()
+    if not chooser.chosen:
+        raise UntriedError("no gate has chosen tokens")
+    remove(trial.model)
+
+    def around(layer: int, value: float) -> Tensor:
+        return F.pad(chooser.chosen[layer], (layout.prefix, layout.suffix), value=value)
+
+    def bias(layer: int, batch: int) -> Tensor | None:
+        return around(layer, 1.0).log() if layer in chooser.chosen else None
+
+    def behind(layer: int, x: Tensor, y: Tensor) -> Tensor:
+        return torch.where(around(layer, 1.0)[..., None] > 0, y, x)
+
+    hidden = trial.run(changes=Changes(bias, behind))
+    found = [*run.tokens, *leaves(run.outputs)]
+    wanted = [*hidden.tokens, *leaves(hidden.outputs)]
+    for (path, got), (_, want) in zip(found, wanted, strict=True):
+        if difference := apart(got, want):
+            yield (
+                f"{path or 'the output'}: {difference}",
+                "what the unpatched model computes if attention does not see the others",
+            )
+            return
+
+
+def _needs_right_tokens(trial: Trial) -> None:
+    for name in ("merging", "pruning"):
+        if verdict_on(name, trial).broken:
+            raise UntriedError(f"{name} is not right, either")
 
 
 def merges_equal_tokens(trial: Trial) -> Findings:
@@ -370,7 +408,7 @@ def merges_equal_tokens(trial: Trial) -> Findings:
     patches = run.trace.entered[0][0].shape[1] - layout.others
     counts = [max(2, patches // 2), *[max(2, patches // 4)] * (layout.layers - 1)]
     counts[-1] = 2
-    trial.apply(ATC(), Exactly(tuple(counts)))
+    trial.apply(Equals(), Exactly(tuple(counts)))
     merged = leaves(trial.answer(trial.equal))
     for (path, got), (_, want) in zip(merged, leaves(run.outputs), strict=True):
         if difference := apart(got, want):
@@ -383,7 +421,7 @@ _HIDDEN = "what the unpatched model computes if attention does not see tokens th
 def _compared(run: Reduced, hidden: Run, answers: bool = True) -> Findings:
     """The first difference between the patched model and the unpatched one, in which tokens are
     hidden."""
-    found, wanted = [*run.tokens(run.trace)], [*run.tokens(hidden.trace)]
+    found, wanted = run.left_of(run), run.left_of(hidden)
     if answers:
         found += [(f"output {path}", one) for path, one in leaves(run.outputs)]
         wanted += [(f"output {path}", one) for path, one in leaves(hidden.outputs)]
@@ -405,7 +443,7 @@ def _with_noise(trial: Trial, run: Reduced, changes: Changes) -> Run:
     hidden, again = (
         trial.run(changes=replace(run.as_changes(seed), masks=changes.masks)) for seed in (0, 1)
     )
-    pairs = zip(run.tokens(hidden.trace), run.tokens(again.trace), strict=True)
+    pairs = zip(run.left_of(hidden), run.left_of(again), strict=True)
     if any(apart(one, other) for (_, one), (_, other) in pairs):
         raise UntriedError("the model mixes tokens between its blocks, dropped ones, too")
     return hidden
@@ -437,17 +475,17 @@ def hands_out_few(trial: Trial) -> Findings:
     leaves its tower is looked at.)"""
     trial.needs_a_sequence()
     remove(trial.model)
-    _, whole_left = _leaving(trial)
+    _, dense_left = _leaving(trial)
     for method in trial.accepted(trial.fewer, full_grid=False):
         found, left = _leaving(trial)
-        pairs = [(left, whole_left)]
+        pairs = [(left, dense_left)]
         if found is not None:
-            pairs.append((found, trial.dense))
+            pairs.append((leaves(found), leaves(trial.dense)))
             if leaves(trial.dense_features):
-                pairs.append((trial.handed_out(), trial.dense_features))
-        allowed = _token_counts(trial)
+                pairs.append((leaves(trial.handed_out()), leaves(trial.dense_features)))
+        gone = _tokens_gone(trial)
         for got, want in pairs:
-            yield from _narrower(method, leaves(got), leaves(want), allowed)
+            yield from _narrower(method, got, want, gone)
         if found is None:
             continue
         trial.apply(method, trial.fewer)
@@ -465,21 +503,27 @@ def _of_images(trial: Trial, outputs: Any) -> Leaves:
     if trial.scores is not None:
         return leaves(trial.scores(outputs))
     batch = len(_image(trial.inputs))
-    names = ("", "logits", "logits_per_image", "image_embeds", "pooler_output")
+    names = ["logits_per_image", "image_embeds"]
+    if not isinstance(trial.inputs, Mapping) or "input_ids" not in trial.inputs:
+        names += ["logits", "pooler_output"]  # else they may be of text
     return [
         (path, one)
         for path, one in leaves(outputs)
         if one.ndim == 2
         and len(one) == batch
-        and (path.split(".")[-1] in names or not isinstance(outputs, Mapping))
+        and (not isinstance(outputs, Mapping) or path.split(".")[-1] in names)
     ]
 
 
-def _leaving(trial: Trial) -> tuple[Any, list[Any]]:
+def _leaving(trial: Trial) -> tuple[Any, Leaves]:
     """The answer of the model, None if what stands behind the tower raises; and what has left the
     tower."""
-    left: list[Any] = []
-    hook = trial.tower.register_forward_hook(lambda module, args, output: left.append(output))
+    left: Leaves = []
+
+    def leave(module: Any, args: Any, output: Any) -> None:
+        left.extend(leaves(output))  # now: the rest of the model may change it
+
+    hook = trial.tower.register_forward_hook(leave)
     try:
         return trial.answer(), left
     except Exception:
@@ -490,18 +534,15 @@ def _leaving(trial: Trial) -> tuple[Any, list[Any]]:
         hook.remove()
 
 
-def _token_counts(trial: Trial) -> Mapping[int, set[int]]:
-    """What may become of so many tokens under `fewer`: of the patches alone, and of a whole
-    sequence."""
+def _tokens_gone(trial: Trial) -> set[int]:
+    """How many tokens may be missing, in front of any block or behind the last one, under
+    `fewer`."""
     layout = reduction_of(trial.model).layout
     full = trial.entering.shape[1] - layout.others
-    counts = {full, *trial.fewer(full, layout.layers)}
-    return {full: counts, full + layout.others: {count + layout.others for count in counts}}
+    return {0, *(full - count for count in trial.fewer(full, layout.layers))}
 
 
-def _narrower(
-    method: Any, found: Leaves, dense: Leaves, allowed: Mapping[int, set[int]]
-) -> Findings:
+def _narrower(method: Any, found: Leaves, dense: Leaves, gone: set[int]) -> Findings:
     """The first of the features that came out reduced in which more than tokens is missing."""
     if len(found) != len(dense):
         yield f"with {method}, {len(found)} tensors", f"{len(dense)}"
@@ -512,8 +553,7 @@ def _narrower(
             return
         right = got.shape == want.shape
         if want.ndim == got.ndim == 3:  # tokens
-            counts = allowed.get(want.shape[1], set()) | {want.shape[1]}
-            right = got.shape[::2] == want.shape[::2] and got.shape[1] in counts
+            right = got.shape[::2] == want.shape[::2] and want.shape[1] - got.shape[1] in gone
         elif want.ndim == 4 and got.ndim == 3:  # tokens, which are no map any more
             right = got.shape[2] in (want.shape[1], want.shape[3])
         if not right:
@@ -553,6 +593,7 @@ PROMISES: dict[str, Callable[[Trial], Findings]] = {
     "merging": merges,
     "pruning": prunes,
     "masks": follows_masks,
+    "gates": gates_blocks,
     "dropped tokens": ignores_dropped,
     "full_grid=False": hands_out_few,
     "outputs": keeps_structure,

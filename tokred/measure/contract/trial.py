@@ -58,6 +58,17 @@ class Run:
     outputs: Any
     trace: Trace
 
+    @property
+    def tokens(self) -> list[tuple[str, Tensor]]:
+        """The tokens in front of every block, and behind the last one."""
+        last = max(self.trace.entered)
+        named = [
+            (f"tokens in front of block {layer}", x)
+            for layer in range(last + 1)
+            for x in self.trace.entered[layer]
+        ]
+        return named + [(f"tokens behind block {last}", x) for x in self.trace.left[last]]
+
 
 @dataclass(frozen=True)
 class Reduced(Run):
@@ -115,15 +126,15 @@ class Reduced(Run):
             return x
         return self.between(x, take(self.patches(x), standing.positions.to(x.device)))
 
-    def tokens(self, trace: Trace) -> Iterator[tuple[str, Tensor]]:
-        """The tokens that are left, of this run or another, in front of every block and behind the
-        last one."""
-        last = max(trace.entered)
-        for layer in range(last + 1):
-            for x in trace.entered[layer]:
-                yield f"tokens in front of block {layer}", self.few(x, layer - 1)
-        for x in trace.left[last]:
-            yield f"tokens behind block {last}", self.few(x, last)
+    def left_of(self, run: Run) -> list[tuple[str, Tensor]]:
+        """The tokens that are left, of another run, or of this: in front of every block, and behind
+        the last one."""
+        last = max(run.trace.entered)
+        through = [layer - 1 for layer in range(last + 1) for _ in run.trace.entered[layer]]
+        through += [last] * len(run.trace.left[last])
+        return [
+            (name, self.few(x, layer)) for layer, (name, x) in zip(through, run.tokens, strict=True)
+        ]
 
     def as_changes(self, noise: int = 0) -> Changes:
         """How to make the unpatched model compute what this run should have: attention does not see
@@ -138,11 +149,11 @@ class Reduced(Run):
             hidden = self.standing(batch, layer - ahead).bias(not probe.prunes)
             return nn.functional.pad(hidden, (self.layout.prefix, self.layout.suffix))
 
-        def behind(layer: int, x: Tensor) -> Tensor:
+        def behind(layer: int, x: Tensor, y: Tensor) -> Tensor:
             if layer < first:
-                return x
-            standing = self.standing(len(x), layer)
-            return self.between(x, standing.restored(self.patches(x), noise))
+                return y
+            standing = self.standing(len(y), layer)
+            return self.between(y, standing.restored(self.patches(y), noise))
 
         return Changes(bias, behind)
 
@@ -226,7 +237,7 @@ class Trial:
         Raises:
             UntriedError: the patch refuses that.
         """
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.random.fork_rng([]):  # gates are drawn at random
             warnings.simplefilter("ignore", UserWarning)  # that nothing is reduced
             try:
                 return apply(self.model, method, keep_rate, host=self.given, **options)

@@ -59,13 +59,14 @@ class Changes:
     Attributes:
         bias: `bias(layer, batch)`: what to add to the logits of attention, [batch, tokens], by key;
             None for nothing.
-        behind: `behind(layer, x)`: the tokens that take the place of what a block put out.
+        behind: `behind(layer, x, y)`: the tokens that take the place of `y`, which a block has made
+            of `x`.
         masks: `masks(layer, x)`: a mask over queries and keys, [1, 1, tokens, tokens], given to
             every block that takes one.
     """
 
     bias: Callable[[int, int], Tensor | None] | None = None
-    behind: Callable[[int, Tensor], Tensor] | None = None
+    behind: Callable[[int, Tensor, Tensor], Tensor] | None = None
     masks: Callable[[int, Tensor], Tensor] | None = None
 
 
@@ -99,11 +100,11 @@ def _hooks(
 
     def leave(module: nn.Module, args: Any, output: Any) -> Any:
         attention.layer = None
-        x = output[0] if isinstance(output, tuple) else output
+        y = output[0] if isinstance(output, tuple) else output
         if changes.behind is not None:
-            x = changes.behind(layer, x)
-            output = (x, *output[1:]) if isinstance(output, tuple) else x
-        trace.left[layer].append(x)
+            y = changes.behind(layer, trace.entered[layer][-1], y)
+            output = (y, *output[1:]) if isinstance(output, tuple) else y
+        trace.left[layer].append(y)
         return output
 
     yield block.register_forward_pre_hook(enter, with_kwargs=True)
