@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -33,17 +35,77 @@ def packages(extra: str) -> set[str]:
     return found
 
 
+TREES = {
+    file: ast.parse(file.read_text())
+    for folder in ("tokred", "patches")
+    for file in sorted((ROOT / folder).rglob("*.py"))
+}
+
+
+@dataclass
+class Asker:
+    """A function that asks for libraries in the name of an extra that its caller names.
+
+    Attributes:
+        at: where among its parameters `extra` is.
+        default: the extra if the caller names none; None if it must.
+        modules: what it asks for.
+    """
+
+    at: int
+    default: ast.expr | None
+    modules: set[str]
+
+
+def askers() -> dict[str, Asker]:
+    """All of them, by name. They have a parameter `extra`, and hand it on."""
+    found: dict[str, Asker] = {}
+    for _ in range(3):  # one may call another
+        for tree in TREES.values():
+            for node in ast.walk(tree):
+                if not isinstance(node, ast.FunctionDef) or node.name == "require":
+                    continue
+                names = [argument.arg for argument in node.args.args]
+                asked = {module for _, module, extra in calls_in(node, found) if handed_on(extra)}
+                if "extra" in names and asked:
+                    at = names.index("extra")
+                    default = [
+                        *[None] * (len(names) - len(node.args.defaults)),
+                        *node.args.defaults,
+                    ]
+                    found[node.name] = Asker(at, default[at], asked)
+    return found
+
+
+def calls_in(tree: ast.AST, known: dict[str, Asker]) -> Iterator[tuple[int, str, ast.expr | None]]:
+    """Where a part of a file asks for a library: the line, the module, and the extra."""
+    for call in ast.walk(tree):
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+            continue
+        asker = known.get(call.func.id)
+        if call.func.id == "require":
+            module = ast.unparse(call.args[0]).strip("f'\"").split(".")[0]
+            asker = Asker(1, None, {module})
+        if asker is not None:
+            named = [keyword.value for keyword in call.keywords if keyword.arg == "extra"]
+            extra = [*named, *call.args[asker.at : asker.at + 1], asker.default][0]
+            for module in sorted(asker.modules):
+                yield call.lineno, module, extra
+
+
+def handed_on(extra: ast.expr | None) -> bool:
+    return isinstance(extra, ast.Name) and extra.id == "extra"
+
+
 def asked_for() -> list[tuple[str, str, str]]:
-    """Where `require` is called, for which module, and which extra it says to install."""
-    calls = []
-    for folder in ("tokred", "patches"):
-        for file in sorted((ROOT / folder).rglob("*.py")):
-            for node in ast.walk(ast.parse(file.read_text())):
-                if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require":
-                    module, extra = node.args
-                    assert isinstance(extra, ast.Constant), f"{file.name}, line {node.lineno}"
-                    named = ast.unparse(module).strip("f'\"").split(".")[0]
-                    calls.append((f"{file.name}, line {node.lineno}", named, extra.value))
+    """Where a library is asked for, its module, and which extra the message says to install."""
+    calls, known = [], askers()
+    for file, tree in TREES.items():
+        for line, module, extra in calls_in(tree, known):
+            where = f"{file.name}, line {line}"
+            if not handed_on(extra):
+                assert isinstance(extra, ast.Constant), where
+                calls.append((where, module, extra.value))
     return calls
 
 

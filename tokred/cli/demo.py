@@ -7,7 +7,7 @@ import contextlib
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,7 +19,7 @@ import tokred
 from tokred import reducers
 from tokred.cli.shared import Commands, bar, command
 from tokred.data import zoo
-from tokred.measure.race import measure, sides
+from tokred.measure.race import in_turns, seconds_of, sides
 from tokred.optional import require
 from tokred.patching import host_of
 from tokred.reducers import Reducer
@@ -123,31 +123,6 @@ class _Lap:
     stages: tuple[int, ...]
 
 
-@dataclass
-class _Runner:
-    """Runs one batch after the other through the model, and counts right answers. The first call
-    is a warm-up: what is compiled at its first call is not timed.
-
-    Attributes:
-        right: how many answers were right so far.
-        done: how many batches were run so far; None before the warm-up.
-    """
-
-    model: Callable[..., Any]
-    batches: list[Batch]
-    right: int = 0
-    done: int | None = None
-
-    def __call__(self, _: Tensor) -> None:
-        if self.done is None:
-            self.model(self.batches[0][0][:2])
-            self.done = 0
-            return
-        images, labels = self.batches[self.done]
-        self.right += int((self.model(images).argmax(1) == labels).sum())
-        self.done += 1
-
-
 def _race(
     model: nn.Module,
     methods: dict[str, Reducer],
@@ -162,24 +137,34 @@ def _race(
         arms[name] = tokred.apply(model, reducer, keep_rate, full_grid=around)
     tokred.remove(model)
     made = sides(model, host_of(model), arms, compile=False)
-    runners = {name: _Runner(target, batches) for name, (target, _) in made.items()}
-    took = measure(
-        {name: (runners[name], become) for name, (_, become) in made.items()},
-        batches[0][0],
-        rounds=len(batches),
-        warmup=1,
-        on_round=lambda done, of: rounds.update(),
-    )
+    right = dict.fromkeys(made, 0)
+
+    def turn(name: str, number: int) -> float:
+        target, become = made[name]
+        become()
+        if number < 0:  # what is compiled at its first call is not timed
+            target(batches[0][0][:2])
+            return 0.0
+        images, labels = batches[number]
+        answers: list[Tensor] = []
+        took = seconds_of(lambda: answers.append(target(images).argmax(1)), images.device)
+        right[name] += int((answers[0] == labels).sum())
+        return took
+
+    def on_round(done: int, of: int) -> None:
+        rounds.update()
+
+    taken = in_turns(made, turn, len(batches), warmup=1, on_round=on_round)
     tokred.remove(model)
     counts = tokred.Stages(keep_rate)(196, 12)
     stages = tuple(sorted(set(counts), reverse=True)[1:])
     sizes = [len(labels) for _, labels in batches]
     laps = {}
-    for name, runner in runners.items():
+    for name, seconds in taken.items():
         # The last batch may be smaller, and slower by image.
-        speeds = [size / seconds for size, seconds in zip(sizes, took[name].seconds, strict=True)
+        speeds = [size / took for size, took in zip(sizes, seconds, strict=True)
                   if size == sizes[0]]  # fmt: skip
-        laps[name] = _Lap(runner.right / sum(sizes), statistics.median(speeds), stages)
+        laps[name] = _Lap(right[name] / sum(sizes), statistics.median(speeds), stages)
     return laps
 
 
