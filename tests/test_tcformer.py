@@ -436,6 +436,7 @@ def multiply_adds(model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPa
 
     for module in model.modules():
         module.register_forward_hook(seen)
+
     def fused(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return int(sdpa_flop_count(query, key, value))
 

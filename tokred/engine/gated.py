@@ -33,7 +33,7 @@ def hide(step: Step, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "bat
     reducer, mask = reduction.reducer, state.kept
     assert learned(reducer)
     if step.gate is not None:
-        with step.part("matching"):
+        with step.reduction.part("matching"):
             view = step.tokens(reduction.layout.patch_tokens(x), ones(reduction.layout, x))
         with torch.autocast(x.device.type, enabled=False):
             logits = reducer.score(view)
@@ -85,7 +85,7 @@ def gather(
     reduction, state = step.reduction, step.state
     if step.gate is None and state.kept is None:
         return run(x)
-    with step.part("merging"):
+    with step.reduction.part("merging"):
         size = ones(reduction.layout, x)
         token_map = _chosen(step, x, size)
         assert learned(reduction.reducer)
@@ -96,7 +96,7 @@ def gather(
             reduction.record(record)
 
         def block(few: Tensor) -> Any:
-            with step.part("rest"):
+            with step.reduction.part("rest"):
                 return run(few)
 
         if token_map.counts is None and token_map.num_coarse == num:
@@ -118,7 +118,7 @@ def _chosen(step: Step, x: Tensor, size: Float[Tensor, "batch patches"]) -> Kept
         most = int(counts.max()) if len(counts) > 0 else 0
         return Kept(ranked((state.kept > 0).int())[:, :most], state.kept.shape[1], counts)
     assert state.ahead is not None
-    with torch.autocast(x.device.type, enabled=False), step.part("matching"):
+    with torch.autocast(x.device.type, enabled=False), step.reduction.part("matching"):
         view = step.tokens(reduction.layout.patch_tokens(x), size)
         chosen = reduction.reducer(view, state.ahead.keep)
     assert isinstance(chosen, Kept)
@@ -151,7 +151,7 @@ def _end_to_end(step: Step, run: Callable[[Tensor], Any], x: Tensor, token_map: 
         return None
 
     def back(few: Tensor) -> Tensor:
-        with step.part("back"):
+        with step.reduction.part("back"):
             return x.flatten(0, 1).index_copy(0, rows, few[0].to(x.dtype)).view_as(x)
 
     return (back(y[0]), *y[1:]) if isinstance(y, tuple) else back(y)
@@ -173,7 +173,7 @@ def _padded(
     step.go_down(token_map, token_map.num_coarse, tokens, size, None)
     undone = unrolled(step.state.trail)
     y = run(few)
-    with step.part("back"):
+    with step.reduction.part("back"):
         if isinstance(y, tuple):
             return (up(layout, y[0], undone), *y[1:])
         return up(layout, y, undone)

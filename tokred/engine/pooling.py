@@ -7,7 +7,6 @@ that. Dropped tokens and padding do not count at all.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -99,22 +98,16 @@ def poolable(
         return None
     if not state.prunes:
         if not state.expanded:
-            with _back(reduction):
+            with reduction.part("back"):
                 x = expand(reduction.layout, x, state)
         # Padding that the images came with is on the full grid, too.
         size = unrolled(state.trail)[0].size
     else:
         if state.expanded:
-            with _back(reduction):
+            with reduction.part("back"):
                 x, state = descend(reduction.layout, x, state)
         size = state.size
     return x, None if size is None else size > 0
-
-
-def _back(reduction: Reduction) -> AbstractContextManager[None]:
-    """A context in which tokens come and go for a head, for who observes the reduction."""
-    observer = reduction.observer
-    return nullcontext() if observer is None else observer.part("back")
 
 
 def check_training(reduction: Reduction, state: State) -> None:

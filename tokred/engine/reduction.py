@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -216,6 +216,11 @@ class Reduction:
             records.append(record)
         if self.observer is not None:
             self.observer.records(record)
+
+    def part(self, name: str) -> AbstractContextManager[None]:
+        """A context in which this part of the work is done (see `Observer.part`), for who observes
+        the passes."""
+        return nullcontext() if self.observer is None else self.observer.part(name)
 
     # The weights of a learned method
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -110,7 +109,7 @@ class Step:
             return None
         if self.untouched:
             return self._bias(x, mask)
-        with self.part("bias"):
+        with self.reduction.part("bias"):
             return self._bias(x, mask)
 
     def rows_and_columns(self, mask: Tensor) -> Tensor:
@@ -159,7 +158,7 @@ class Step:
         """
         if self.state.trail is None:
             return self._rows(table)
-        with self.part("bias"):
+        with self.reduction.part("bias"):
             return self._rows(table)
 
     def rotary(
@@ -225,10 +224,10 @@ class Step:
         rises = state.trail is not None and state.ahead.keep > state.trail.asked
         whole = rises and state.ahead.keep == state.full  # it goes on as it is
         if state.expanded and state.trail is not None and not whole:
-            with self.part("back"):
+            with self.reduction.part("back"):
                 x, self.state = descend(self.reduction.layout, x, state)
         if rises:
-            with self.part("back"):
+            with self.reduction.part("back"):
                 x = self._rise(x, state.ahead.keep)
         if self.masked:
             return gated.hide(self, x)
@@ -247,7 +246,7 @@ class Step:
         if full and not averaged:
             aside = None if last or state.exact else x
             if not state.expanded and state.trail is not None:
-                with self.part("back"):
+                with self.reduction.part("back"):
                     x = expand(reduction.layout, x, state)
             state = state.but(expanded=True, aside=aside)
         elif last and state.ragged:
@@ -284,11 +283,6 @@ class Step:
         return state.prunes
 
     # The work
-
-    def part(self, name: str) -> AbstractContextManager[None]:
-        """A context in which the block does this part of the work, for who observes it."""
-        observer = self.reduction.observer
-        return nullcontext() if observer is None else observer.part(name)
 
     def around(
         self, x: Float[Tensor, "batch patches"], value: float | bool
@@ -392,7 +386,7 @@ class Step:
             asked = state.full if state.trail is None else state.trail.asked
         if self.gate is None and (reduction.gates is not None or keep >= min(asked, num)):
             return x
-        with self.part("merging"):
+        with self.reduction.part("merging"):
             return self._reduce(x, keep, exact)
 
     def _reduce(
@@ -401,11 +395,11 @@ class Step:
         reduction, state, layout = self.reduction, self.state, self.reduction.layout
         tokens = layout.patch_tokens(x)
         size = ones(layout, x) if state.size is None else state.size
-        with self.part("matching"):
+        with self.reduction.part("matching"):
             view = self.tokens(tokens, size)
         # Autocast would compare tokens in half precision.
         with torch.autocast(x.device.type, enabled=False):
-            with self.part("matching"):
+            with self.reduction.part("matching"):
                 if state.lengths is None:
                     token_map = self._chosen(view, keep)
                 else:
@@ -419,7 +413,7 @@ class Step:
             coarse_grid = getattr(token_map, "grid", None)
             if reduction.reconstruction is not None:
                 # Chosen by what tokens are now: later there is nothing to compare them by.
-                with self.part("back"):
+                with self.reduction.part("back"):
                     index, weight = reduction.reconstruction(tokens, fewer, state.grid, coarse_grid)
                 token_map = Weighted(token_map, index, weight)
         self.signals.clear()  # so that the keys need not live on through the MLP
@@ -562,7 +556,7 @@ class Step:
         one and needs it."""
         if "attention_received" not in self.reduction.traits.needs or not self.wants_signals:
             return
-        with self.part("matching"):
+        with self.reduction.part("matching"):
             asking = self._asking(slice(None))
             num = self.signals["query"].shape[2]
             queries = num if asking is None else asking.sum(1, keepdim=True)
