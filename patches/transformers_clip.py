@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokred.engine import Layout, Step
-from tokred.host import Host
+from tokred.host import Host, is_a
 
 from . import _transformers as common
 
@@ -74,6 +74,12 @@ def merges_only(root: Any, model: Any) -> str | None:
         return (
             "its tokens are averaged by a mask of all patches, in which dropped ones would count: "
             "use a method that merges, such as 'tome'"
+        )
+    if is_a(root, ("transformers.models.janus.modeling_janus.JanusVisionModel",)):
+        # (Janus itself takes all of them.)
+        return (
+            "it takes its first patch for the whole image, which may be dropped: use a method that "
+            "merges, such as 'tome'"
         )
     return None
 

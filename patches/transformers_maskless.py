@@ -72,6 +72,16 @@ def layout(model: Any, image_size: tuple[int, int] | None) -> Layout:
 # This one averages the patch tokens outside of the tower, or takes the first.
 _AVERAGES = ("transformers.models.videomae.modeling_videomae.VideoMAEForVideoClassification",)
 
+
+def merges_only(root: Any, model: Any) -> str | None:
+    if common.contains(root, _AVERAGES) and not model.config.use_mean_pooling:
+        return (
+            "it takes its first patch for the whole video, which may be dropped: use a method that "
+            "merges, such as 'tome'"
+        )
+    return None
+
+
 HOST = Host(
     models=(
         "transformers.models.yolos.modeling_yolos.YolosModel",
@@ -97,6 +107,7 @@ HOST = Host(
     tapped=common.tapped,
     checkpoint=common.checkpoint,
     averages=lambda root, model: common.contains(root, _AVERAGES) and model.config.use_mean_pooling,
+    merges_only=merges_only,
     refuse=common.refuse,
     summary="YOLOS, VideoMAE, ViTPose, DPT",
 )

@@ -37,7 +37,6 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import diffusers
 import torch
 from torch import Tensor, nn
 
@@ -214,6 +213,8 @@ def states_of_sam(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def of_denoisers() -> Iterator[tuple[str, Model]]:
+    import diffusers
+
     unet = diffusers.UNet2DConditionModel
     size: dict[str, Any] = {
         "sample_size": 16, "layers_per_block": 1, "cross_attention_dim": 16,
@@ -300,7 +301,14 @@ def latents_of_dit() -> dict[str, Any]:
 
 
 def models() -> dict[str, Model]:
-    return {**dict(of_families()), **dict(of_windows()), **dict(of_denoisers())}
+    """All whose libraries are there, and new enough to have them."""
+    made: dict[str, Model] = {}
+    for some_of_them in (of_families, of_windows, of_denoisers):
+        try:
+            made |= dict(some_of_them())
+        except ImportError as error:
+            warnings.warn(f"{some_of_them.__name__}: {error}", stacklevel=1)
+    return made
 
 
 # Forms
@@ -411,9 +419,9 @@ def run(
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), one_thread():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
-        model = one.build()
-        inputs = change(one.inputs())
         try:
+            model = one.build()
+            inputs = change(one.inputs())
             if setting != "dense":
                 one.settings[setting](model)
             return Recorded(FORMS[form](one, model, inputs))

@@ -334,12 +334,6 @@ CONTRACT = [
     for name in contract.PROMISES
     if name not in ("keep_rate=1", "token counts", "half precision", "equal tokens", "removal")
 ]
-# Faults of patches that are known, by model and promise.
-FAULTS = {
-    (name, promise): "the first patch, which may be dropped, is taken for all of them"
-    for name in ("transformers_clip-janus", "transformers_maskless-videomae-first-token")
-    for promise in ("dropped tokens", "full_grid=False")
-}
 # Why a promise need not be tried on a model.
 UNTRIED = (
     "take no mask|takes no mask|masks are refused|says nothing of whole images|mixes tokens between"
@@ -362,23 +356,11 @@ def broken(verdicts: list[contract.Verdict]) -> str:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_the_contract_is_kept(name: str) -> None:
-    verdicts = examined(name, [one for one in CONTRACT if (name, one) not in FAULTS])
+    verdicts = examined(name, CONTRACT)
     assert not broken(verdicts), broken(verdicts)
     reasons = "|".join([UNTRIED, *(SMALL[name].refuses or {}).values()])
     for verdict in verdicts:
         assert verdict.untried is None or re.search(reasons, verdict.untried), verdict
-
-
-@pytest.mark.parametrize(
-    ("name", "promise"),
-    [
-        pytest.param(*which, marks=pytest.mark.xfail(reason=why, strict=True))
-        for which, why in FAULTS.items()
-    ],
-)
-def test_the_contract_is_kept_in_spite_of_known_faults(name: str, promise: str) -> None:
-    verdicts = examined(name, [promise])
-    assert not broken(verdicts), broken(verdicts)
 
 
 @pytest.mark.slow

@@ -45,13 +45,23 @@ def models() -> dict[str, Model]:
     return recorded.models()
 
 
+# Answers that were wrong: the model takes its first patch for all of them, and it may be dropped.
+REFUSED_SINCE = {
+    ("transformers_clip, janus", "topk"),
+    ("transformers_maskless, videomae, first token", "topk"),
+}
+
+
 def wrong(name: str, case: str, done: Recorded, bits: bool) -> Iterator[str]:
     """What is not as it was recorded."""
     setting = case.rsplit(", ", 1)[0]
     was = WRITTEN["models"][name]["cases"][case]
-    raised = was.get("raises")
+    since = (name, setting) in REFUSED_SINCE
+    raised = "UnsupportedModelError" if since else was.get("raises")
     if done.raised != raised:
         yield f"{case}: raised {done.raised}, not {raised}"
+        return
+    if since:
         return
     if done.outputs.keys() != was.keys() - {"raises"}:
         yield f"{case}: gave {sorted(done.outputs)}, not {sorted(was)}"

@@ -97,7 +97,15 @@ def videomae(cls: Any, mean: bool) -> Small:
     def config() -> Any:
         return transformers.VideoMAEConfig(**VIDEO, use_mean_pooling=mean)
 
-    return Small(make(cls, config), videos, video_twins, hidden_states, counted="intermediate")
+    first = cls is transformers.VideoMAEForVideoClassification and not mean
+    return Small(
+        make(cls, config),
+        videos,
+        video_twins,
+        hidden_states,
+        counted="intermediate",
+        refuses={"topk": "takes its first patch"} if first else None,
+    )
 
 
 def experts(batch: int) -> dict[str, Tensor]:
