@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokred.engine import Layout, Seen, Step, biased
-from tokred.host import WindowedHost
+from tokred.host import WindowedHost, is_a
 
 from . import _transformers as common
 
@@ -96,6 +96,15 @@ def layout(model: Any, image_size: tuple[int, int] | None) -> Layout:
     return Layout(prefix=0, layers=1, grid=full, class_token=False)
 
 
+def handed_out(encoder: Any, args: Any, kwargs: Any) -> frozenset[int]:
+    """The layers of the reduced stage whose output a call hands out: MaskFormer's encoder hands out
+    all, if hidden states are asked for, and the others none inside of a stage."""
+    if not is_a(encoder, (f"{MASKFORMER}.MaskFormerSwinEncoder",)):
+        return frozenset()
+    asked = kwargs.get("output_hidden_states", args[3] if len(args) > 3 else False)
+    return frozenset(range(max(map(len, stages(encoder))))) if asked else frozenset()
+
+
 def checkpoint(layer: Any) -> Callable[..., Any] | None:
     """What the layer would call itself through: only those of Swin do; of the others, the stage."""
     return common.checkpoint(layer) if hasattr(layer, "gradient_checkpointing") else None
@@ -118,6 +127,7 @@ HOST = WindowedHost(
     layout=layout,
     attention=part_with_biases,
     attend=attend,
+    handed_out=handed_out,
     checkpoint=checkpoint,
     summary="Swin, SwinV2, and Mask2Former, MaskFormer, UperNet on Swin",
 )

@@ -370,18 +370,7 @@ def test_all_of_the_contract_is_kept(name: str) -> None:
     assert not broken(examined(name, left))
 
 
-WINDOWED_FAULTS = {"transformers-maskformer": "hidden states inside of a stage come out reduced"}
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(reason=WINDOWED_FAULTS[name], strict=True))
-        if name in WINDOWED_FAULTS
-        else name
-        for name in _swin.SWIN
-    ],
-)
+@pytest.mark.parametrize("name", _swin.SWIN)
 def test_the_contract_is_kept_by_models_in_windows(name: str) -> None:
     model, images = _swin.SWIN[name].build(), _swin.images(2)
     inputs = {"pixel_values": images} if name.startswith("transformers") else images

@@ -61,7 +61,8 @@ def test_every_name_can_be_imported(kind: str) -> None:
             try:
                 assert found(path) is not None
             except Exception as error:
-                missing.append(f"{path}: {error}")
+                if not str(error).startswith("this needs"):  # a library that is not installed
+                    missing.append(f"{path}: {error}")
     assert not missing, "\n".join(["these names of 0.7.1 are gone:", *missing])
 
 
@@ -109,7 +110,8 @@ for path in sys.stdin.read().split():
         for part in parts[1:]:
             thing = getattr(thing, part)
     except Exception as error:
-        print(f"{path}: {error}")
+        if not str(error).startswith("this needs"):
+            print(f"{path}: {error}")
 """
 
 

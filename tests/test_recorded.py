@@ -105,8 +105,13 @@ def check(name: str, forms: tuple[str, ...]) -> None:
     found: list[str] = []
     for case, was in written["cases"].items():
         setting, form = case.rsplit(", ", 1)
-        # What could not be compiled may be some day.
-        if form not in forms or (form in recorded.SLOW and "raises" in was):
+        if form not in forms:
+            continue
+        # What could not be compiled may be some day, and a host may differ in what it needs.
+        if "raises" in was and (form in recorded.SLOW or LIBRARIES):
+            continue
+        # Gates decide by noise, which is not the same in every version of torch.
+        if form == "training" and "torch" in LIBRARIES:
             continue
         done = run(models()[name], setting, form, written["seed"])
         found += wrong(name, case, done, bits)

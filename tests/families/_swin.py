@@ -48,6 +48,8 @@ class Swin:
         shifts: whether every second block shifts its windows; if not, it has none, and attends to
             the whole map.
         channels_first: whether maps are [batch, dim, rows, columns].
+        inside: the part of a model that runs all blocks, and hands out what leaves them only if it
+            is asked to.
     """
 
     build: Callable[[], nn.Module]
@@ -57,6 +59,7 @@ class Swin:
     answer: Callable[[Any], Tensor] = lambda outputs: outputs
     shifts: bool = True
     channels_first: bool = False
+    inside: Callable[[nn.Module], nn.Module] = lambda model: model
 
     def tokens(self, maps: Tensor) -> Tensor:
         """[batch, tokens, dim] of what a block is given or puts out."""
@@ -289,6 +292,7 @@ SWIN: dict[str, Swin] = {
             out_features=["stage1", "stage2"],
         ),
         small_hf(maskformer.MaskFormerSwinLayer, MaskFormerSwinConfig),
+        inside=lambda model: model.model,  # the backbone always asks
         run=run_hf,
         answer=features,
     ),
