@@ -84,6 +84,16 @@ def merges_only(root: Any, model: Any) -> str | None:
     return None
 
 
+def full_grid_only(root: Any, model: Any) -> str | None:
+    if common.contains(root, _DETECTORS):
+        return "its heads lay the features out as a grid"
+    return None
+
+
+_DETECTORS = (
+    "transformers.models.owlvit.modeling_owlvit.OwlViTForObjectDetection",
+    "transformers.models.owlv2.modeling_owlv2.Owlv2ForObjectDetection",
+)
 _SIGLIP2 = "transformers.models.siglip2.modeling_siglip2.Siglip2ForImageClassification"
 
 # These average the patch tokens outside of the tower.
@@ -146,6 +156,7 @@ HOST = Host(
     pools=_head,
     averages=lambda root, model: common.contains(root, _AVERAGES),
     merges_only=merges_only,
+    full_grid_only=full_grid_only,
     pads=True,
     refuse=refuse,
     summary="CLIP, SigLIP (1 and 2), MetaCLIP 2, CLIPSeg, OWL-ViT and OWLv2, GIT, Idefics, Janus",

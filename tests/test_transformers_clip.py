@@ -160,3 +160,16 @@ def test_text_towers_are_not_matched() -> None:
     model = transformers.CLIPTextModel(dual(transformers.CLIPConfig).text_config)
     with pytest.raises(tokred.UnsupportedModelError, match="no patch for"):
         tokred.apply(model, "tome", keep_rate=0.5)
+
+
+def test_a_detector_that_lays_its_features_out_as_a_grid_needs_the_full_one() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    config = transformers.OwlViTConfig(
+        text_config={**sizes, "num_hidden_layers": 1, "vocab_size": 64},
+        vision_config={**sizes, "num_hidden_layers": 4, "image_size": 64, "patch_size": 16},
+        projection_dim=16,
+    )
+    model = transformers.OwlViTForObjectDetection(config).eval()
+    with pytest.raises(tokred.UnsupportedModelError, match="lay the features out as a grid"):
+        tokred.apply(model, "tome", keep_rate=0.5, full_grid=False)
+    tokred.apply(model, "tome", keep_rate=0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 import torch
@@ -299,12 +300,7 @@ class Step:
         wanted = {"key", "value"} & needs
         if "class_attention" in needs:
             wanted |= {"key", "query"}
-        missing = wanted - set(read)
-        if missing:
-            raise RuntimeError(
-                f"block {self.layer}: {sorted(missing)} could not be read. A submodule of its "
-                "attention was replaced or is left out since tokred.apply; call tokred.apply again"
-            )
+        self._check_read(wanted)
         attention = None
         if "class_attention" in needs:
             rows = slice(0, 1) if layout.class_token else slice(None)
@@ -532,6 +528,15 @@ class Step:
         front, back = around[:, : layout.prefix], around[:, layout.prefix + state.full :]
         return torch.cat([front, index + layout.prefix, back], 1)
 
+    def _check_read(self, signals: AbstractSet[str]) -> None:
+        """Raises unless these signals were read off the block."""
+        missing = signals - self.signals.keys()
+        if missing:
+            raise RuntimeError(
+                f"block {self.layer}: {sorted(missing)} could not be read. A submodule of its "
+                "attention was replaced or is left out since tokred.apply; call tokred.apply again"
+            )
+
     def _attention(self, rows: slice) -> Float[Tensor, "batch heads tokens"]:
         """The attention that every key gets from the queries at `rows`."""
         query, key = self.signals["query"].detach(), self.signals["key"].detach()
@@ -556,6 +561,7 @@ class Step:
         one and needs it."""
         if "attention_received" not in self.reduction.traits.needs or not self.wants_signals:
             return
+        self._check_read({"key", "query"})
         with self.reduction.part("matching"):
             asking = self._asking(slice(None))
             num = self.signals["query"].shape[2]
