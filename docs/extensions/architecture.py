@@ -37,7 +37,7 @@ WHAT = {
     "version": "the version number",
     "reducers": "one method per file",
     "reconstruction": "back to the full grid",
-    "engine": "one forward pass with fewer tokens",
+    "engine": "a pass with fewer tokens",
     "models": "native models",
     "host": "what a patch says of a model",
     "patching": "apply, remove",
@@ -162,13 +162,13 @@ def drawing() -> str:
     imports, without those that follow from others."""
     graph = {name: {*others} for name, others in rooms().items() if not name.startswith("__")}
     graph["patches"] = {"host", "engine"}
-    rank = {**RANK, "patches": RANK["host"] + 0.5}
+    rank = {**RANK, "patches": RANK["host"]}
     floors = [
         sorted(name for name in graph if rank[name] == number)
         for number in sorted({*rank.values()})
     ]
     floors = [floor for floor in floors if floor]
-    wide = max(len(floor) for floor in floors) * (WIDTH + ACROSS) + ACROSS
+    wide = max(len(floor) for floor in floors) * (WIDTH + ACROSS) + 5 * ACROSS
     tall = len(floors) * (HEIGHT + DOWN) + DOWN
     places: dict[str, tuple[float, float]] = {}
     for number, floor in enumerate(floors):
@@ -185,23 +185,31 @@ def drawing() -> str:
         f'<rect width="{wide:g}" height="{tall:g}" fill="#ffffff"/>',
     ]
     for name, others in sorted(shortest(graph).items()):
-        lines += [_arrow(places[name], places[other]) for other in sorted(others)]
+        lines += [_arrow(places[name], places[other], wide / 2) for other in sorted(others)]
     lines += [_box(name, places[name]) for name in sorted(places)]
     return "\n".join([*lines, "</svg>", ""])
 
 
-def _arrow(start: tuple[float, float], end: tuple[float, float]) -> str:
+def _arrow(start: tuple[float, float], end: tuple[float, float], middle: float) -> str:
+    """An arrow from a box to another: down to the next floor, along the floor, or, where it passes
+    floors, around the boxes at the side that the other is nearer to."""
     x, y = start[0] + WIDTH / 2, start[1] + HEIGHT
-    if start[1] == end[1]:  # on the same floor: from side to side
+    to_x, to_y = end[0] + WIDTH / 2, end[1] - 1
+    bend = (y + to_y) / 2
+    path = f"M{x:g},{y:g} C{x:g},{bend:g} {to_x:g},{bend:g} {to_x:g},{to_y:g}"
+    if start[1] == end[1]:
         right = end[0] > start[0]
-        x, y = start[0] + (WIDTH if right else 0), start[1] + HEIGHT / 2
-        to = end[0] + (0 if right else WIDTH), end[1] + HEIGHT / 2
-    else:
-        to = end[0] + WIDTH / 2, end[1]
-    middle = (y + to[1]) / 2
+        x, to_x = (start[0] + WIDTH, end[0]) if right else (start[0], end[0] + WIDTH)
+        path = f"M{x:g},{y - HEIGHT / 2:g} L{to_x:g},{to_y + 1 + HEIGHT / 2:g}"
+    elif to_y - y > 2 * DOWN:
+        right = start[0] + end[0] + WIDTH >= 2 * middle
+        edge, out = (WIDTH, 60) if right else (0, -60)
+        x, to_x = start[0] + edge, end[0] + edge
+        y, to_y = y - HEIGHT / 2, to_y + 1 + HEIGHT / 2
+        far = max(x, to_x) + out if right else min(x, to_x) + out
+        path = f"M{x:g},{y:g} C{far:g},{y:g} {far:g},{to_y:g} {to_x:g},{to_y:g}"
     return (
-        f'<path d="M{x:g},{y:g} C{x:g},{middle:g} {to[0]:g},{middle:g} {to[0]:g},{to[1] - 1:g}" '
-        'fill="none" stroke="#7a8699" stroke-width="1.2" marker-end="url(#tip)"/>'
+        f'<path d="{path}" fill="none" stroke="#7a8699" stroke-width="1.2" marker-end="url(#tip)"/>'
     )
 
 
