@@ -155,28 +155,6 @@ def explicit(block: Any) -> nn.Module | None:
     return cast(nn.Module, twin)
 
 
-def attend_plainly(
-    attention: Any, step: Step, qkv: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, x: Tensor
-) -> Tensor:
-    """Attention that takes no mask, from its queries, keys and values on, with a mask: fused, or as
-    two products, as it is set up."""
-    query, key, value = qkv
-    if step.attend(attention, x, attention.num_heads).fused_attn:
-        y = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=attention.attn_drop.p if attention.training else 0.0,
-        )
-    else:
-        logits = (query * attention.scale) @ key.transpose(-2, -1)
-        logits = logits if mask is None else logits + mask
-        y = attention.attn_drop(logits.softmax(dim=-1)) @ value
-    y = y.transpose(1, 2).reshape(x.shape)
-    return attention.proj_drop(attention.proj(y))
-
-
 def forward_eva(
     block: Any,
     step: Step,

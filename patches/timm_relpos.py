@@ -6,6 +6,7 @@ token has the relative positions of its first member.
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from timm.models.vision_transformer_relpos import (
     RelPosAttention,
     RelPosBlock,
@@ -46,7 +47,7 @@ def attend(
 ) -> Tensor:
     """`timm.models.vision_transformer_relpos.RelPosAttention.forward` (timm 1.0.16 to 1.0.31),
     which takes no mask."""
-    batch, tokens, _ = x.shape
+    batch, tokens, dim = x.shape
     qkv = attention.qkv(x)
     qkv = qkv.reshape(batch, tokens, 3, attention.num_heads, attention.head_dim)
     query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -55,7 +56,21 @@ def attend(
 
     # A bias of its own comes instead of the shared one.
     bias = shared_rel_pos if attention.rel_pos is None else attention.rel_pos.get_bias()
-    return common.attend_plainly(attention, step, (query, key, value), step.bias(x, bias), x)
+    mask = step.bias(x, bias)
+    if step.attend(attention, x, attention.num_heads).fused_attn:
+        y = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=attention.attn_drop.p if attention.training else 0.0,
+        )
+    else:
+        logits = (query * attention.scale) @ key.transpose(-2, -1)
+        logits = logits if mask is None else logits + mask
+        y = attention.attn_drop(logits.softmax(dim=-1)) @ value
+    y = y.transpose(1, 2).reshape(batch, tokens, dim)
+    return attention.proj_drop(attention.proj(y))
 
 
 def layout(model: VisionTransformerRelPos, image_size: tuple[int, int] | None) -> Layout:
