@@ -154,7 +154,7 @@ class DenoiserTrace:
 @dataclass
 class Sampling:
     """What is known of the running call of a denoiser, and of those before it in the same sampling,
-    in one thread or in compiled code.
+    in one thread.
 
     Attributes:
         now: where in the sampling the call is, from 0 (noise) to 1 (image).
@@ -173,10 +173,6 @@ class Sampling:
     blocks: dict[str, tuple[TokenMap | None, tuple[int, ...]]] | None = None
     grids: dict[str, tuple[int, int]] | None = None
     records: list[Merged] | None = None
-
-    def forget(self) -> None:
-        """Forgets the call: it is over, in compiled code."""
-        self.now = self.off = self.step = self.maps = self.blocks = self.grids = None
 
 
 @dataclass(eq=False)
@@ -247,10 +243,8 @@ class Denoising:
 
     def end(self) -> None:
         """The call ends: what only lives as long is let go."""
-        if torch.compiler.is_compiling():
-            self.memory.compiled.forget()
-        elif self.around.every == 1:
-            self.memory.thread.maps = None
+        if self.around.every == 1:
+            self.memory.here.maps = None
 
     def enter(self, place: Place, x: Float[Tensor, "batch tokens dim"]) -> None:
         """A block begins: its tokens are matched, or get a matching that is there."""
@@ -296,11 +290,11 @@ class Denoising:
     def recording(self) -> Iterator[list[Merged]]:
         """Collects what happens in every block of this thread, until the end of the block."""
         records: list[Merged] = []
-        self.memory.thread.records = records
+        self.memory.here.records = records
         try:
             yield records
         finally:
-            self.memory.thread.records = None
+            self.memory.here.records = None
 
     def _map(
         self, place: Place, x: Float[Tensor, "batch tokens dim"], state: Sampling
@@ -378,6 +372,8 @@ class AroundModule:
     Attributes:
         own: that forward, of the module's class. (diffusers allows classes of attention "in graph",
             and so they may not be looked into by code that is being compiled.)
+        off: whether it was taken away, but is still called, by something that was wrapped around
+            it later.
     """
 
     is_tokred: ClassVar[bool] = True
@@ -388,6 +384,7 @@ class AroundModule:
     place: Place
     name: str
     own: Callable[..., Any]
+    off: bool = False
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -395,7 +392,7 @@ class AroundModule:
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         own = partial(self.own, self.module)
-        token_map = self.reduction.here(self.place, hidden_states)
+        token_map = None if self.off else self.reduction.here(self.place, hidden_states)
         if token_map is None:
             return own(hidden_states, *args, **kwargs)
         if self.name == "attention":

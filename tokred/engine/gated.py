@@ -42,7 +42,7 @@ def hide(step: Step, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "bat
             if state.kept is not None:
                 mask = mask * state.kept
         if not torch.compiler.is_compiling():  # for the loss
-            decisions = reduction.memory.thread.decisions
+            decisions = reduction.memory.here.decisions
             assert decisions is not None
             decisions[step.layer] = mask
     if mask is None:
