@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,6 +33,8 @@ def apply(
     proportional_attention: bool | None = None,
     full_grid: bool = True,
     attention: str = "host",
+    prefix: int | None = None,
+    hand_out: Sequence[int] = (),
 ) -> Any:
     """Makes `model` merge or drop tokens from its next forward pass on, in place.
 
@@ -76,6 +78,13 @@ def apply(
         attention: "host" leaves attention as the host computes it. "fastest" may compute it the
             host's other way (fused or not) where that is faster, which rounds differently: on
             CPUs in bfloat16.
+        prefix: how many tokens stand in front of the patch tokens, in a subclass of a supported
+            model that adds some (prompt tuning): its class, register and prompt tokens together.
+            They are never merged or dropped. As many as the model's own class has, if not given.
+        hand_out: layers that put out the full grid in every pass, from 0 (or from -1, the last
+            one, backwards): for hooks on blocks, and for code that calls them one by one and looks
+            at what they put out. The next block goes on with fewer tokens. (Layers that a model
+            hands out by itself need not be named.)
 
     Returns:
         The reduction, which now hangs on the model: a `Reduction`, of a denoiser a `Denoising`.
@@ -97,6 +106,8 @@ def apply(
             "proportional_attention": proportional_attention,
             "full_grid": None if full_grid else full_grid,
             "attention": None if attention == "host" else attention,
+            "prefix": prefix,
+            "hand_out": tuple(hand_out) or None,
         }
         denoising = plan_for(uncompiled(model), denoiser, method, keep_rate, options)
         hang(model, denoiser, denoising)
@@ -112,6 +123,8 @@ def apply(
         proportional_attention=proportional_attention,
         full_grid=full_grid,
         attention=attention,
+        prefix=prefix,
+        hand_out=hand_out,
     )
     patches = reduction.layout.patches
     if min(reduction.counts(patches, reduction.layout.grid)) == patches:
