@@ -9,7 +9,18 @@ from typing import Any
 
 from torch import Tensor
 
+from tokred.engine import tensors_in
+
 BLOCK = "diffusers.models.attention.BasicTransformerBlock"
+
+_PROMPT = (
+    "encoder_hidden_states",
+    "class_labels",
+    "added_cond_kwargs",
+    "cross_attention_kwargs",
+    "added_time_ids",
+    "image_embeddings",
+)
 
 
 def modules_of(block: Any) -> dict[str, str]:
@@ -22,10 +33,21 @@ def modules_of(block: Any) -> dict[str, str]:
     return found
 
 
+def timestep(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The time step that the model is called with: a number, or a tensor of any shape."""
+    return _given(model, args, kwargs).get("timestep")
+
+
+def prompt(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """What tells the calls of a step apart: texts, classes, pictures to resemble."""
+    given = _given(model, args, kwargs)
+    return tensors_in([given.get(name) for name in _PROMPT])
+
+
+def _given(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
+
+
 def progress(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
-    """By the time step, of which there are 1,000, the first one being the last."""
-    given = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
-    now = given["timestep"]
-    if isinstance(now, Tensor):
-        now = now.flatten()[0].item()
-    return 1 - float(now) / 1000
+    """Not used any more: models that were pickled up to version 0.8 name it."""
+    return 1 - float(timestep(model, args, kwargs)) / 1000

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 
 import tokred
 from tokred import Around
+from tokred.engine.sampling import progress_by, time_of
 from tokred.reducers import Tokens, todo, tome2d
 
 # Levels: 16x16, 8x8 and 4x4 tokens.
@@ -148,6 +151,14 @@ def keep_all(model: Any) -> None:
         tokred.apply(model, "tome", keep_rate=1)
 
 
+class Pipeline:
+    """As far as tokred looks at one."""
+
+    def __init__(self, model: nn.Module, scheduler: Any = None) -> None:
+        self.unet = model
+        self.scheduler = scheduler
+
+
 EVERYWHERE = ("attention", "cross_attention", "mlp")
 
 
@@ -246,13 +257,87 @@ def test_a_shared_matching_is_that_of_the_first_block(shared: bool) -> None:
 def test_matchings_are_kept_for_some_steps_of_one_sampling() -> None:
     model = unet(**SD)
     tokred.apply(model, "tome", Around(0.5, every=2))
+    prompt = torch.randn(1, 7, 16)
     fresh = []
     for step in (900, 800, 700, 900, 800, 700):
-        blocks = tokred.inspect(model, {**sd_inputs(1), "timestep": step}).blocks
-        fresh.append(not blocks[0].shared)
+        inputs = {**sd_inputs(1), "encoder_hidden_states": prompt.clone(), "timestep": step}
+        fresh.append(not tokred.inspect(model, inputs).blocks[0].shared)
     assert fresh == [True, False, True, True, False, True]
     # Another batch has others.
     assert not tokred.inspect(model, {**sd_inputs(3), "timestep": 600}).blocks[0].shared
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    "times",
+    [
+        (900, 800, 700, 600),
+        (900, 800, 800, 700, 700, 600),  # of second order (Heun), or repeated (PNDM)
+        (100, 200, 300),  # from image to noise
+        (1.6, 0.4, -1.5),
+    ],
+)
+def test_guidance_in_two_calls_is_guidance_in_one(times: tuple[float, ...], shared: bool) -> None:
+    """With `every`, each prompt keeps its own matchings."""
+    around = Around(0.5, every=2, shared=shared, levels=(0, 1))
+    together, apart = unet(**SD), unet(**SD)
+    tokred.apply(together, "tome", around)
+    tokred.apply(apart, "tome", around)
+    prompts = torch.randn(2, 7, 16)
+    x = torch.randn(1, 4, 16, 16)
+    for time in times:
+        both = together(torch.cat([x, x]), time, prompts).sample
+        for prompt, wanted in zip(prompts.split(1), both.split(1), strict=True):
+            torch.testing.assert_close(apart(x, time, prompt).sample, wanted, rtol=1e-4, atol=1e-4)
+        x = x + 0.3 * (both[1:] - 2 * both[:1])
+
+
+@torch.no_grad()
+def test_matchings_of_one_prompt_are_not_used_for_another() -> None:
+    """Guidance ends after some steps: what was the second call of a step is the first then."""
+    model = unet(**SD)
+    tokred.apply(model, "tome", Around(0.5, every=4))
+    x, without, text = torch.randn(1, 4, 16, 16), *torch.randn(2, 1, 7, 16)
+
+    def shared(time: int, prompt: Tensor, batch: int = 1) -> bool:
+        inputs = (x.expand(batch, -1, -1, -1), time, prompt.expand(batch, -1, -1))
+        names = ("sample", "timestep", "encoder_hidden_states")
+        return tokred.inspect(model, dict(zip(names, inputs, strict=True))).blocks[0].shared
+
+    assert [shared(900, without), shared(900, text)] == [False, False]
+    assert [shared(800, without), shared(800, text)] == [True, True]
+    assert not shared(700, text)
+    assert shared(600, text)
+    # A third call of a step, and more images.
+    assert [shared(999, without), shared(999, without), shared(999, text)] == [False] * 3
+    assert [shared(900, without, batch=2), shared(900, without)] == [False, True]
+    text.mul_(2)  # in place
+    assert not shared(900, text)
+
+
+@torch.no_grad()
+def test_a_scheduler_that_is_set_anew_begins_another_sampling() -> None:
+    model, inputs = unet(**SD), sd_inputs(1)
+    pipe = Pipeline(model, diffusers.DDIMScheduler())
+    tokred.apply(pipe, "tome", Around(0.5, every=8))
+    fresh = []
+    for start in (0, 1):  # the second one further on, as from an image
+        pipe.scheduler.set_timesteps(4)
+        for time in pipe.scheduler.timesteps[start : start + 2]:
+            fresh.append(not tokred.inspect(pipe, {**inputs, "timestep": time}).blocks[0].shared)
+    assert fresh == [True, False, True, False]
+
+
+@torch.no_grad()
+def test_calls_at_one_time_step_forever_are_not_all_kept() -> None:
+    model, inputs = unet(**SD), sd_inputs(1)
+    reduction = tokred.apply(model, "tome", Around(0.5, every=2))
+    for _ in range(70):
+        model(**inputs)
+        known = reduction.memory.here
+        # 64 of them in three blocks, and the last call.
+        assert len(known.maps) <= 65 * 3 and len(known.prompts) <= 65
 
 
 @torch.no_grad()
@@ -269,6 +354,159 @@ def test_tokens_are_merged_during_a_part_of_the_sampling() -> None:
     assert torch.equal(
         model(**{**inputs, "timestep": 1}).sample, dense(**{**inputs, "timestep": 1}).sample
     )
+
+
+# What schedulers of diffusers cannot be made of their defaults, or set to a number of steps.
+ODD = {
+    "AmusedScheduler", "ConsistencyDecoderScheduler", "HeliosDMDScheduler", "HeliosScheduler",
+    "RFD4ProteinaScheduler", "SCMScheduler", "VQDiffusionScheduler",
+    "CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler",  # they need torchsde
+}  # fmt: skip
+
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {},
+    {"timestep_spacing": "trailing"},
+    {"timestep_spacing": "linspace"},
+    {"use_karras_sigmas": True},
+    {"use_exponential_sigmas": True},
+    {"use_flow_sigmas": True, "prediction_type": "flow_prediction"},
+    {"shift": 3.0},
+    {  # of Stable Video Diffusion
+        "timestep_type": "continuous", "prediction_type": "v_prediction",
+        "use_karras_sigmas": True, "sigma_min": 0.002, "sigma_max": 700.0,
+    },
+)  # fmt: skip
+
+
+def schedulers() -> list[Any]:
+    found = []
+    for name in dir(diffusers.schedulers):
+        cls = getattr(diffusers.schedulers, name)
+        if name.endswith("Scheduler") and name not in ODD and inspect.isclass(cls):
+            known = inspect.signature(cls).parameters
+            for options in SETTINGS:
+                refused = name == "DDIMInverseScheduler" and "linspace" in options.values()
+                if set(options) <= set(known) and not refused:
+                    called = "-".join([name, *options])
+                    found.append(pytest.param(cls, options, id=called))
+    return found
+
+
+def test_all_kinds_of_schedulers_are_tried() -> None:
+    names = {str(one.id) for one in schedulers()}
+    assert len(names) > 60
+    for name in ("DDIM", "PNDM", "EulerDiscrete", "HeunDiscrete", "FlowMatchEulerDiscrete", "LCM"):
+        assert f"{name}Scheduler" in names
+    assert {"EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "DPMSolverMultistepScheduler-"
+            "use_flow_sigmas-prediction_type"} <= names  # fmt: skip
+
+
+@pytest.mark.parametrize(("cls", "options"), schedulers())
+def test_a_sampling_goes_from_0_to_1_by_every_scheduler(cls: Any, options: Any) -> None:
+    scheduler = cls(**options)
+    scheduler.set_timesteps(6)
+    for dtype in (torch.float64, torch.bfloat16):
+        steps = torch.as_tensor(scheduler.timesteps).to(dtype)
+        found = [progress_by(scheduler, time_of(step.expand(2))) for step in steps]
+        assert found[0] <= 0.01 and found[-1] >= 0.99
+        # Where two time steps are nearly the same, rounding decides.
+        assert all(b > a - 2**-8 for a, b in pairwise(found)) and len(set(found)) > 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.EulerDiscreteScheduler(
+            timestep_type="continuous", prediction_type="v_prediction", use_karras_sigmas=True,
+            sigma_min=0.002, sigma_max=700.0,
+        ),
+        diffusers.EDMEulerScheduler(),
+        diffusers.EulerDiscreteScheduler(use_karras_sigmas=True),
+        diffusers.FlowMatchEulerDiscreteScheduler(),
+        diffusers.DDIMScheduler(),
+    ],
+    ids=["continuous", "edm", "karras", "flow", "ddim"],
+)  # fmt: skip
+def test_a_pipeline_knows_its_time_steps(scheduler: Any) -> None:
+    pipe = Pipeline(unet(**SD), copy.deepcopy(scheduler))
+    inputs = sd_inputs(2)
+
+    def merged(during: tuple[float, float]) -> list[int]:
+        with tokred.applied(pipe, "tome", Around(0.5, during=during)):
+            # The number of steps is only known later.
+            pipe.scheduler.set_timesteps(6)
+            return [
+                len(tokred.inspect(pipe, {**inputs, "timestep": step}).blocks)
+                for step in pipe.scheduler.timesteps
+            ]
+
+    assert merged((0.0, 0.01)) == [3, 0, 0, 0, 0, 0]
+    assert merged((0.99, 1.0))[-1] == 3 and merged((0.99, 1.0))[0] == 0
+    early, late = merged((0.0, 0.55)), merged((0.55, 1.0))
+    assert [a + b for a, b in zip(early, late, strict=True)] == [3] * 6
+    assert early == sorted(early, reverse=True) and early[0] == 3 and early[-1] == 0
+    # The model alone, if it is told.
+    steps = pipe.scheduler.timesteps.tolist()
+    tokred.apply(pipe.unet, "tome", Around(0.5, during=(0, 0.55), times=(steps[0], steps[-1])))
+    alone = [
+        len(tokred.inspect(pipe.unet, {**inputs, "timestep": step}).blocks)
+        for step in pipe.scheduler.timesteps
+    ]
+    assert alone == early
+
+
+WRONG_TIMES: dict[str, tuple[Any, Any, str]] = {
+    "fraction": (None, 964.55, "the time step 964.55 is not a whole number, as it is expected to"),
+    "noise level": (None, torch.tensor([0.9, 0.9]), "is not a whole number"),
+    "negative": (None, -1, r"the time step -1 is not between 1000 \(the first step\) and 0"),
+    "too late": (None, 1024, "the time step 1024 is not between 1000"),
+    "not a number": (None, float("nan"), "the time step nan is not"),
+    "none": (None, None, "timestep must be given"),
+    "several": (None, torch.tensor([900, 100]), "timestep must be the same for all images of a b"),
+    "out of its own": ((1.6, -1.5), 2, r"not between 1.6 \(the first step\) and -1.5"),
+    "another scheduler": (diffusers.DDIMScheduler(), 0.5, "is none of the 1000 of DDIMScheduler"),
+    "another setting": (diffusers.EDMEulerScheduler(), 900, "is none of the 1001 of EDMEulerSch"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_TIMES)
+def test_a_time_step_that_cannot_be_read_is_an_error(case: str) -> None:
+    given, time, message = WRONG_TIMES[case]
+    times = given if isinstance(given, tuple) else None
+    pipe = Pipeline(dit(), None if times else given)
+    tokred.apply(pipe, "tome", Around(0.5, during=(0.2, 0.8), times=times))
+    with pytest.raises(ValueError, match=message) as error:
+        pipe.unet(**{**dit_inputs(2), "timestep": time})
+    assert case in ("none", "several") or "Around(..., times=(first, last))" in str(error.value)
+
+
+@torch.no_grad()
+def test_stable_video_diffusion_has_time_steps_of_its_own() -> None:
+    build, shapes = VIDEO["svd"]
+    model = lively(build())
+    tokred.apply(model, "tome", Around(0.5, during=(0.0, 0.5)))
+    counts = [
+        len(tokred.inspect(model, {**shapes, "timestep": torch.tensor(time)}).blocks)
+        for time in (1.6377, 0.5, -0.5, -1.5536)
+    ]
+    assert counts == [3, 3, 0, 0]
+    with pytest.raises(ValueError, match="the time step 500 is not between"):
+        model(**shapes, timestep=torch.tensor(500))
+
+
+@torch.no_grad()
+def test_a_pipelines_scheduler_goes_along_with_its_model() -> None:
+    pipe = Pipeline(unet(**SD), diffusers.EDMEulerScheduler())
+    pipe.scheduler.set_timesteps(4)
+    tokred.apply(pipe, "tome", Around(0.5, during=(0.0, 0.5)))
+    file = io.BytesIO()
+    torch.save(pipe.unet, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(pipe.unet), torch.load(file, weights_only=False)):
+        for step in pipe.scheduler.timesteps:
+            inputs = {**sd_inputs(1), "timestep": step}
+            assert torch.equal(twin(**inputs).sample, pipe.unet(**inputs).sample)
 
 
 @torch.no_grad()
@@ -535,13 +773,6 @@ def test_other_models_of_videos(name: str) -> None:
     few = model(**inputs)[0]
     assert few.shape == dense.shape and not torch.equal(few, dense)
     assert [block.grid for block in tokred.inspect(model, inputs).blocks] == [(16, 16)] * 3
-
-
-class Pipeline:
-    """As far as tokred looks at one."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.unet = model
 
 
 @torch.no_grad()

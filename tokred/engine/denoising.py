@@ -12,10 +12,11 @@ of the block is restated.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MethodType
 from typing import Any, ClassVar
@@ -25,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokred.engine.memory import Memory
+from tokred.engine.sampling import THOUSAND, Call, Times, alike, progress_by, time_of
 from tokred.maps import TokenMap
 from tokred.reducers.protocol import Reducer, Tokens, Traits, check_map, traits
 from tokred.reducers.truncate import Truncate
@@ -64,9 +66,14 @@ class Around:
         levels: at which resolutions: 0 is that of the latents (or the patches), 1 half of it, and
             so on. The finest that has such a module, if not given.
         shared: whether the blocks of a level share one matching, that of the first.
-        every: a matching is kept for so many steps of the sampling.
-        during: the part of the sampling in which tokens are merged, from 0 (noise) to 1 (image), by
-            the time step.
+        every: a matching is kept for so many steps of the sampling: as long as the time step is the
+            same, it is the same step. Where a step calls the model several times (for several
+            prompts, say), each of these calls keeps its own.
+        during: the part of the sampling in which tokens are merged, from 0 (the first step: noise)
+            to 1 (the last: image), by the time step.
+        times: the time steps of the first and of the last step. If not given, those of the
+            pipeline's scheduler; where only the model is known, what it is usually called with:
+            whole numbers from 1,000 to 0.
     """
 
     keep_rate: float = 0.5
@@ -75,6 +82,7 @@ class Around:
     shared: bool = False
     every: int = 1
     during: tuple[float, float] = (0.0, 1.0)
+    times: tuple[float, float] | None = None
     _ratio: tuple[int, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -91,6 +99,15 @@ class Around:
         begin, end = self.during
         if not 0 <= begin < end <= 1:
             raise ValueError(f"during must be 0 <= begin < end <= 1, not {self.during!r}")
+        if self.times is not None and (
+            len(self.times) != 2
+            or not all(math.isfinite(time) for time in self.times)
+            or self.times[0] == self.times[1]
+        ):
+            raise ValueError(
+                "times must be the time steps of the first and of the last step of a sampling, not "
+                f"{self.times!r}"
+            )
         object.__setattr__(self, "_ratio", ratio_of(self.keep_rate))
 
     def keep(self, tokens: int) -> int:
@@ -157,18 +174,19 @@ class Sampling:
     in one thread or in compiled code.
 
     Attributes:
-        now: where in the sampling the call is, from 0 (noise) to 1 (image).
         off: whether the call runs on all tokens.
-        step: how many calls of this sampling came before it.
+        call: which call of which step of the sampling it is, where matchings are kept for several
+            steps.
+        prompts: there, by the number of a call in its step, its prompt.
         maps: matchings that are shared or kept, by what they are for.
         blocks: by path, the map of each block that runs, and the shape of its tokens.
         grids: by path of an owner of blocks, rows and columns of its tokens.
         records: where `Denoising.recording` collects.
     """
 
-    now: float | None = None
     off: bool | None = None
-    step: int | None = None
+    call: Call | None = None
+    prompts: dict[int, tuple[Tensor, ...]] | None = None
     maps: dict[Any, TokenMap] | None = None
     blocks: dict[str, tuple[TokenMap | None, tuple[int, ...]]] | None = None
     grids: dict[str, tuple[int, int]] | None = None
@@ -176,7 +194,7 @@ class Sampling:
 
     def forget(self) -> None:
         """Forgets the call: it is over, in compiled code."""
-        self.now = self.off = self.step = self.maps = self.blocks = self.grids = None
+        self.off = self.maps = self.blocks = self.grids = None
 
 
 @dataclass(eq=False)
@@ -188,12 +206,16 @@ class Denoising:
         around: where and when.
         places: the blocks whose modules run on fewer tokens.
         total: how many blocks the model has, these included.
+        times: the time steps that the model is usually called with.
+        scheduler: that of the pipeline, if one was given: it knows the time steps.
     """
 
     reducer: Reducer
     around: Around
     places: tuple[Place, ...]
     total: int
+    times: Times = THOUSAND
+    scheduler: Any = field(default=None, repr=False)
     traits: Traits = field(init=False, repr=False)
     memory: Memory[Sampling, TokenMap] = field(
         init=False, repr=False, default_factory=lambda: Memory(Sampling)
@@ -217,33 +239,56 @@ class Denoising:
         self.__dict__.setdefault("memory", Memory(Sampling))  # version 0.7 has left it out
         self.traits = traits(self.reducer)
 
-    def begin(self, progress: Callable[[], float]) -> None:
+    def begin(self, timestep: Callable[[], Any], prompt: Callable[[], Sequence[Tensor]]) -> None:
         """A call of the model begins.
 
         Args:
-            progress: where in the sampling it is, 0 to 1. Only called if that matters: it waits for
-                the device.
+            timestep: the time step that it is called with. Only called if that matters: looking at
+                it waits for the device.
+            prompt: what else it is called with that stays the same in all steps of a sampling. Only
+                called if that matters.
 
         Raises:
             RuntimeError: matchings are to be kept from call to call, and the code is compiled.
+            ValueError: the time step is none of the sampling.
         """
         state, around = self.memory.here, self.around
-        off, fresh = False, True
         if around.every > 1 and torch.compiler.is_compiling():
             raise RuntimeError(
                 "every > 1 keeps matchings from call to call, which compiled code cannot: use "
                 "every=1"
             )
-        if around.during != (0.0, 1.0) or around.every > 1:
-            now = progress()
-            off = not around.during[0] <= now <= around.during[1]
-            # Time only runs backwards where another sampling begins.
-            fresh = state.now is None or now < state.now
-            state.now = now
-        state.off = off
-        state.step = 0 if fresh or state.step is None else state.step + 1
-        if state.step % around.every == 0:
+        state.off = False
+        if around.during != (0.0, 1.0):
+            now = self._progress(time_of(timestep()))
+            state.off = not around.during[0] <= now <= around.during[1]
+        if around.every > 1:
+            self._count(state, time_of(timestep()), tuple(prompt()))
+        else:
             state.maps = {}
+
+    def _progress(self, now: float) -> float:
+        """Where in the sampling a time step is, from 0 (the first step) to 1 (the last)."""
+        if self.around.times is not None:
+            return Times(*self.around.times).progress(now)
+        if self.scheduler is not None:
+            return progress_by(self.scheduler, now)
+        return self.times.progress(now)
+
+    def _count(self, state: Sampling, now: float, prompt: tuple[Tensor, ...]) -> None:
+        """Says which call of which step this is. What was kept for other steps, or for this call
+        with another prompt, is let go."""
+        timesteps = getattr(self.scheduler, "timesteps", None)
+        call = Call(now, timesteps) if state.call is None else state.call.then(now, timesteps)
+        state.call = call
+        if call.number == 0 and call.step % self.around.every == 0:
+            state.maps, state.prompts = {}, {}
+        maps, prompts = state.maps or {}, state.prompts or {}
+        if call.uncounted or not alike(prompts.get(call.number, ()), prompt):
+            maps = {which: kept for which, kept in maps.items() if which[0] != call.number}
+            # Copies, as somebody may write over the tensors.
+            prompts[call.number] = tuple(tensor.detach().clone() for tensor in prompt)
+        state.maps, state.prompts = maps, prompts
 
     def end(self) -> None:
         """The call ends: what only lives as long is let go."""
@@ -326,7 +371,9 @@ class Denoising:
             return None
         if state.maps is None:
             state.maps = {}
-        which = (place.level if self.around.shared else place.path, len(x), grid, x.device)
+        call = None if state.call is None else state.call.number
+        blocks = place.level if self.around.shared else place.path
+        which = (call, blocks, len(x), grid, x.device)
         token_map = state.maps.get(which)
         shared = token_map is not None
         if token_map is None:
@@ -415,4 +462,4 @@ class AroundModule:
 def limit(reduction: Denoising) -> Denoising:
     """What a reduction is measured against: the same numbers of tokens for nothing."""
     cut = Truncate(keys_only=reduction.traits.keys_only)
-    return Denoising(cut, reduction.around, reduction.places, reduction.total)
+    return replace(reduction, reducer=cut)
