@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokred.host import Denoiser, Place, is_a
 
-from ._diffusers import BLOCK, modules_of, prompt, timestep
+from ._diffusers import BLOCK, beside, keys, modules_of, prompt, timestep
 
 
 def places(model: Any) -> list[Place]:
@@ -45,5 +45,7 @@ HOST = Denoiser(
     grid=grid,
     timestep=timestep,
     prompt=prompt,
+    beside=beside,
+    keys=keys,
     summary="DiT, PixArt-alpha and -sigma",
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tokred.host import THOUSAND, Denoiser, Place, Times, is_a
 
-from ._diffusers import BLOCK, modules_of, prompt, timestep
+from ._diffusers import BLOCK, beside, keys, modules_of, prompt, timestep
 from ._diffusers import progress as progress  # models that were pickled by version 0.7 name it here
 
 
@@ -87,6 +87,8 @@ HOST = Denoiser(
     grid=grid,
     timestep=timestep,
     prompt=prompt,
+    beside=beside,
+    keys=keys,
     times=times,
     summary="UNets of Stable Diffusion 1.x, 2.x, XL, of AnimateDiff and SVD, and ControlNets",
 )

@@ -16,6 +16,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.models import attention_processor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
@@ -812,6 +813,262 @@ def test_it_is_measured_against_the_dense_model_and_the_limit() -> None:
     assert tokred.flops(model, inputs).reduced < tokred.flops(model, inputs).dense
     with pytest.raises(tokred.UnsupportedModelError, match=r"tokred\.bench measures it"):
         tokred.profile(model, inputs, "tome")
+
+
+# What attention is called with, and what it makes of it
+
+
+IP_ADAPTERS = (
+    attention_processor.IPAdapterAttnProcessor,
+    attention_processor.IPAdapterAttnProcessor2_0,
+)
+
+
+def with_adapter(cls: Any, pictures: int = 1) -> tuple[nn.Module, dict[str, Any]]:
+    """A UNet with an IP-adapter of four tokens for each picture, and its inputs."""
+    model, processors = unet(**SD).requires_grad_(False), {}
+    for name, processor in model.attn_processors.items():
+        if "attn2" in name:
+            attention = model.get_submodule(name.removesuffix(".processor"))
+            processor = lively(cls(attention.to_q.in_features, 16, num_tokens=(4,)))
+        processors[name] = processor
+    model.set_attn_processor(processors)
+    inputs = sd_inputs(2)
+    text = inputs["encoder_hidden_states"]
+    inputs["encoder_hidden_states"] = (text, [torch.randn(2, pictures, 4, 16)])
+    return model, inputs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cls", IP_ADAPTERS)
+@pytest.mark.parametrize("method", ["tome", "atc"])
+def test_masks_of_adapters_go_with_the_tokens(cls: Any, method: str) -> None:
+    """One attention, written out. It is linear in the mask: what it gives without one, and so much
+    of what the adapter adds as the members of a merged token have on average."""
+    model, inputs = with_adapter(cls, pictures=2)
+    path = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
+    tokred.apply(model, method, Around(0.5, ("cross_attention",)))
+    attention = model.get_submodule(path)
+    seen: list[Any] = []
+    attention.register_forward_pre_hook(lambda _, a, k: seen.append((a, k)), with_kwargs=True)
+    answers: list[Tensor] = []
+    attention.register_forward_hook(lambda _, args, y: answers.append(y))
+    masks = torch.rand(2, 16, 16)
+    for shape in ((1, 2, 16, 16), (2, 2, 16, 16)):  # one for all images, one for each
+        seen.clear(), answers.clear()
+        given = masks.expand(shape).clone()
+        given[1:] += 1
+        inputs["cross_attention_kwargs"] = {"ip_adapter_masks": [given]}
+        blocks = tokred.inspect(model, inputs).blocks
+        labels = blocks[0].map.labels()
+        x, context = seen[0][0][0], inputs["encoder_hidden_states"]
+        tokred.remove(model)
+        for image in range(2):
+            groups = nn.functional.one_hot(labels[image]).float()
+            groups = groups / groups.sum(0)
+            few = groups.T @ x[image]
+            part = (context[0][image : image + 1], [context[1][0][image : image + 1]])
+
+            def run(*on: float, few: Tensor = few, part: Any = part) -> Tensor:
+                mask = torch.tensor(on).float()[None, :, None, None].expand(1, 2, 8, 16)
+                return attention(few[None], part, ip_adapter_masks=[mask])[0]
+
+            none = run(0, 0)
+            mask = given[image if len(given) > 1 else 0].flatten(1) @ groups  # [pictures, few]
+            wanted = none + mask[0, :, None] * (run(1, 0) - none)
+            wanted = wanted + mask[1, :, None] * (run(0, 1) - none)
+            torch.testing.assert_close(
+                answers[0][image], wanted[labels[image]], rtol=1e-4, atol=1e-4
+            )
+        tokred.apply(model, method, Around(0.5, ("cross_attention",)))
+
+
+@torch.no_grad()
+def test_an_adapter_does_nothing_outside_of_its_mask() -> None:
+    model, inputs = with_adapter(IP_ADAPTERS[1])
+    left = torch.zeros(1, 1, 64, 64)
+    left[..., :32] = 1
+    attention = model.get_submodule("down_blocks.0.attentions.0.transformer_blocks.0.attn2")
+    seen: list[Tensor] = []
+    attention.register_forward_hook(lambda _, args, y: seen.append(y))
+    inputs["sample"] = inputs["sample"] / 10
+    inputs["sample"][..., 8:] += 4  # so that tokens of the halves are not merged
+    tokred.apply(model, "tome", Around(0.5, ("cross_attention",)))
+    for masks in ([left], left, [0 * left], 0 * left):  # both forms
+        model(**inputs, cross_attention_kwargs={"ip_adapter_masks": masks})
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[2], seen[3])
+    change = (seen[0] - seen[2]).abs().mean((0, 2)).view(16, 16)
+    assert change[:, :7].mean() > 20 * change[:, 9:].mean()
+
+
+class Positions:
+    """A processor that scales every token, by a tensor that it is called with."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Any = None,
+        attention_mask: Any = None,
+        scales: Any = None,
+    ) -> Tensor:
+        return hidden_states if scales is None else hidden_states * scales
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("module", ["attention", "cross_attention"])
+def test_tensors_that_may_go_by_tokens_are_refused(module: str) -> None:
+    model, inputs = unet(**SD), sd_inputs(1)
+    tokred.apply(model, "tome", Around(0.5, (module,)))
+    plain = model(**inputs).sample
+    kwargs = {"scales": torch.rand(1, 256, 1)}
+    # Processors of diffusers are not given what they do not name.
+    assert torch.equal(model(**inputs, cross_attention_kwargs=kwargs).sample, plain)
+    part = model.down_blocks[0].attentions[0].transformer_blocks[0]
+    (part.attn1 if module == "attention" else part.attn2).set_processor(Positions())
+    with pytest.raises(ValueError, match="scales of cross_attention_kwargs may go by all tokens"):
+        model(**inputs, cross_attention_kwargs={"scales": [torch.rand(1, 256, 1)]})
+    model(**inputs, cross_attention_kwargs={"scales": None})
+    tokred.remove(model)
+
+
+@torch.no_grad()
+def test_a_mask_of_the_text_for_each_token_is_refused() -> None:
+    model, inputs = pixart(), pixart_inputs(1)
+    tokred.apply(model, "tome", Around(0.5, EVERYWHERE))
+    model(**inputs, encoder_attention_mask=torch.ones(1, 7))
+    with pytest.raises(ValueError, match="a mask of all tokens cannot be used"):
+        model(**inputs, encoder_attention_mask=torch.zeros(1, 64, 7))
+
+
+PAG = (
+    (attention_processor.PAGIdentitySelfAttnProcessor2_0, 2),
+    (attention_processor.PAGCFGIdentitySelfAttnProcessor2_0, 3),
+)
+
+BLIND = {
+    "pag": (PAG[0][0](), "PAGIdentitySelfAttnProcessor2_0 is not known to use"),
+    "pag with guidance": (PAG[1][0](), "PAGCFGIdentitySelfAttnProcessor2_0 is not known to use"),
+    "fused": (None, r"call unfuse_qkv_projections\(\)"),
+    "its own": (Positions(), "Positions is not known to use"),
+    "custom diffusion": (
+        attention_processor.CustomDiffusionAttnProcessor2_0(
+            train_kv=False, train_q_out=False, hidden_size=16
+        ),
+        "CustomDiffusionAttnProcessor2_0 is not known to use",
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", BLIND)
+def test_fewer_keys_are_refused_where_attention_would_not_use_them(name: str) -> None:
+    processor, message = BLIND[name]
+    model, inputs = unet(**SD), sd_inputs(6)
+
+    def exchange() -> None:
+        if processor is None:
+            model.fuse_qkv_projections()
+        else:
+            attention = model.up_blocks[2].attentions[1].transformer_blocks[0].attn1
+            attention.set_processor(processor)
+
+    plain = model.attn_processors
+    tokred.apply(model, "todo", 0.5)
+    few = model(**inputs).sample
+    exchange()
+    with pytest.raises(ValueError, match=message):
+        model(**inputs)
+    tokred.remove(model)
+    was = traces(model)
+    with pytest.raises(tokred.UnsupportedModelError, match=message):
+        tokred.apply(model, "todo", 0.5)
+    assert traces(model) == was
+    # At another level it may be.
+    if processor is not None:
+        assert "at level 1" in str(tokred.apply(model, "todo", Around(0.5, levels=(1,))))
+    # Other methods do not mind.
+    tokred.apply(model, "tome", 0.5)
+    assert model(**inputs).sample.isfinite().all()
+    if processor is None:
+        model.unfuse_qkv_projections()
+    model.set_attn_processor(plain)
+    tokred.apply(model, "todo", 0.5)
+    assert torch.equal(model(**inputs).sample, few)
+
+
+@torch.no_grad()
+def test_fewer_keys_are_used_by_the_usual_processors() -> None:
+    model, inputs = unet(**SD), sd_inputs(2)
+    tokred.apply(model, "todo", 0.5)
+    few = model(**inputs).sample
+    for processor in (
+        attention_processor.AttnProcessor(),
+        attention_processor.AttnProcessor2_0(),
+        attention_processor.SlicedAttnProcessor(1),
+    ):
+        model.set_attn_processor(processor)
+        torch.testing.assert_close(model(**inputs).sample, few, rtol=1e-4, atol=1e-4)
+    attention = model.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    calls = attention.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, {**kwargs, "encoder_hidden_states": args[0]}),
+        with_kwargs=True,
+    )
+    with pytest.raises(ValueError, match="attention is called with others to make them of"):
+        model(**inputs)
+    calls.remove()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("cls", "parts"), PAG)
+def test_perturbed_guidance_is_that_of_merged_tokens(cls: Any, parts: int) -> None:
+    """The batch has parts that attention treats differently: what is not perturbed is as without
+    it, and in the rest every token attends to itself."""
+    plain, perturbed, inputs = unet(**SD), unet(**SD), sd_inputs(parts)
+    block = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+    answers: list[Tensor] = []
+    seen: list[Any] = []
+    for model in (plain, perturbed):
+        tokred.apply(model, "tome", 0.5)
+        attention = model.get_submodule(block)
+        attention.register_forward_hook(lambda _, args, y: answers.append(y))
+        attention.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    attention.set_processor(cls())
+    plain(**inputs)
+    labels = tokred.inspect(perturbed, inputs).blocks[0].map.labels()
+    torch.testing.assert_close(answers[1][:-1], answers[0][:-1])
+    groups = nn.functional.one_hot(labels[-1]).float()
+    few = (groups / groups.sum(0)).T @ seen[1][-1]
+    wanted = attention.to_out[0](attention.to_v(few))[labels[-1]]
+    torch.testing.assert_close(answers[1][-1], wanted)
+
+
+@torch.no_grad()
+def test_fused_projections_may_come_before_or_behind() -> None:
+    inputs = sd_inputs(2)
+    before, behind = unet(**SD), unet(**SD)
+    around = Around(0.5, EVERYWHERE)
+    tokred.apply(behind, "tome", around)
+    wanted = behind(**inputs).sample
+    behind.fuse_qkv_projections()
+    before.fuse_qkv_projections()
+    tokred.apply(before, "tome", around)
+    for model in (before, behind):
+        torch.testing.assert_close(model(**inputs).sample, wanted, rtol=1e-4, atol=1e-4)
+        model.unfuse_qkv_projections()
+        assert torch.equal(model(**inputs).sample, wanted)
+
+
+@torch.no_grad()
+def test_blocks_are_told_of_where_their_modules_ran() -> None:
+    """A block that something else skips is not told of."""
+    model, inputs = unet(**SD), sd_inputs(1)
+    block = model.down_blocks[0].attentions[0].transformer_blocks[0]
+    block.forward = lambda hidden_states, *args, **kwargs: hidden_states
+    tokred.apply(model, "tome", 0.5)
+    for _ in range(2):
+        paths = [block.path for block in tokred.inspect(model, inputs).blocks]
+        assert len(paths) == 2 and all(path.startswith("up_blocks") for path in paths)
 
 
 # Refusals

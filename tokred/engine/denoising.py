@@ -180,6 +180,8 @@ class Sampling:
         prompts: there, by the number of a call in its step, its prompt.
         maps: matchings that are shared or kept, by what they are for.
         blocks: by path, the map of each block that runs, and the shape of its tokens.
+        unused: by path, what `Denoising.recording` is to collect as soon as a module of the block
+            runs on fewer tokens.
         grids: by path of an owner of blocks, rows and columns of its tokens.
         records: where `Denoising.recording` collects.
     """
@@ -189,12 +191,13 @@ class Sampling:
     prompts: dict[int, tuple[Tensor, ...]] | None = None
     maps: dict[Any, TokenMap] | None = None
     blocks: dict[str, tuple[TokenMap | None, tuple[int, ...]]] | None = None
+    unused: dict[str, Merged] | None = None
     grids: dict[str, tuple[int, int]] | None = None
     records: list[Merged] | None = None
 
     def forget(self) -> None:
         """Forgets the call: it is over, in compiled code."""
-        self.off = self.maps = self.blocks = self.grids = None
+        self.off = self.maps = self.blocks = self.unused = self.grids = None
 
 
 @dataclass(eq=False)
@@ -307,9 +310,10 @@ class Denoising:
 
     def leave(self, place: Place) -> None:
         """The block ends."""
-        blocks = self.memory.here.blocks
-        if blocks is not None:
-            blocks.pop(place.path, None)
+        state = self.memory.here
+        for known in (state.blocks, state.unused):
+            if known is not None:
+                known.pop(place.path, None)
 
     def here(self, place: Place, x: Float[Tensor, "batch tokens dim"]) -> TokenMap | None:
         """The map of the block that runs, for what enters one of its modules; None if it runs on
@@ -329,6 +333,15 @@ class Denoising:
                 "leave 'mlp' out of modules, or switch chunking off"
             )
         return token_map
+
+    def used(self, place: Place) -> None:
+        """A module of the block has run on fewer tokens."""
+        if not torch.compiler.is_compiling():
+            state = self.memory.here
+            if state.records is not None and state.unused is not None:
+                merged = state.unused.pop(place.path, None)
+                if merged is not None:
+                    state.records.append(merged)
 
     def set_grid(self, owner: str, grid: tuple[int, int]) -> None:
         """Says on which grid the tokens of the blocks of a module stand."""
@@ -383,8 +396,10 @@ class Denoising:
         if again:
             self.memory.ride(x, token_map)
         if not torch.compiler.is_compiling() and state.records is not None:
+            if state.unused is None:
+                state.unused = {}
             merged = Merged(place.path, place.level, grid, keep, shared, token_map)
-            state.records.append(merged)
+            state.unused[place.path] = merged
         return token_map
 
     def _match(
@@ -425,6 +440,9 @@ class AroundModule:
     Attributes:
         own: that forward, of the module's class. (diffusers allows classes of attention "in graph",
             and so they may not be looked into by code that is being compiled.)
+        beside: `beside(attention, x, kwargs, down)`: what attention is called with beside its
+            tokens, where `down` makes few of [batch, tokens, dim]; see `tokred.host.Denoiser`.
+        keys: `keys(attention)`: why it cannot be given other tokens for its keys and values.
     """
 
     is_tokred: ClassVar[bool] = True
@@ -435,6 +453,9 @@ class AroundModule:
     place: Place
     name: str
     own: Callable[..., Any]
+    # None in models that were pickled by version 0.8.
+    beside: Callable[..., dict[str, Any]] | None = None
+    keys: Callable[[Any], str | None] | None = None
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -445,18 +466,47 @@ class AroundModule:
         token_map = self.reduction.here(self.place, hidden_states)
         if token_map is None:
             return own(hidden_states, *args, **kwargs)
-        if self.name == "attention":
-            # encoder_hidden_states comes first, and is None: tokens attend to each other.
+        size = _ones(hidden_states)
+        if self.name != "mlp":
             kwargs.update(zip(("encoder_hidden_states", "attention_mask"), args, strict=False))
             args = ()
-            if kwargs.get("attention_mask") is not None:
-                raise ValueError(
-                    f"{self.place.path}: a mask of all tokens cannot be used while some are merged"
-                )
-        few = token_map.down(hidden_states, _ones(hidden_states))
+            self._check(kwargs)
+            if self.beside is not None and not self.reduction.traits.keys_only:
+                down = partial(token_map.down, size=size)
+                kwargs = self.beside(self.module, hidden_states, kwargs, down)
+        few = token_map.down(hidden_states, size)
         if self.reduction.traits.keys_only:
-            return own(hidden_states, **{**kwargs, "encoder_hidden_states": few})
-        return token_map.up(own(few, *args, **kwargs), None)
+            out = own(hidden_states, **{**kwargs, "encoder_hidden_states": few})
+        else:
+            out = token_map.up(own(few, *args, **kwargs), None)
+        self.reduction.used(self.place)
+        return out
+
+    def _check(self, kwargs: Mapping[str, Any]) -> None:
+        """Raises if attention is called with something that goes by all tokens.
+
+        Raises:
+            ValueError: says what.
+        """
+        path = f"{self.place.path}.{self.place.modules[self.name]}"
+        mask = kwargs.get("attention_mask")
+        # The mask of cross-attention has one row for all tokens, as far as it is about the text.
+        if mask is not None and (
+            self.name == "attention" or (mask.ndim > 2 and mask.shape[-2] != 1)
+        ):
+            raise ValueError(
+                f"{path}: a mask of all tokens cannot be used while some are merged: leave "
+                f"{self.name!r} out of modules"
+            )
+        if self.reduction.traits.keys_only:
+            if kwargs.get("encoder_hidden_states") is not None:
+                raise ValueError(
+                    f"{path}: {self.reduction.reducer} makes keys and values of few of the block's "
+                    "tokens, but attention is called with others to make them of"
+                )
+            why = None if self.keys is None else self.keys(self.module)
+            if why is not None:
+                raise ValueError(f"{path}: {why}")
 
 
 def limit(reduction: Denoising) -> Denoising:

@@ -216,6 +216,12 @@ class Denoiser:
         prompt: `prompt(model, args, kwargs)`: what else it is called with that stays the same in
             all steps of a sampling, and differs between the calls of one step: the tensors of the
             text, say.
+        beside: `beside(attention, x, kwargs, down)`: what attention is called with beside its
+            tokens, made for few of them: `x` are all tokens, [batch, tokens, dim], and `down` makes
+            few of such a tensor. It raises ValueError where that cannot be done.
+        keys: `keys(attention)`: why self-attention cannot be given other tokens for its keys and
+            values (as `encoder_hidden_states`); None if it can. Asked before each use, as
+            processors may be exchanged.
         times: * `times(model)`: the time steps that a model is usually called with.
         summary: one clause for lists.
     """
@@ -225,5 +231,7 @@ class Denoiser:
     grid: Callable[[Any, Any, Any], tuple[int, int]]
     timestep: Callable[[Any, Any, Any], Any]
     prompt: Callable[[Any, Any, Any], Sequence[Tensor]]
+    beside: Callable[[Any, Tensor, Any, Callable[[Tensor], Tensor]], dict[str, Any]]
+    keys: Callable[[Any], str | None]
     times: Callable[[Any], Times] = lambda model: THOUSAND
     summary: str = ""

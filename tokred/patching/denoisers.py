@@ -66,6 +66,12 @@ def plan_for(
     if around.keep_rate == 1:
         warnings.warn("keep_rate=1 keeps all tokens: nothing is reduced", stacklevel=4)
     taken = tuple(place for place in able if place.level in chosen)
+    if traits(reducer).keys_only:
+        for place in taken:
+            path = f"{place.path}.{place.modules['attention']}"
+            why = host.keys(model.get_submodule(path))
+            if why is not None:
+                raise UnsupportedModelError(f"{cls}: {path}: {why}")
     return Denoising(reducer, around, taken, len(places), host.times(model), scheduler)
 
 
@@ -159,15 +165,19 @@ class Leaves:
 HOOKS = (Begins, Ends, OnGrid, Enters, Leaves)
 
 
-def stand_ins(model: nn.Module, reduction: Denoising) -> list[tuple[nn.Module, AroundModule]]:
+def stand_ins(
+    model: nn.Module, host: Denoiser, reduction: Denoising
+) -> list[tuple[nn.Module, AroundModule]]:
     """The modules whose forward is to be replaced, and by what."""
-    return [
-        (module, AroundModule(module, reduction, place, name, type(module).forward))
-        for place in reduction.places
-        for name in reduction.around.modules
-        if name in place.modules
-        for module in [model.get_submodule(f"{place.path}.{place.modules[name]}")]
-    ]
+    found = []
+    for place in reduction.places:
+        for name in reduction.around.modules:
+            if name in place.modules:
+                module = model.get_submodule(f"{place.path}.{place.modules[name]}")
+                own = type(module).forward
+                stand_in = AroundModule(module, reduction, place, name, own, host.beside, host.keys)
+                found.append((module, stand_in))
+    return found
 
 
 def hook_on(model: nn.Module, host: Denoiser, reduction: Denoising) -> None:
