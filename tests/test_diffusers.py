@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -409,9 +409,10 @@ def test_a_sampling_goes_from_0_to_1_by_every_scheduler(cls: Any, options: Any) 
     for dtype in (torch.float64, torch.bfloat16):
         steps = torch.as_tensor(scheduler.timesteps).to(dtype)
         found = [progress_by(scheduler, time_of(step.expand(2))) for step in steps]
-        assert found[0] <= 0.01 and found[-1] >= 0.99
-        # Where two time steps are nearly the same, rounding decides.
-        assert all(b > a - 2**-8 for a, b in pairwise(found)) and len(set(found)) > 2
+        assert found[0] == 0 and found[-1] >= 0.9
+        # Where two time steps are nearly the same, rounding may take one for the other.
+        if dtype == torch.float64:
+            assert found == sorted(found) and found[-1] == 1 and len(set(found)) >= 5
 
 
 @torch.no_grad()
@@ -443,18 +444,18 @@ def test_a_pipeline_knows_its_time_steps(scheduler: Any) -> None:
             ]
 
     assert merged((0.0, 0.01)) == [3, 0, 0, 0, 0, 0]
-    assert merged((0.99, 1.0))[-1] == 3 and merged((0.99, 1.0))[0] == 0
-    early, late = merged((0.0, 0.55)), merged((0.55, 1.0))
-    assert [a + b for a, b in zip(early, late, strict=True)] == [3] * 6
-    assert early == sorted(early, reverse=True) and early[0] == 3 and early[-1] == 0
-    # The model alone, if it is told.
-    steps = pipe.scheduler.timesteps.tolist()
-    tokred.apply(pipe.unet, "tome", Around(0.5, during=(0, 0.55), times=(steps[0], steps[-1])))
+    assert merged((0.0, 0.55)) == [3, 3, 3, 0, 0, 0]
+    assert merged((0.55, 1.0)) == [0, 0, 0, 3, 3, 3]
+    # The model alone, if it is told: by the time step.
+    first, *_, last = pipe.scheduler.timesteps.tolist()
+    tokred.apply(pipe.unet, "tome", Around(0.5, during=(0.2, 0.6), times=(first, last)))
     alone = [
-        len(tokred.inspect(pipe.unet, {**inputs, "timestep": step}).blocks)
-        for step in pipe.scheduler.timesteps
+        len(
+            tokred.inspect(pipe.unet, {**inputs, "timestep": first + share * (last - first)}).blocks
+        )
+        for share in (0, 0.19, 0.21, 0.59, 0.61, 1)
     ]
-    assert alone == early
+    assert alone == [0, 0, 3, 3, 0, 0]
 
 
 WRONG_TIMES: dict[str, tuple[Any, Any, str]] = {
@@ -634,6 +635,22 @@ def test_copies_and_saved_models_stand_on_their_own(tmp_path: Path) -> None:
         assert torch.equal(twin(**inputs).sample, few)
         tokred.remove(twin)
         assert torch.equal(twin(**inputs).sample, dense)
+
+
+@torch.no_grad()
+def test_models_that_were_pickled_by_former_versions_learn_what_is_new() -> None:
+    """Of a host, version 0.8 kept less."""
+    model = unet(**SD)
+    tokred.apply(model, "tome", Around(0.5, during=(0.0, 0.5)))
+    hook = next(h for h in model._forward_pre_hooks.values() if type(h).__name__ == "Begins")
+    host, former = hook.host, copy.copy(hook.host)
+    for name in ("timestep", "prompt", "beside", "keys", "times"):
+        vars(former).pop(name)
+    vars(former)["progress"] = importlib.import_module("tokred.patches._diffusers").progress
+    hook.__setstate__({"reduction": hook.reduction, "host": former})
+    assert hook.host == host
+    counts = [len(tokred.inspect(model, {**sd_inputs(1), "timestep": t}).blocks) for t in (9, 900)]
+    assert counts == [0, 3]
 
 
 @torch.no_grad()

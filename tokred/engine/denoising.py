@@ -70,10 +70,11 @@ class Around:
             same, it is the same step. Where a step calls the model several times (for several
             prompts, say), each of these calls keeps its own.
         during: the part of the sampling in which tokens are merged, from 0 (the first step: noise)
-            to 1 (the last: image), by the time step.
-        times: the time steps of the first and of the last step. If not given, those of the
-            pipeline's scheduler; where only the model is known, what it is usually called with:
-            whole numbers from 1,000 to 0.
+            to 1 (the last: image). Of a pipeline, the steps of its scheduler are counted; where
+            only the model is known, its time step tells.
+        times: the time steps of the first and of the last step, if it is to be told by them. Of a
+            model alone, if not given, what it is usually called with: whole numbers from 1,000 to
+            0.
     """
 
     keep_rate: float = 0.5

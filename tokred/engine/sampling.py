@@ -2,9 +2,9 @@
 
 A denoiser is only told a time step, and what that is depends on the scheduler: whole numbers below
 1,000, the logarithm of a noise level, a noise level itself. So a time step says something only
-beside the time steps of the first and of the last step. Those are the scheduler's, where a pipeline
-is given; or the user says them; or they are known of the model. A time step that does not fit is an
-error: it would be read as another part of the sampling.
+beside others: all those of the scheduler, where a pipeline is given, or else those of the first and
+of the last step, which the user says or which are known of the model. A time step that does not fit
+is an error: it would be read as another part of the sampling.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class Times:
                 f"{self.last:g} (the last). Apply tokred to the pipeline, whose scheduler has the "
                 f"time steps, or {WHAT_TO_GIVE}"
             )
-        return _share(now, self.first, self.last)
+        share = (now - self.first) / (self.last - self.first)
+        return min(max(share, 0.0), 1.0)
 
 
 THOUSAND = Times(1000, 0, whole=True)
@@ -107,25 +108,27 @@ class Call:
 
 def progress_by(scheduler: Any, now: float) -> float:
     """Where a time step is among those that a scheduler of diffusers has been set to, from 0 (the
-    first) to 1 (the last).
+    first) to 1 (the last). Each counts the same, however far it is from the next; time steps that
+    are taken twice count once.
 
     Raises:
         ValueError: it is none of them, or there are none.
     """
-    steps = scheduler.timesteps
-    steps = [] if steps is None else torch.as_tensor(steps).flatten().tolist()
+    timesteps = scheduler.timesteps
+    every = [] if timesteps is None else torch.as_tensor(timesteps).flatten().tolist()
+    steps = list(dict.fromkeys(every))
     name = type(scheduler).__qualname__
     if not steps:
         raise ValueError(f"{name} has no time steps: call its set_timesteps, or {WHAT_TO_GIVE}")
-    first, last = float(steps[0]), float(steps[-1])
+    nearest = min(range(len(steps)), key=lambda n: abs(steps[n] - now))
     slack = _ROUNDING * abs(now) + 1e-6 * (max(steps) - min(steps))
-    if not any(abs(step - now) <= slack for step in steps):
+    if not abs(steps[nearest] - now) <= slack:
         raise ValueError(
-            f"the time step {now:g} is none of the {len(steps)} of {name}, which go from {first:g} "
-            f"to {last:g}. If the pipeline has another scheduler by now, apply tokred to it again; "
-            f"in a loop of your own, {WHAT_TO_GIVE}"
+            f"the time step {now:g} is none of the {len(steps)} of {name}, which go from "
+            f"{steps[0]:g} to {steps[-1]:g}. If the pipeline has another scheduler by now, apply "
+            f"tokred to it again; in a loop of your own, {WHAT_TO_GIVE}"
         )
-    return _share(now, first, last)
+    return nearest / max(len(steps) - 1, 1)
 
 
 def time_of(timestep: Any) -> float:
@@ -162,9 +165,3 @@ def alike(these: Sequence[Tensor], those: Sequence[Tensor]) -> bool:
         (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and torch.equal(a, b)
         for a, b in zip(these, those, strict=True)
     )
-
-
-def _share(now: float, first: float, last: float) -> float:
-    if first == last:
-        return 0.0
-    return min(max((first - now) / (first - last), 0.0), 1.0)
