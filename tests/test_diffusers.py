@@ -1162,6 +1162,8 @@ def test_values_for_denoisers_mean_nothing_elsewhere(plain: nn.Module) -> None:
         ({"levels": (-1,)}, "levels must be integers from 0 on"),
         ({"every": 0}, "every must be at least 1"),
         ({"during": (0.8, 0.2)}, "during must be"),
+        ({"times": (1.0, 1.0)}, "times must be the time steps of the first and of the last step"),
+        ({"times": (float("inf"), 0.0)}, "times must be"),
         ({"keep_rate": 0.0}, "keep_rate must be in"),
     ):
         with pytest.raises(ValueError, match=message):

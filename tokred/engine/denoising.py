@@ -263,11 +263,12 @@ class Denoising:
                 "every=1"
             )
         state.off = False
-        if around.during != (0.0, 1.0):
-            now = self._progress(time_of(timestep()))
-            state.off = not around.during[0] <= now <= around.during[1]
+        timed = around.during != (0.0, 1.0)
+        now = time_of(timestep()) if timed or around.every > 1 else 0.0
+        if timed:
+            state.off = not around.during[0] <= self._progress(now) <= around.during[1]
         if around.every > 1:
-            self._count(state, time_of(timestep()), tuple(prompt()))
+            self._count(state, now, tuple(prompt()))
         else:
             state.maps = {}
 
