@@ -7,6 +7,7 @@ from tokred.engine.layout import Layout
 from tokred.engine.leaving import outside_of_the_graph
 from tokred.engine.pooling import poolable, pooled, pooled_with_mask, tokens_there
 from tokred.engine.reduction import Reduction
+from tokred.engine.sampling import tensors_in
 from tokred.engine.step import Step
 from tokred.engine.windows import Seen, biased, shifts
 
@@ -21,5 +22,6 @@ __all__ = [
     "pooled",
     "pooled_with_mask",
     "shifts",
+    "tensors_in",
     "tokens_there",
 ]

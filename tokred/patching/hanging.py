@@ -58,7 +58,7 @@ def hang(
     if isinstance(host, Denoiser):
         assert isinstance(reduction, Denoising)
         model = uncompiled(model)
-        replaced = stand_ins(model, reduction)
+        replaced = stand_ins(model, host, reduction)
         remove(model)
         for module, stand_in in replaced:
             _set_innermost(module, stand_in)

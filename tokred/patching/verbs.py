@@ -11,7 +11,7 @@ import torch
 
 from tokred.engine.denoising import Around
 from tokred.engine.windows import in_windows
-from tokred.host import Host, Stage, WindowedHost, find_denoiser, module_of
+from tokred.host import Host, Stage, WindowedHost, find_denoiser, module_of, scheduler_of
 from tokred.patching.denoisers import plan_for
 from tokred.patching.hanging import hang, host_of, reduction_of, remove, uncompiled
 from tokred.patching.planning import reduction_for
@@ -47,8 +47,9 @@ def apply(
     Args:
         model: a model of a supported family (see `tokred.hosts`), or one that has such a vision
             tower somewhere inside; the rest of it is left alone. Or a pipeline of transformers,
-            whose model is meant. Or a denoiser of diffusers, or a pipeline whose denoiser is meant;
-            of the options, only `method` and `keep_rate` have a meaning there.
+            whose model is meant. Or a denoiser of diffusers, or a pipeline whose denoiser is meant
+            (and whose scheduler then tells where in a sampling a call is); of the options, only
+            `method` and `keep_rate` have a meaning there.
         method: a short name (see `tokred.methods`), a reducer such as
             `tokred.ATC(linkage="complete")`, or a preset (see `tokred.presets`), which brings its
             own schedule.
@@ -96,7 +97,7 @@ def apply(
     """
     if torch.compiler.is_compiling():
         raise RuntimeError("tokred.apply cannot be compiled: call it outside torch.compile's code")
-    model = module_of(model)
+    scheduler, model = scheduler_of(model), module_of(model)
     denoiser = find_denoiser(uncompiled(model)) if host is None else None
     if denoiser is not None and not isinstance(method, Preset):
         options = {
@@ -109,7 +110,7 @@ def apply(
             "prefix": prefix,
             "hand_out": tuple(hand_out) or None,
         }
-        denoising = plan_for(uncompiled(model), denoiser, method, keep_rate, options)
+        denoising = plan_for(uncompiled(model), denoiser, method, keep_rate, options, scheduler)
         hang(model, denoiser, denoising)
         return denoising
     found, reduction = reduction_for(
@@ -149,9 +150,9 @@ def applied(
     >>> with tokred.applied(model, "tome", keep_rate=0.5):
     ...     fewer = model(images)
     """
-    model = module_of(model)
-    former, host = reduction_of(model), host_of(model, options.get("host"))
+    former, host = reduction_of(model), host_of(module_of(model), options.get("host"))
     reduction = apply(model, method, keep_rate, **options)
+    model = module_of(model)
     try:
         yield reduction
     finally:
