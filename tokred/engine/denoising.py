@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tokred.engine.graphs import compiling
 from tokred.engine.memory import Memory
 from tokred.engine.sampling import THOUSAND, Call, Times, alike, progress_by, time_of
 from tokred.maps import TokenMap
@@ -332,7 +333,7 @@ class Denoising:
 
     def used(self, place: Place) -> None:
         """A module of the block has run on fewer tokens."""
-        if not torch.compiler.is_compiling():
+        if not compiling():
             state = self.memory.here
             if state.records is not None and state.unused is not None:
                 merged = state.unused.pop(place.path, None)
@@ -361,7 +362,7 @@ class Denoising:
     ) -> TokenMap | None:
         """The map of a block's tokens: one that is there, or a new one."""
         # Where the block runs once more, for gradients, everything else may have gone on.
-        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        again = torch.is_grad_enabled() and not compiling()
         ridden = self.memory.ridden(x) if again else None
         if ridden is not None:
             return ridden
@@ -391,7 +392,7 @@ class Denoising:
                 state.maps[which] = token_map
         if again:
             self.memory.ride(x, token_map)
-        if not torch.compiler.is_compiling() and state.records is not None:
+        if not compiling() and state.records is not None:
             if state.unused is None:
                 state.unused = {}
             merged = Merged(place.path, place.level, grid, keep, shared, token_map)

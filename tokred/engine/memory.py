@@ -14,9 +14,10 @@ from __future__ import annotations
 import threading
 from typing import Any, Generic, TypeVar
 
-import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from tokred.engine.graphs import compiling
 
 Slots = TypeVar("Slots")
 Ridden = TypeVar("Ridden")
@@ -63,7 +64,7 @@ class Memory(Generic[Slots, Ridden]):
 
     def ridden(self, x: Tensor) -> Ridden | None:
         """What rides on an activation. Nothing does in compiled code."""
-        if torch.compiler.is_compiling():
+        if compiling():
             return None
         found: Ridden | None = self._riding.get(x)
         return found

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tokred.engine.attention import visible
 from tokred.engine.following import images_of, same_images
+from tokred.engine.graphs import compiling, in_a_graph
 from tokred.engine.leaving import outside_of_the_graph
 from tokred.engine.reduction import Reduction
 from tokred.engine.state import State
@@ -40,7 +41,7 @@ def start(
     tokens = x.shape[1] - layout.others
     _check_extra(reduction, tokens)
     grid = reduction.grid_of(tokens)
-    if mask is None or torch.compiler.is_compiling():
+    if mask is None or in_a_graph(x):
         return State(ahead=reduction.ahead(tokens, tokens, grid), full=tokens, grid=grid)
     valid = visible(mask, x.shape[0])[:, layout.prefix : x.shape[1] - layout.suffix]
     if bool(valid.all()):
@@ -79,7 +80,7 @@ def _check_extra(reduction: Reduction, tokens: int) -> None:
 def entering(reduction: Reduction, x: Float[Tensor, "batch tokens dim"], layer: int) -> State:
     """The state of the tokens that enter a block which is not the first."""
     state = carried(reduction, x, layer) or _from_outside(reduction, x, layer)
-    if not torch.compiler.is_compiling():
+    if not compiling():
         # For recomputation, if the host has changed the activation that the state rode on.
         reduction.memory.ride(x, state)
     return state
@@ -89,10 +90,9 @@ def carry(reduction: Reduction, x: Tensor, state: State) -> None:
     """Lets a state ride on an activation. Between two blocks, and in compiled code, it is the last
     one of this thread, too."""
     memory = reduction.memory
-    compiling = torch.compiler.is_compiling()
-    if not compiling:
+    if not compiling():
         memory.ride(x, state)
-    if compiling or state.ahead is not None:
+    if compiling() or state.ahead is not None:
         memory.here.state = state
         memory.here.last = x
 
@@ -111,7 +111,7 @@ def carried(reduction: Reduction, x: Tensor, layer: int | None = None) -> State 
     """
     memory = reduction.memory
     here = memory.here
-    if torch.compiler.is_compiling():
+    if compiling():
         if here.state is None or here.last is x:
             return here.state
         # Images cannot be compared in a graph.
@@ -133,7 +133,7 @@ def pass_on(reduction: Reduction, x: Tensor, y: Tensor) -> None:
     here = reduction.memory.here
     if here.last is x:
         here.last = y
-    if torch.compiler.is_compiling():
+    if compiling():
         return
     state = reduction.memory.ridden(x)
     if state is not None:

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokred import gates as weights
+from tokred.engine.graphs import compiling
 from tokred.engine.layout import Layout
 from tokred.engine.memory import Memory
 from tokred.engine.observing import Observer, Record
@@ -211,7 +212,7 @@ class Reduction:
 
     def record(self, record: Record) -> None:
         """Tells who listens of a reduction. Compiled code tells nobody."""
-        if torch.compiler.is_compiling():
+        if compiling():
             return
         records = self.memory.here.records
         if records is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tokred.engine import gated, passing
 from tokred.engine.attention import added, explicit_is_faster, mean_attention, queries_by_keys
+from tokred.engine.graphs import compiling
 from tokred.engine.observing import Record
 from tokred.engine.pooling import check_training, needed_for_pooling, needs_to_know
 from tokred.engine.reduction import Reduction
@@ -597,7 +598,7 @@ def enter(
     """
     if first:
         state = passing.start(reduction, x, mask)
-        if reduction.gates is not None and not torch.compiler.is_compiling():
+        if reduction.gates is not None and not compiling():
             reduction.memory.here.decisions = {}
         if reduction.observer is not None:
             reduction.observer.begins()

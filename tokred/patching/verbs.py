@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from tokred.engine.denoising import Around
+from tokred.engine.graphs import compiling
 from tokred.engine.windows import in_windows
 from tokred.host import Host, Stage, WindowedHost, find_denoiser, module_of, scheduler_of
 from tokred.patching.denoisers import plan_for
@@ -95,7 +94,7 @@ def apply(
         TypeError: an option is of the wrong type.
         UnsupportedModelError: the model, or one of its blocks, is not one we know.
     """
-    if torch.compiler.is_compiling():
+    if compiling():
         raise RuntimeError("tokred.apply cannot be compiled: call it outside torch.compile's code")
     scheduler, model = scheduler_of(model), module_of(model)
     denoiser = find_denoiser(uncompiled(model)) if host is None else None

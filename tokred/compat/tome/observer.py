@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
+from tokred.engine.graphs import compiling
 from tokred.engine.memory import Memory
 from tokred.engine.observing import Observer, Record
 
@@ -75,12 +75,12 @@ class OnModel(Observer):
     # Passes
 
     def begins(self) -> None:
-        self.unseen = torch.compiler.is_compiling()
+        self.unseen = compiling()
         if not self.unseen:
             self.passes.here.last, self.passes.here.running = None, []
 
     def ends(self) -> None:
-        if torch.compiler.is_compiling() or self.passes.here.running is None:
+        if compiling() or self.passes.here.running is None:
             return
         # Once only: blocks may run again, one by one, for gradients.
         self.passes.here.last, self.passes.here.running = self.passes.here.running, None
