@@ -59,6 +59,9 @@ def layout(model: Any, image_size: tuple[int, int] | None) -> Layout:
     )
 
 
+PADDED = "images of a padded batch have different numbers of tokens"
+
+
 def forward_features(
     reduction: Reduction,
     original: Callable[..., Any],
@@ -71,7 +74,7 @@ def forward_features(
     """The features, and which of them are not padding."""
     if torch.compiler.is_compiling() and patch_coord is not None:
         again = (reduction, original, model, patches, patch_coord, patch_valid, attn_mask)
-        return outside_of_the_graph(forward_features, *again)
+        return outside_of_the_graph(PADDED, forward_features, *again)
     features = original(model, patches, patch_coord, patch_valid, attn_mask)
     if isinstance(features, dict):
         there = tokens_there(reduction, features["patches"])
@@ -91,7 +94,7 @@ def forward_intermediates(
     """Full grids at the layers that are asked for."""
     call: Callable[..., Any] = common.forward_intermediates
     if torch.compiler.is_compiling() and (isinstance(x, dict) or "patch_coord" in kwargs):
-        return outside_of_the_graph(call, reduction, original, model, x, *args, **kwargs)
+        return outside_of_the_graph(PADDED, call, reduction, original, model, x, *args, **kwargs)
     return call(reduction, original, model, x, *args, **kwargs)
 
 
@@ -105,7 +108,8 @@ def pool(
 ) -> Tensor:
     """What the head pools, which is told of padding."""
     if torch.compiler.is_compiling() and patch_valid is not None:
-        return outside_of_the_graph(pool, reduction, original, model, x, pool_type, patch_valid)
+        again = (reduction, original, model, x, pool_type, patch_valid)
+        return outside_of_the_graph(PADDED, pool, *again)
     return pooled_with_mask(
         reduction,
         x,

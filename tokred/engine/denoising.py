@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tokred.engine.leaving import exporting
 from tokred.engine.memory import Memory
 from tokred.maps import TokenMap
 from tokred.reducers.protocol import Reducer, Tokens, Traits, check_map, traits
@@ -234,6 +235,11 @@ class Denoising:
                 "every > 1 keeps matchings from call to call, which compiled code cannot: use "
                 "every=1"
             )
+        if around.during != (0.0, 1.0) and exporting():
+            raise RuntimeError(
+                f"during={around.during} decides by the time step whether tokens are merged, and "
+                "an exported graph always does the same: leave `during` out"
+            )
         if around.during != (0.0, 1.0) or around.every > 1:
             now = progress()
             off = not around.during[0] <= now <= around.during[1]
@@ -326,7 +332,9 @@ class Denoising:
             return None
         if state.maps is None:
             state.maps = {}
-        which = (place.level if self.around.shared else place.path, len(x), grid, x.device)
+        # In compiled code the batch may be a symbol; a graph is of one call, with one batch.
+        batch = None if torch.compiler.is_compiling() else len(x)
+        which = (place.level if self.around.shared else place.path, batch, grid, x.device)
         token_map = state.maps.get(which)
         shared = token_map is not None
         if token_map is None:

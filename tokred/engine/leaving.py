@@ -10,9 +10,25 @@ import torch
 Out = TypeVar("Out")
 
 
-def outside_of_the_graph(call: Callable[..., Out], *args: object, **kwargs: object) -> Out:
+def outside_of_the_graph(
+    why: str, call: Callable[..., Out], *args: object, **kwargs: object
+) -> Out:
     """Calls something in code that is being compiled, but leaves the graph for it: how many tokens
-    there will be depends on the images, and is not known yet."""
+    there will be depends on the images, and is not known yet.
+
+    Args:
+        why: a clause that names what makes it so, for the message below.
+        call: what to call.
+        args, kwargs: with what.
+
+    Raises:
+        RuntimeError: the model is being exported. An exported graph cannot be left.
+    """
+    if exporting():
+        raise RuntimeError(
+            f"{why}, and an exported graph holds fixed numbers of tokens: the table under Export "
+            "in docs/composition.md says which methods can be exported"
+        )
     # Made when it is needed: it imports the compiler.
     found: Out = torch.compiler.disable(_called)(call, *args, **kwargs)
     return found
@@ -20,3 +36,11 @@ def outside_of_the_graph(call: Callable[..., Out], *args: object, **kwargs: obje
 
 def _called(call: Callable[..., Out], *args: object, **kwargs: object) -> Out:
     return call(*args, **kwargs)
+
+
+def exporting() -> bool:
+    """Whether code is being exported (torch.export, ONNX), rather than compiled to run here."""
+    if hasattr(torch.compiler, "is_exporting"):
+        return torch.compiler.is_exporting()
+    # torch 2.6 has no word for it; but its exporter is no part of the compiler, by default.
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()

@@ -105,8 +105,10 @@ class Patched(StandIn):
     pads: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() and self._varies(args, kwargs):
-            return outside_of_the_graph(self, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            why = self._varies(args, kwargs)
+            if why is not None:
+                return outside_of_the_graph(why, self, *args, **kwargs)
         through = None if self.checkpoint is None else self.checkpoint(self.block)
         if through is not None:
             return through(partial(self.run, **kwargs), *args)
@@ -159,13 +161,16 @@ class Patched(StandIn):
                         del part._forward_hooks[key]
             module.register_forward_hook(Tap(self.reduction, signal, read, self.block))
 
-    def _varies(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether how many tokens there will be depends on the images."""
+    def _varies(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Why a graph cannot hold this block: what happens depends on the images. None if it
+        can."""
         if self.reduction.traits.varies:
-            return True
+            return varying(self.reduction)
         if self.reduction.gates is not None and self.block.training:
-            return True  # decisions are kept for the loss
-        return self.pads and self._given_mask(args[1:], kwargs) is not None
+            return f"{self.reduction.reducer} keeps its decisions for the loss in training mode"
+        if self.pads and self._given_mask(args[1:], kwargs) is not None:
+            return "images of a padded batch have different numbers of tokens"
+        return None
 
     def _given_mask(self, others: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
         if self.mask is None:
@@ -287,7 +292,7 @@ class PatchedMethod:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() and self.reduction.traits.varies:
-            return outside_of_the_graph(self, *args, **kwargs)
+            return outside_of_the_graph(varying(self.reduction), self, *args, **kwargs)
         return self.call(self.reduction, self.original, self.model, *args, **kwargs)
 
 
@@ -315,7 +320,7 @@ class Carry:
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if torch.compiler.is_compiling() and self.reduction.traits.varies:
-            outside_of_the_graph(self, module, args, output)
+            outside_of_the_graph(varying(self.reduction), self, module, args, output)
         else:
             passing.pass_on(self.reduction, args[0], output)
 
@@ -374,6 +379,11 @@ class Pool:
 
 
 HOOKS = (Tap, Carry, Pool, Grid, HandedOut)
+
+
+def varying(reduction: Reduction) -> str:
+    """What to say of a method that decides by the images how many tokens stay."""
+    return f"{reduction.reducer} keeps different numbers of tokens in different images"
 
 
 def _reads(hook: Any, signal: str) -> TypeGuard[Tap]:
