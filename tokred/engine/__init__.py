@@ -3,6 +3,7 @@
 What is imported here is what a patch may use.
 """
 
+from tokred.engine.graphs import in_a_graph
 from tokred.engine.layout import Layout
 from tokred.engine.leaving import outside_of_the_graph
 from tokred.engine.pooling import poolable, pooled, pooled_with_mask, tokens_there
@@ -17,6 +18,7 @@ __all__ = [
     "Seen",
     "Step",
     "biased",
+    "in_a_graph",
     "outside_of_the_graph",
     "poolable",
     "pooled",

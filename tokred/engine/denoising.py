@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tokred.engine.graphs import compiling
+from tokred.engine.graphs import compiling, exporting
 from tokred.engine.memory import Memory
 from tokred.engine.sampling import THOUSAND, Call, Times, alike, progress_by, time_of
 from tokred.maps import TokenMap
@@ -254,10 +254,15 @@ class Denoising:
             ValueError: the time step is none of the sampling.
         """
         state, around = self.memory.here, self.around
-        if around.every > 1 and torch.compiler.is_compiling():
+        if around.every > 1 and (compiling() or exporting()):
             raise RuntimeError(
                 "every > 1 keeps matchings from call to call, which compiled code cannot: use "
                 "every=1"
+            )
+        if around.during != (0.0, 1.0) and exporting():
+            raise RuntimeError(
+                f"during={around.during} decides by the time step whether tokens are merged, and "
+                "an exported graph always does the same: leave `during` out"
             )
         state.off = False
         timed = around.during != (0.0, 1.0)
@@ -383,7 +388,9 @@ class Denoising:
             state.maps = {}
         call = None if state.call is None else state.call.number
         blocks = place.level if self.around.shared else place.path
-        which = (call, blocks, len(x), grid, x.device)
+        # Of one call, all have the same batch, which may be a symbol in a graph.
+        batch = len(x) if self.around.every > 1 else None
+        which = (call, blocks, batch, grid, x.device)
         token_map = state.maps.get(which)
         shared = token_map is not None
         if token_map is None:

@@ -10,7 +10,6 @@ if they are some of them, or in another order, so is the state. Else it is an er
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -115,7 +114,8 @@ def carried(reduction: Reduction, x: Tensor, layer: int | None = None) -> State 
         if here.state is None or here.last is x:
             return here.state
         # Images cannot be compared in a graph.
-        return outside_of_the_graph(_followed, reduction, x, here.state)
+        why = "something between two blocks changes the tokens, whose images must be compared"
+        return outside_of_the_graph(why, _followed, reduction, x, here.state)
     left = 0 if layer is None else reduction.layout.layers - layer
     state = memory.ridden(x)
     if state is None and here.state is not None and here.state.left == left:

@@ -175,7 +175,9 @@ def stand_ins(
             if name in place.modules:
                 module = model.get_submodule(f"{place.path}.{place.modules[name]}")
                 own = type(module).forward
-                stand_in = AroundModule(module, reduction, place, name, own, host.beside, host.keys)
+                stand_in = AroundModule(
+                    module, reduction, place, name, own, beside=host.beside, keys=host.keys
+                )
                 found.append((module, stand_in))
     return found
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tokred.engine import passing
 from tokred.engine.gated import gather
+from tokred.engine.graphs import compiling, exporting, in_a_graph
 from tokred.engine.leaving import outside_of_the_graph
 from tokred.engine.pooling import poolable
 from tokred.engine.reduction import Reduction
@@ -179,8 +180,10 @@ class Patched(StandIn):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.off:
             return self.__wrapped__(*args, **kwargs)
-        if torch.compiler.is_compiling() and self._varies(args, kwargs):
-            return outside_of_the_graph(self, *args, **kwargs)
+        if torch.compiler.is_compiling() and self._in_a_graph(args, kwargs):
+            why = self._varies(args, kwargs)
+            if why is not None:
+                return outside_of_the_graph(why, self, *args, **kwargs)
         through = None if self.checkpoint is None else self.checkpoint(self.block)
         if through is not None:
             return through(partial(self.run, **kwargs), *args)
@@ -200,7 +203,7 @@ class Patched(StandIn):
             training=self.block.training,
         )
         self._hand_out(step)
-        if self.taps and not torch.compiler.is_compiling() and step.wants_signals:
+        if self.taps and not compiling() and step.wants_signals:
             self.tap()
         few = step.open(x)
         if step.masked or self.reduction.traits.place != "around":
@@ -233,13 +236,19 @@ class Patched(StandIn):
                         del part._forward_hooks[key]
             module.register_forward_hook(Tap(self.reduction, signal, read, self.block))
 
-    def _varies(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether how many tokens there will be depends on the images."""
+    def _in_a_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return in_a_graph(self._with_tokens(args, dict(kwargs))[0])
+
+    def _varies(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Why a graph cannot hold this block: what happens depends on the images. None if it
+        can."""
         if self.reduction.traits.varies:
-            return True
+            return varying(self.reduction)
         if self.reduction.gates is not None and self.block.training:
-            return True  # decisions are kept for the loss
-        return self.pads and self._given_mask(args[1:], kwargs) is not None
+            return f"{self.reduction.reducer} keeps its decisions for the loss in training mode"
+        if self.pads and self._given_mask(args[1:], kwargs) is not None:
+            return "images of a padded batch have different numbers of tokens"
+        return None
 
     def _given_mask(self, others: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
         if self.mask is None:
@@ -297,7 +306,7 @@ class PatchedInWindows(StandIn):
     def _begin(self, grid: tuple[int, int]) -> None:
         """Only the block itself knows the grid of the feature map."""
         self.reduction.set_grid(grid)
-        if not torch.compiler.is_compiling() and too_small(self.reduction, grid):
+        if not compiling() and too_small(self.reduction, grid):
             warnings.warn(
                 f"a feature map of {grid[0]}x{grid[1]} tokens is too small for its windows to "
                 "be reduced: nothing is reduced",
@@ -308,7 +317,7 @@ class PatchedInWindows(StandIn):
         """`run`, if `x` may be a copy: where a whole stage is checkpointed, and its blocks once
         more, recomputation has no other. (Only where it is right for any kind of checkpointing:
         no gradient flows through the state.)"""
-        if state is not None and not torch.compiler.is_compiling():
+        if state is not None and not compiling():
             passing.carry(self.reduction, x, state)
         return self.run(x, *others, **kwargs)
 
@@ -366,8 +375,8 @@ class PatchedMethod:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.off:
             return self.__wrapped__(*args, **kwargs)
-        if torch.compiler.is_compiling() and self.reduction.traits.varies:
-            return outside_of_the_graph(self, *args, **kwargs)
+        if (compiling() or exporting()) and self.reduction.traits.varies:
+            return outside_of_the_graph(varying(self.reduction), self, *args, **kwargs)
         return self.call(self.reduction, self.original, self.model, *args, **kwargs)
 
 
@@ -394,8 +403,8 @@ class Carry:
     reduction: Reduction
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if torch.compiler.is_compiling() and self.reduction.traits.varies:
-            outside_of_the_graph(self, module, args, output)
+        if in_a_graph(args[0]) and self.reduction.traits.varies:
+            outside_of_the_graph(varying(self.reduction), self, module, args, output)
         else:
             passing.pass_on(self.reduction, args[0], output)
 
@@ -454,6 +463,11 @@ class Pool:
 
 
 HOOKS = (Tap, Carry, Pool, Grid, HandedOut)
+
+
+def varying(reduction: Reduction) -> str:
+    """What to say of a method that decides by the images how many tokens stay."""
+    return f"{reduction.reducer} keeps different numbers of tokens in different images"
 
 
 def _reads(hook: Any, signal: str) -> TypeGuard[Tap]:
