@@ -34,18 +34,18 @@ def start(
     tokens = x.shape[1] - layout.others
     grid = reduction.grid_of(tokens)
     if mask is None or torch.compiler.is_compiling():
-        return State(ahead=reduction.ahead(tokens, tokens, grid), full=tokens, grid=grid)
+        return State(ahead=reduction.ahead(tokens, grid), full=tokens, grid=grid)
     valid = visible(mask, x.shape[0])[:, layout.prefix : x.shape[1] - layout.suffix]
     if bool(valid.all()):
-        return State(ahead=reduction.ahead(tokens, tokens, grid), full=tokens, grid=grid)
+        return State(ahead=reduction.ahead(tokens, grid), full=tokens, grid=grid)
     if reduction.reconstruction is not None or reduction.gates is not None:
         raise ValueError(
             f"{reduction.reconstruction or reduction.reducer} needs images that are not padded: "
             "give them one by one"
         )
     lengths = tuple(valid.sum(1).tolist())
-    ahead = reduction.ahead(tokens, max(lengths), None)
-    return State(ahead=ahead, full=tokens, size=valid.float(), lengths=lengths)
+    ahead = reduction.ahead(tokens, None, lengths)
+    return State(ahead=ahead, full=tokens, size=valid.float(), each=lengths)
 
 
 def entering(reduction: Reduction, x: Float[Tensor, "batch tokens dim"], layer: int) -> State:
