@@ -74,6 +74,19 @@ def test_images_do_differ_and_the_trace_says_so(reducer: Reducer, digits: Digits
         assert seen == list(stage.counts)
 
 
+def test_every_stage_runs_however_few_tokens_are_left(digits: Digits) -> None:
+    """Also where no image has more than the stage asks for: sampling drops tokens nevertheless."""
+    model, images, _ = digits()
+    tokred.apply(model, "ats", 0.7)
+    for batch in (images[:8], images[:1]):
+        trace = tokred.inspect(model, batch)
+        asked = tokred.Stages(0.7)(196, 12)
+        assert [stage.layer for stage in trace.stages] == [3, 6, 9]
+        before, after = trace.stages[0].counts, trace.stages[1].counts
+        assert max(before) <= asked[6], "else this tries nothing"
+        assert all(b < a for a, b in zip(before, after, strict=True))
+
+
 def test_reduced_features_end_with_zeros(digits: Digits) -> None:
     model, images, _ = digits()
     images = images[:8]
