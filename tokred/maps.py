@@ -342,6 +342,13 @@ def wide(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def deciding(score: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Numbers by which something is decided, in float32: float64 has digits in which equal tokens
+    differ, because sums are rounded, and not in a batch as they are alone. Without these digits
+    they are equal, and the lower index wins."""
+    return score.to(torch.float32)
+
+
 def in_order_of_first_member(labels: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
     """The same partition, its groups numbered from 0 in the order of their first tokens.
 

@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokred.engine.memory import Memory
-from tokred.maps import TokenMap
+from tokred.maps import TokenMap, wide
 from tokred.reducers.protocol import Reducer, Tokens, Traits, check_map, traits
 from tokred.reducers.truncate import Truncate
 from tokred.schedule import check_keep_rate, ratio_of
@@ -364,7 +364,7 @@ class Denoising:
 
 
 def _ones(x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens"]:
-    return torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
+    return wide(x[:0]).new_ones(x.shape[:2])
 
 
 # What is hung on the model. Objects rather than closures, so that a copied or pickled model takes

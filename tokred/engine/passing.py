@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tokred.engine.attention import visible
 from tokred.engine.reduction import Reduction
+from tokred.engine.sequence import ones
 from tokred.engine.state import State
 
 
@@ -45,7 +46,7 @@ def start(
         )
     lengths = tuple(valid.sum(1).tolist())
     ahead = reduction.ahead(tokens, None, lengths)
-    return State(ahead=ahead, full=tokens, size=valid.float(), each=lengths)
+    return State(ahead=ahead, full=tokens, size=valid.to(ones(layout, x)), each=lengths)
 
 
 def entering(reduction: Reduction, x: Float[Tensor, "batch tokens dim"], layer: int) -> State:
