@@ -13,7 +13,7 @@ from torch import nn
 import tokred
 from tokred import ATS, Exactly, ToMe
 from tokred.engine.attention import mean_attention
-from tokred.maps import Clusters, Kept
+from tokred.maps import Clusters, Kept, kept_where
 from tokred.reducers import Reducer, ats, tome
 
 METHODS = [ATS(), ToMe(threshold=0.6), ToMe(threshold=-1.0), ToMe(threshold=1.0)]
@@ -221,3 +221,29 @@ def test_ragged_maps_go_down_and_up() -> None:
     clusters = Clusters(torch.tensor([[0, 0, 1, 2], [0, 0, 0, 0]]), 3, ragged=True)
     assert clusters.total(size).tolist() == [[2, 2, 1], [3, 0, 0]]
     assert clusters.down(x, size).flatten(1).tolist() == [[0.5, 2, 3], [5, 0, 0]]
+
+
+def test_padding_is_the_first_token_that_is_kept() -> None:
+    """A token that is dropped alone, but stays in a batch as padding, might overflow there."""
+    chosen = torch.tensor([[False, True, True, False, True], [False, False, False, True, False]])
+    kept = kept_where(chosen)
+    assert kept.index.tolist() == [[1, 2, 4], [3, 3, 3]]
+    assert kept.counts is not None and kept.counts.tolist() == [3, 1]
+    assert kept.labels().tolist() == [[-1, 0, 1, -1, 2], [-1, -1, -1, 0, -1]]
+    assert kept_where(chosen & False).index.shape == (2, 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vit", "no class token"])
+def test_padding_becomes_what_the_first_token_becomes(name: str) -> None:
+    model = small(name)
+    images = varied(model)
+    reduction = tokred.apply(model, "ats", Exactly((16, 15, 15, 15)))
+    seen = []
+    model.blocks[3].mlp.register_forward_hook(lambda _, args, out: seen.append(out))
+    with reduction.recording() as records:
+        model.forward_features(images)
+    counts = records[-1].map.counts.tolist()
+    assert len(set(counts)) > 1
+    for row, count in zip(seen[0][:, model.num_prefix_tokens :], counts, strict=True):
+        torch.testing.assert_close(row[count:], row[:1].expand_as(row[count:]))

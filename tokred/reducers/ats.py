@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokred.maps import Kept, deciding, ranked
+from tokred.maps import Kept, deciding, kept_where
 from tokred.reducers.protocol import Tokens
 from tokred.reducers.registry import register
 
@@ -48,12 +48,7 @@ class ATS:
         # Equation 3, summed over heads.
         length = tokens.value.to(tokens.class_attention.dtype).norm(dim=-1)
         significance = (tokens.class_attention * length).sum(1) * (tokens.size > 0)
-        sampled = sample(deciding(significance), keep)
-        counts = sampled.sum(1)
-        # The sampled tokens in their order, followed by others as padding.
-        order = ranked(sampled.int())
-        most = int(counts.max()) if len(counts) > 0 else keep
-        return Kept(order[:, :most], sampled.shape[1], counts)
+        return kept_where(sample(deciding(significance), keep))
 
 
 def sample(significance: Float[Tensor, "batch tokens"], num: int) -> Bool[Tensor, "batch tokens"]:
