@@ -13,7 +13,7 @@ from torch import nn
 import tokred
 from tokred import ATS, Exactly, ToMe
 from tokred.engine.attention import mean_attention
-from tokred.maps import Clusters, Kept
+from tokred.maps import Clusters, Kept, kept_where
 from tokred.reducers import Reducer, ats, tome
 
 METHODS = [ATS(), ToMe(threshold=0.6), ToMe(threshold=-1.0), ToMe(threshold=1.0)]
@@ -72,6 +72,19 @@ def test_images_do_differ_and_the_trace_says_so(reducer: Reducer, digits: Digits
         assert stage.after == max(stage.counts)
         seen = [len(set(labels.flatten().tolist()) - {-1}) for labels in stage.labels]
         assert seen == list(stage.counts)
+
+
+def test_every_stage_runs_however_few_tokens_are_left(digits: Digits) -> None:
+    """Also where no image has more than the stage asks for: sampling drops tokens nevertheless."""
+    model, images, _ = digits()
+    tokred.apply(model, "ats", 0.7)
+    for batch in (images[:8], images[:1]):
+        trace = tokred.inspect(model, batch)
+        asked = tokred.Stages(0.7)(196, 12)
+        assert [stage.layer for stage in trace.stages] == [3, 6, 9]
+        before, after = trace.stages[0].counts, trace.stages[1].counts
+        assert max(before) <= asked[6], "else this tries nothing"
+        assert all(b < a for a, b in zip(before, after, strict=True))
 
 
 def test_reduced_features_end_with_zeros(digits: Digits) -> None:
@@ -208,3 +221,29 @@ def test_ragged_maps_go_down_and_up() -> None:
     clusters = Clusters(torch.tensor([[0, 0, 1, 2], [0, 0, 0, 0]]), 3, ragged=True)
     assert clusters.total(size).tolist() == [[2, 2, 1], [3, 0, 0]]
     assert clusters.down(x, size).flatten(1).tolist() == [[0.5, 2, 3], [5, 0, 0]]
+
+
+def test_padding_is_the_first_token_that_is_kept() -> None:
+    """A token that is dropped alone, but stays in a batch as padding, might overflow there."""
+    chosen = torch.tensor([[False, True, True, False, True], [False, False, False, True, False]])
+    kept = kept_where(chosen)
+    assert kept.index.tolist() == [[1, 2, 4], [3, 3, 3]]
+    assert kept.counts is not None and kept.counts.tolist() == [3, 1]
+    assert kept.labels().tolist() == [[-1, 0, 1, -1, 2], [-1, -1, -1, 0, -1]]
+    assert kept_where(chosen & False).index.shape == (2, 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vit", "no class token"])
+def test_padding_becomes_what_the_first_token_becomes(name: str) -> None:
+    model = small(name)
+    images = varied(model)
+    reduction = tokred.apply(model, "ats", Exactly((16, 15, 15, 15)))
+    seen = []
+    model.blocks[3].mlp.register_forward_hook(lambda _, args, out: seen.append(out))
+    with reduction.recording() as records:
+        model.forward_features(images)
+    counts = records[-1].map.counts.tolist()
+    assert len(set(counts)) > 1
+    for row, count in zip(seen[0][:, model.num_prefix_tokens :], counts, strict=True):
+        torch.testing.assert_close(row[count:], row[:1].expand_as(row[count:]))

@@ -18,6 +18,7 @@ from tokred.engine.following import images_of, same_images
 from tokred.engine.graphs import compiling, in_a_graph
 from tokred.engine.leaving import outside_of_the_graph
 from tokred.engine.reduction import Reduction
+from tokred.engine.sequence import ones
 from tokred.engine.state import State
 
 
@@ -41,18 +42,18 @@ def start(
     _check_extra(reduction, tokens)
     grid = reduction.grid_of(tokens)
     if mask is None or in_a_graph(x):
-        return State(ahead=reduction.ahead(tokens, tokens, grid), full=tokens, grid=grid)
+        return State(ahead=reduction.ahead(tokens, grid), full=tokens, grid=grid)
     valid = visible(mask, x.shape[0])[:, layout.prefix : x.shape[1] - layout.suffix]
     if bool(valid.all()):
-        return State(ahead=reduction.ahead(tokens, tokens, grid), full=tokens, grid=grid)
+        return State(ahead=reduction.ahead(tokens, grid), full=tokens, grid=grid)
     if reduction.reconstruction is not None or reduction.gates is not None:
         raise ValueError(
             f"{reduction.reconstruction or reduction.reducer} needs images that are not padded: "
             "give them one by one"
         )
     lengths = tuple(valid.sum(1).tolist())
-    ahead = reduction.ahead(tokens, max(lengths), None)
-    return State(ahead=ahead, full=tokens, size=valid.float(), lengths=lengths)
+    ahead = reduction.ahead(tokens, None, lengths)
+    return State(ahead=ahead, full=tokens, size=valid.to(ones(layout, x)), each=lengths)
 
 
 def _check_extra(reduction: Reduction, tokens: int) -> None:

@@ -136,18 +136,30 @@ class Reduction:
         asked = plan(self.schedule, tokens, self.layout.layers)
         return tuple(fitted(self.traits, count, tokens, grid) for count in asked)
 
-    def ahead(self, tokens: int, longest: int, grid: tuple[int, int] | None) -> Ahead | None:
-        """What a pass has to do, where the longest image has `longest` of the tokens.
+    def ahead(
+        self, tokens: int, grid: tuple[int, int] | None, lengths: tuple[int, ...] | None = None
+    ) -> Ahead | None:
+        """What a pass has to do.
+
+        Args:
+            tokens: how many patch tokens there are.
+            grid: the one that they stand on.
+            lengths: where the images of a batch came padded: how many tokens each has.
 
         Raises:
             RuntimeError: blocks were replaced since the reduction was applied.
         """
+        longest = tokens if lengths is None else max(lengths)
         counts, tapped = self.counts(longest, grid), self.tapped()
+        # Of every image what it would be asked for alone; of one that is nothing but padding, none.
+        plans = {0: (0,) * self.layout.layers}
+        plans.update((n, self.counts(n, grid)) for n in set(lengths or ()) - {0})
         ahead: Ahead | None = None
         for layer in reversed(range(self.layout.layers if self.end is None else self.end())):
             # Padding alone is no reason to reduce.
             keep = counts[layer] if counts[layer] < longest else tokens
-            ahead = Ahead(keep, layer in tapped, self.layout.layers - layer, ahead)
+            each = None if lengths is None else tuple(plans[length][layer] for length in lengths)
+            ahead = Ahead(keep, layer in tapped, self.layout.layers - layer, ahead, each)
         return ahead
 
     # What a host says during a pass

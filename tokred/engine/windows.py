@@ -73,7 +73,7 @@ class InWindows:
         x = split(tokens.x, tokens.grid, self.window)
         view = Tokens(
             x=x,
-            size=x.new_ones(x.shape[:2], dtype=torch.float32),
+            size=x.new_ones(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32)),
             grid=self.window,
             layer=tokens.layer,
             layers=tokens.layers,

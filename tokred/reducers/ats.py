@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokred.maps import Kept, ranked
+from tokred.maps import Kept, deciding, kept_where
 from tokred.reducers.protocol import Tokens
 from tokred.reducers.registry import register
 
@@ -48,12 +48,7 @@ class ATS:
         # Equation 3, summed over heads.
         length = tokens.value.to(tokens.class_attention.dtype).norm(dim=-1)
         significance = (tokens.class_attention * length).sum(1) * (tokens.size > 0)
-        sampled = sample(significance, keep)
-        counts = sampled.sum(1)
-        # The sampled tokens in their order, followed by others as padding.
-        order = ranked(sampled.int())
-        most = int(counts.max()) if len(counts) > 0 else keep
-        return Kept(order[:, :most], sampled.shape[1], counts)
+        return kept_where(sample(deciding(significance), keep))
 
 
 def sample(significance: Float[Tensor, "batch tokens"], num: int) -> Bool[Tensor, "batch tokens"]:
@@ -64,7 +59,8 @@ def sample(significance: Float[Tensor, "batch tokens"], num: int) -> Bool[Tensor
     the cumulative sum of the normalised significance is nearest to it; of equals, the lowest index.
 
     Args:
-        significance: at least 0. If it is 0 for all tokens of a sample, the first one is drawn.
+        significance: at least 0. If it is 0 for all tokens of a sample, the first one is drawn. Of
+            a sample with NaN or infinity, some token or other is.
         num: how many points, at least 1.
     """
     # float64: after a few hundred additions in float32 nearby points would change places.
@@ -79,6 +75,8 @@ def sample(significance: Float[Tensor, "batch tokens"], num: int) -> Bool[Tensor
     to_below = (cumulative.gather(1, below) - points).abs()
     nearest = torch.where(to_below <= to_above, below, above)
     # A token without significance has the same entry as the token before it; the first is drawn.
+    # (NaN would come behind the last entry.)
     drawn = torch.searchsorted(cumulative, cumulative.gather(1, nearest))
+    drawn = drawn.clamp(max=share.shape[1] - 1)
     chosen = torch.zeros_like(share, dtype=torch.bool)
     return chosen.scatter(1, drawn, True)

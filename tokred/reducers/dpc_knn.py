@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tokred.maps import Clusters, in_order_of_first_member, ranked, take
+from tokred.maps import Clusters, deciding, in_order_of_first_member, ranked, take
 from tokred.optional import installed
 from tokred.reducers.protocol import Tokens
 from tokred.reducers.registry import register
@@ -162,8 +162,8 @@ def _by_numba(x: Tensor, k: int) -> bool:
 def squared_distances(x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens tokens"]:
     """The squared Euclidean distances of all pairs of tokens in a sample, float64.
 
-    Tokens are rounded first, by at most 3e-8 of the distance between the first token and the token
-    farthest from it (or to float32, if that is coarser). After that, nothing is rounded. So the
+    Tokens are rounded first, to float32 and by at most 3e-8 of the distance between the first token
+    and the token farthest from it. After that, nothing is rounded. So the
     result is symmetric; equal tokens have distance 0 and are equally far from any other token; and
     the order of summation, which depends on the device and the batch, makes no difference.
     Differences in float32, squared and summed, are no more exact, and take much longer, because
@@ -180,7 +180,7 @@ def _whole_numbers(
 ]:
     """The tokens as vectors of whole numbers, in some unit; half of their squared lengths; and
     twice the square of the unit."""
-    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    x = deciding(x.detach())
     # Distances do not depend on the origin; but what all tokens have in common costs digits.
     x = x - x[:, :1]
     # To vectors of integers, 2^25 long at most (the scale is a power of two). By Cauchy and Schwarz

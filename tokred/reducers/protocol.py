@@ -34,16 +34,16 @@ class Tokens:
 
     Attributes:
         x: the tokens themselves, in the model's dtype.
-        size: how many original tokens each one stands for, float32. 0 marks padding: only methods
-            that leave some samples with fewer tokens than others (`varies`) meet it, always at
-            the end.
+        size: how many original tokens each one stands for, at least float32. 0 marks padding: only
+            methods that leave some samples with fewer tokens than others (`varies`) meet it,
+            always at the end.
         key: the keys as attention compares them (after any key normalisation), without gradient.
         value: the values, without gradient.
         class_attention: how much attention each token gets from the class token in each head,
-            after softmax, float32; higher = more important. In a model without a class token, the
-            mean attention it gets from all tokens.
+            after softmax, at least float32; higher = more important. In a model without a class
+            token, the mean attention it gets from all tokens.
         attention_received: how much attention each token got in the block before, the sum over
-            heads and queries, float32. None in front of the first block.
+            heads and queries, at least float32. None in front of the first block.
         grid: rows and columns of the tokens, where they stand row by row on a grid; None where
             they do not.
         layer: the layer we are in, from 0.

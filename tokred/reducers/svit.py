@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokred.gates import Gates
-from tokred.maps import Kept, ranked
+from tokred.maps import Kept, kept_where, ranked
 from tokred.reducers.protocol import Tokens
 from tokred.reducers.registry import register
 
@@ -148,6 +148,8 @@ def kept(
         tokens: the tokens.
         number: choose this many, those with the highest odds (of equals, the lower index). If not
             given, choose the tokens that are more likely to be kept than not.
+
+    Tokens whose scores are NaN are chosen first: what is not a number must not vanish.
     """
     there = tokens.size > 0
     if tokens.kept is not None:
@@ -155,8 +157,4 @@ def kept(
     if number is not None:
         odds = (scores[..., 0] - scores[..., 1]).masked_fill(~there, -torch.inf)
         return Kept(ranked(odds)[:, :number].sort(-1).values, odds.shape[1])
-    chosen = (scores[..., 0] > scores[..., 1]) & there
-    counts = chosen.sum(1)
-    most = int(counts.max()) if len(counts) > 0 else 0
-    # The chosen tokens in their order, followed by others as padding.
-    return Kept(ranked(chosen.int())[:, :most], chosen.shape[1], counts)
+    return kept_where(~(scores[..., 0] <= scores[..., 1]) & there)

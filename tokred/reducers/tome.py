@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokred.maps import Clusters, in_order_of_first_member, ranked
+from tokred.maps import Clusters, deciding, in_order_of_first_member, ranked
 from tokred.reducers.protocol import Tokens
 from tokred.reducers.registry import register
 
@@ -182,8 +182,8 @@ def best(
     valid: Bool[Tensor, "batch b"] | None = None,
     elements: int | None = None,
 ) -> tuple[Float[Tensor, "batch a"], Int[Tensor, "batch a"]]:
-    """For every row of a, its highest inner product with a (valid) row of b, and the index of that
-    row.
+    """For every row of a, its highest inner product with a (valid) row of b, in float32, and the
+    index of that row.
 
     Only the maxima are needed, so at most about `elements` products are held at once. On the CPU,
     the default is what fits into the cache.
@@ -196,7 +196,7 @@ def best(
     invalid = None if valid is None else ~valid[:, None]
     parts = []
     for part in a.split(rows, dim=1):
-        similarity = part @ b.transpose(1, 2)
+        similarity = deciding(part @ b.transpose(1, 2))
         if invalid is not None:
             similarity.masked_fill_(invalid, -torch.inf)
         parts.append(similarity.max(-1))
