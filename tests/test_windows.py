@@ -292,7 +292,7 @@ def test_full_maps_are_made_as_is_asked_for() -> None:
     model, x = host.build(), images()
     answers = {}
     for name in ("nearest", "bilinear", "copy"):
-        tokred.apply(model, "slic", MIDDLE, reconstruction=name)
+        tokred.apply(model, tokred.SLIC(copies="assigned"), MIDDLE, reconstruction=name)
         seen = Watched(host, model, x)
         answers[name] = seen.behind[3]
     labels = tokred.inspect(model, x).stages[0].labels

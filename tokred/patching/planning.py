@@ -220,10 +220,11 @@ def _schedule(
 
 
 def _reconstruction(reducer: Reducer, chosen: str | Reconstruction | None) -> Reconstruction | None:
+    said = traits(reducer)
     if chosen is None:
-        chosen = traits(reducer).reconstruction
+        chosen = said.reconstruction
     named: dict[str, Callable[[], Reconstruction | None]] = {
-        "copy": lambda: None,
+        "copy": lambda: said.copying,
         "nearest": Nearest,
         "bilinear": Bilinear,
     }
@@ -236,7 +237,7 @@ def _reconstruction(reducer: Reducer, chosen: str | Reconstruction | None) -> Re
             f"reconstruction must be one of {sorted(named)} or a value such as tokred.Nearest(), "
             f"not {chosen!r}"
         )
-    if chosen is not None and traits(reducer).varies:
+    if chosen is not None and said.varies:
         raise ValueError(
             f"{reducer} keeps different numbers of tokens in different images: reconstruction "
             "must be 'copy'"

@@ -199,6 +199,8 @@ class Traits:
             False.
         gates: of a learned method, where its weights come from. Default: None, random ones.
         reconstruction: what the full grid is made of. Default: None, copies.
+        copying: what makes the full grid of copies, where the maps' own `up` is not what does.
+            Default: None, it is.
         schedule: what a bare keep rate means. Default: `Stages`.
         fit: `fit(keep, grid)`, the number of tokens nearest to `keep` that it can make of a grid.
             Default: None, any number.
@@ -227,6 +229,7 @@ class Traits:
     remembers: bool = False
     gates: Gates | None = None
     reconstruction: Reconstruction | None = None
+    copying: Reconstruction | None = None
     schedule: Callable[[float], Schedule] = Stages
     fit: Callable[[int, tuple[int, int]], int] | None = None
     keys_only: bool = False
@@ -268,6 +271,7 @@ def traits(reducer: Reducer) -> Traits:
         remembers=getattr(reducer, "remembers", False),
         gates=getattr(reducer, "gates", None),
         reconstruction=getattr(reducer, "reconstruction", None),
+        copying=getattr(reducer, "copying", None),
         schedule=getattr(reducer, "schedule", Stages),
         fit=getattr(reducer, "fit", None),
         keys_only=getattr(reducer, "keys_only", False),
@@ -283,7 +287,7 @@ def traits(reducer: Reducer) -> Traits:
 
 
 _BOOLEAN = ("varies", "prunes", "proportional", "remembers", "keys_only", "baseline", "limit")
-_CALLABLE = ("schedule", "fit", "on", "reconstruction")
+_CALLABLE = ("schedule", "fit", "on", "reconstruction", "copying")
 _OF_LEARNED = ("gates", "remembers", "layers", "gate", "score")
 
 

@@ -79,6 +79,10 @@ class SLIC:
             of width 64. If not given, it is chosen by the features, see `cluster` and
             `tokred.reconstruction.nearest`.
         k: how many clusters a token is made of in the reconstruction.
+        copies: which cluster a token is a copy of, with `reconstruction="copy"` in `tokred.apply`:
+            "nearest", the one whose centre is nearest to it, as in the published code, or
+            "assigned", the one that most of it went into in the last round, whose centre may have
+            moved away from it since. (Without rounds, the one whose cell it falls into.)
     """
 
     grid: tuple[int, int] | None = None
@@ -86,6 +90,7 @@ class SLIC:
     iterations: int = 5
     tau: float | None = None
     k: int = 20
+    copies: str = "nearest"
 
     place: ClassVar[str] = "before"
     proportional: ClassVar[bool] = False
@@ -103,11 +108,18 @@ class SLIC:
             raise ValueError(f"grid must be rows and columns, at least 1 of each, not {self.grid}")
         _check_clustering(self.neighbourhood, self.iterations, self.tau)
         check_reconstruction(self.k, self.tau)
+        if self.copies not in ("nearest", "assigned"):
+            raise ValueError(f"copies must be 'nearest' or 'assigned', not {self.copies!r}")
 
     @property
     def reconstruction(self) -> Nearest:
         """What the full grid is made of: the nearest clusters."""
         return Nearest(self.k, self.tau)
+
+    @property
+    def copying(self) -> Nearest | None:
+        """What the full grid is made of, if it is to be made of copies."""
+        return Nearest(k=1) if self.copies == "nearest" and self.iterations > 0 else None
 
     def schedule(self, keep_rate: float) -> Hourglass:
         """What a bare keep rate means: few tokens in the middle of the model."""
