@@ -45,10 +45,13 @@ class ATC:
         linkage: how far apart two clusters are: as their closest members ("single", equation 1),
             their furthest members ("complete", equation 2), or on average ("average", equation 3).
         backend: see `cluster`.
+        weighted: whether the mean of a cluster weighs its members by the number of original tokens
+            that they stand for, or all alike.
     """
 
     linkage: str = "average"
     backend: str = "auto"
+    weighted: bool = True
 
     needs: ClassVar[frozenset[str]] = frozenset({"key"})
     variants: ClassVar[tuple[str, ...]] = ("complete",)
@@ -70,7 +73,8 @@ class ATC:
     def __call__(self, tokens: Tokens, keep: int) -> Clusters:
         assert tokens.key is not None
         labels = cluster(mean_over_heads(tokens.key), keep, self.linkage, self.backend)
-        return Clusters(labels, keep)
+        clusters = Clusters(labels, keep)
+        return clusters if self.weighted else clusters.alike(tokens.size)
 
 
 def cluster(
