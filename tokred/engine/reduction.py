@@ -68,6 +68,8 @@ class Reduction:
         tapped_by: the host's own word on which layers are seen during the running call.
         averages: whether the model averages the patch tokens that leave its last block, where it
             cannot be told which of them were dropped.
+        trims: whether dropped tokens can be left out of what the model averages behind the last
+            block, so that they need not be left out of what is handed out there.
         reconstruction: what the full grid is made of; None: of copies.
         gates: of a learned method, its modules, by layer. They are no part of the model.
         noise: what is added to the logits of gates in training, `noise(layer, logits)`; Gumbel
@@ -92,6 +94,7 @@ class Reduction:
     padded: bool = False
     windows: tuple[int, int] | None = None
     observer: Observer | None = None
+    trims: bool = False
     traits: Traits = field(init=False, repr=False)
     memory: Memory[Running, State] = field(
         init=False, repr=False, default_factory=lambda: Memory(Running)

@@ -43,6 +43,7 @@ from tokred.patching.stand_ins import (
     PatchedMethod,
     Pool,
     StandIn,
+    Trim,
 )
 
 
@@ -138,6 +139,8 @@ def _hooks(
             found.append((module.register_forward_hook, Carry(reduction), {}))
         for module in host.pools(tower):
             found.append((module.register_forward_pre_hook, Pool(reduction), {}))
+        if reduction.trims and reduction.traits.prunes:
+            found.append((tower.register_forward_hook, Trim(reduction), {}))
         if "grid" in reduction.traits.needs or reduction.reconstruction is not None:
             patches = _convolution(model, host.blocks(tower)[0])
             if patches is not None:

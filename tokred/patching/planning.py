@@ -68,6 +68,7 @@ def reduction_for(
         reason = found.merges_only(model, tower)
         if reason:
             raise UnsupportedModelError(f"{cls}: {reason}")
+    trims = isinstance(found, Host) and found.averages_output(model, tower)
     reduction = Reduction(
         reducer,
         chosen,
@@ -76,7 +77,8 @@ def reduction_for(
         full_grid,
         attention,
         tapped_by=found.family.tapped,
-        averages=isinstance(found, Host) and found.averages(model, tower),
+        averages=trims or (isinstance(found, Host) and found.averages(model, tower)),
+        trims=trims,
         reconstruction=rebuilt,
     )
     if learned(reducer):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
 from types import ModuleType
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tokred.maps import Clusters
 from tokred.optional import installed, require
-from tokred.reducers.protocol import Tokens
+from tokred.reducers.protocol import ADDED, Tokens, brief
 from tokred.reducers.registry import register
 from tokred.reducers.tome import mean_over_heads
 
@@ -51,7 +51,7 @@ class ATC:
 
     linkage: str = "average"
     backend: str = "auto"
-    weighted: bool = True
+    weighted: bool = field(default=True, metadata=ADDED)
 
     needs: ClassVar[frozenset[str]] = frozenset({"key"})
     variants: ClassVar[tuple[str, ...]] = ("complete",)
@@ -62,6 +62,8 @@ class ATC:
   booktitle = {European Conference on Computer Vision},
   year      = {2024}
 }"""
+
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         _check_options(self.linkage, self.backend)

@@ -10,7 +10,7 @@ points are those of the paper (there: K + 1 points without the last; `published=
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tokred.maps import Kept, ranked
-from tokred.reducers.protocol import Tokens
+from tokred.reducers.protocol import ADDED, Tokens, brief
 from tokred.reducers.registry import register
 
 
@@ -35,7 +35,7 @@ class ATS:
         published: see `sample`.
     """
 
-    published: bool = False
+    published: bool = field(default=False, metadata=ADDED)
 
     needs: ClassVar[frozenset[str]] = frozenset({"class_attention", "value"})
     varies: ClassVar[bool] = True
@@ -48,6 +48,8 @@ class ATS:
   booktitle = {European Conference on Computer Vision},
   year      = {2022}
 }"""
+
+    __repr__ = brief
 
     def __call__(self, tokens: Tokens, keep: int) -> Kept:
         assert tokens.class_attention is not None and tokens.value is not None

@@ -6,8 +6,10 @@ measures or lists methods.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar, Literal, Protocol, TypeGuard, get_args, runtime_checkable
 
 import torch
@@ -355,6 +357,22 @@ def check_map(reducer: Reducer, token_map: TokenMap) -> None:
             f"{name} returned {kind} with different numbers of tokens in different samples, but "
             "does not say that it does: add the line `varies: ClassVar[bool] = True` to the class"
         )
+
+
+ADDED: Mapping[str, bool] = MappingProxyType({"added": True})
+"""Metadata of an option that a method got later, see `brief`."""
+
+
+def brief(reducer: Reducer) -> str:
+    """How a method is written, without the options that it got later (`ADDED`), as long as they
+    have their defaults. What a method is called stands in files of former versions."""
+    told = [
+        f"{one.name}={getattr(reducer, one.name)!r}"
+        for one in dataclasses.fields(reducer)  # type: ignore[arg-type]
+        if one.repr
+        and not (one.metadata.get("added") and getattr(reducer, one.name) == one.default)
+    ]
+    return f"{type(reducer).__qualname__}({', '.join(told)})"
 
 
 # For one question alone.

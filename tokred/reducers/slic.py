@@ -10,7 +10,7 @@ are masked afterwards).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -42,7 +42,7 @@ from tokred.reconstruction import (
     reconstruct,
     temperature,
 )
-from tokred.reducers.protocol import Tokens
+from tokred.reducers.protocol import ADDED, Tokens, brief
 from tokred.reducers.registry import register
 from tokred.schedule import Hourglass
 
@@ -90,7 +90,7 @@ class SLIC:
     iterations: int = 5
     tau: float | None = None
     k: int = 20
-    copies: str = "nearest"
+    copies: str = field(default="nearest", metadata=ADDED)
 
     place: ClassVar[str] = "before"
     proportional: ClassVar[bool] = False
@@ -102,6 +102,8 @@ class SLIC:
   booktitle = {Advances in Neural Information Processing Systems},
   year      = {2022}
 }"""
+
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         if self.grid is not None and (len(self.grid) != 2 or min(self.grid) < 1):

@@ -8,7 +8,7 @@ similar proposals merge. Differs from the published code in that all prefix toke
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokred.maps import Clusters, in_order_of_first_member, ranked
-from tokred.reducers.protocol import Tokens
+from tokred.reducers.protocol import ADDED, Tokens, brief
 from tokred.reducers.registry import register
 
 
@@ -39,7 +39,7 @@ class ToMe:
     """
 
     threshold: float | None = None
-    weighted: bool = True
+    weighted: bool = field(default=True, metadata=ADDED)
 
     needs: ClassVar[frozenset[str]] = frozenset({"key"})
     bibtex: ClassVar[str] = """@inproceedings{bolya2023tome,
@@ -49,6 +49,8 @@ class ToMe:
   booktitle = {International Conference on Learning Representations},
   year      = {2023}
 }"""
+
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         if self.threshold is not None and not -1 <= self.threshold <= 1:
