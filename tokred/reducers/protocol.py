@@ -23,6 +23,9 @@ from tokred.schedule import Schedule, Stages
 Place = Literal["between", "before", "around"]
 """Where a method stands in a block, see `Traits`."""
 
+Filling = Literal["border", "zeros"]
+"""What windows that a feature map does not fill are filled up with, see `Traits`."""
+
 SIGNALS = frozenset({"key", "value", "class_attention", "attention_received", "grid"})
 """What a method may list in `needs`."""
 
@@ -203,6 +206,9 @@ class Traits:
         reconstruction: what the full grid is made of. Default: None, copies.
         copying: what makes the full grid of copies, where the maps' own `up` is not what does.
             Default: None, it is.
+        filling: where blocks attend in windows, what the windows at the edges of a feature map that
+            are not full are filled up with before they are reduced: copies of the "border" (the
+            default), or "zeros".
         schedule: what a bare keep rate means. Default: `Stages`.
         fit: `fit(keep, grid)`, the number of tokens nearest to `keep` that it can make of a grid.
             Default: None, any number.
@@ -232,6 +238,7 @@ class Traits:
     gates: Gates | None = None
     reconstruction: Reconstruction | None = None
     copying: Reconstruction | None = None
+    filling: Filling = "border"
     schedule: Callable[[float], Schedule] = Stages
     fit: Callable[[int, tuple[int, int]], int] | None = None
     keys_only: bool = False
@@ -274,6 +281,7 @@ def traits(reducer: Reducer) -> Traits:
         gates=getattr(reducer, "gates", None),
         reconstruction=getattr(reducer, "reconstruction", None),
         copying=getattr(reducer, "copying", None),
+        filling=getattr(reducer, "filling", "border"),
         schedule=getattr(reducer, "schedule", Stages),
         fit=getattr(reducer, "fit", None),
         keys_only=getattr(reducer, "keys_only", False),
@@ -302,6 +310,10 @@ def _check(reducer: Reducer, found: Traits) -> None:
     if found.place not in get_args(Place):
         raise ValueError(
             f"{name}.place must be one of {', '.join(get_args(Place))}, not {found.place!r}"
+        )
+    if found.filling not in get_args(Filling):
+        raise ValueError(
+            f"{name}.filling must be one of {', '.join(get_args(Filling))}, not {found.filling!r}"
         )
     for trait in _BOOLEAN:
         if not isinstance(getattr(found, trait), bool):

@@ -42,7 +42,7 @@ from tokred.reconstruction import (
     reconstruct,
     temperature,
 )
-from tokred.reducers.protocol import ADDED, Tokens, brief
+from tokred.reducers.protocol import ADDED, Filling, Tokens, brief
 from tokred.reducers.registry import register
 from tokred.schedule import Hourglass
 
@@ -83,6 +83,9 @@ class SLIC:
             "nearest", the one whose centre is nearest to it, as in the published code, or
             "assigned", the one that most of it went into in the last round, whose centre may have
             moved away from it since. (Without rounds, the one whose cell it falls into.)
+        filling: where blocks attend in windows, what the windows at the edges of a feature map that
+            are not full are filled up with before they are clustered: copies of the "border", or
+            "zeros", as in the published code.
     """
 
     grid: tuple[int, int] | None = None
@@ -91,6 +94,7 @@ class SLIC:
     tau: float | None = None
     k: int = 20
     copies: str = field(default="nearest", metadata=ADDED)
+    filling: Filling = field(default="border", metadata=ADDED)
 
     place: ClassVar[str] = "before"
     proportional: ClassVar[bool] = False
@@ -112,6 +116,8 @@ class SLIC:
         check_reconstruction(self.k, self.tau)
         if self.copies not in ("nearest", "assigned"):
             raise ValueError(f"copies must be 'nearest' or 'assigned', not {self.copies!r}")
+        if self.filling not in ("border", "zeros"):
+            raise ValueError(f"filling must be 'border' or 'zeros', not {self.filling!r}")
 
     @property
     def reconstruction(self) -> Nearest:
