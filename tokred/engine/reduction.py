@@ -268,6 +268,10 @@ class Reduction:
         """
         gates = self._gates()
         tensors, about = weights.read(path)
+        if not about:
+            raise ValueError(
+                f"{path} does not say what it is for; Reduction.save writes files that do"
+            )
         check_gates(self.reducer, about, self.layout.layers, str(path))
         weights.fill(gates, tensors, str(path))
 
