@@ -8,7 +8,7 @@ ICCVW 2023, https://arxiv.org/abs/2308.04657, put it into ViTs. Distances are di
 root of their dimension, as in the published code (but not in the paper's equation 1). The densest
 token has no denser one; its distance to one is set to the longest distance in the image, as in the
 published code. Differs from that code in that no noise is added to the densities: ties go to the
-lower index.
+lower index; and in that means weigh tokens by what they stand for (`weighted`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class DPCKNN:
     Args:
         k: the number of nearest neighbours for a density, the token itself included.
         weighted: whether the mean of a cluster weighs its members by the number of original tokens
-            that they stand for, or all alike, as Haurum et al. do.
+            that they stand for, or all alike, as Haurum et al. do. Features are closer to those of
+            the dense model if it does (docs/dense.md has figures).
     """
 
     k: int = 5
