@@ -14,7 +14,7 @@ import tokred
 from tokred import ATS, Exactly, ToMe
 from tokred.engine.attention import mean_attention
 from tokred.maps import Clusters, Kept, kept_where
-from tokred.reducers import Reducer, ats, tome
+from tokred.reducers import Reducer, Tokens, ats, tome
 
 METHODS = [ATS(), ToMe(threshold=0.6), ToMe(threshold=-1.0), ToMe(threshold=1.0)]
 HOSTS = ["vit", "distilled", "mae, average pooling", "no class token", "siglip, attention pooling",
@@ -129,15 +129,25 @@ def test_bench_cuts_off_to_what_came_of_it() -> None:
 
 @pytest.mark.parametrize("num", [1, 2, 5, 16, 40])
 @pytest.mark.parametrize("peaked", [False, True])
-def test_ats_samples_the_nearest_entries(num: int, peaked: bool) -> None:
+@pytest.mark.parametrize("published", [False, True])
+def test_ats_samples_the_nearest_entries(num: int, peaked: bool, published: bool) -> None:
     significance = torch.rand(20, 30, dtype=torch.float64)
     if peaked:
         significance = significance**12
         significance[:, ::3] = 0
-    drawn = ats.sample(significance, num)
+    drawn = ats.sample(significance, num, published)
     for row, ours in zip(significance.numpy(), drawn.tolist(), strict=True):
-        assert [n for n, chosen in enumerate(ours) if chosen] == slow_ats(row, num)
+        assert [n for n, chosen in enumerate(ours) if chosen] == slow_ats(row, num, published)
     assert (drawn.sum(1) <= num).all()
+
+
+def test_ats_published_is_heard_by_the_method() -> None:
+    """Of three points at 1/6, 3/6 and 5/6, the published ones are 1/8, 3/8 and 5/8."""
+    attention = torch.full((1, 1, 6), 1 / 6)
+    tokens = Tokens(torch.randn(1, 6, 4), torch.ones(1, 6), value=torch.ones(1, 1, 6, 4),
+                    class_attention=attention)  # fmt: skip
+    assert ats.ATS()(tokens, 3).index.tolist() == [[0, 2, 4]]
+    assert ats.ATS(published=True)(tokens, 3).index.tolist() == [[0, 1, 3]]
 
 
 def test_ats_draws_the_first_token_where_none_matters() -> None:

@@ -163,6 +163,13 @@ class Clusters:
         position = torch.arange(last + 1, device=self.index.device).expand_as(self.index)
         return first.scatter_reduce(1, self.index, position, "amin")
 
+    def alike(self, size: Float[Tensor, "batch fine"]) -> Clusters:
+        """The same clusters, in whose means all members count alike, however many tokens they stand
+        for. `size` tells which of them are padding (0), and count for nothing."""
+        there = (size > 0).to(size.dtype)
+        share = there / self.total(there).clamp(min=1).gather(1, self.index)
+        return Clusters(self.index, self.num_coarse, share, self.ragged)
+
     def then(self, other: Clusters) -> Clusters:
         """This map, and then `other`, as one map (without shares)."""
         index = other.index.gather(1, self.index)

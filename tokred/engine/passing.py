@@ -97,6 +97,13 @@ def carry(reduction: Reduction, x: Tensor, state: State) -> None:
         memory.here.last = x
 
 
+def remember(reduction: Reduction, state: State) -> None:
+    """Keeps the state of what leaves the last block for whatever the model makes of that, which it
+    does image by image: it is to be asked for once more in this pass."""
+    reduction.memory.here.state = state
+    reduction.memory.here.last = None
+
+
 def carried(reduction: Reduction, x: Tensor, layer: int | None = None) -> State | None:
     """The state of an activation; None if nothing is known of it.
 
@@ -112,7 +119,7 @@ def carried(reduction: Reduction, x: Tensor, layer: int | None = None) -> State 
     memory = reduction.memory
     here = memory.here
     if compiling():
-        if here.state is None or here.last is x:
+        if here.state is None or here.last is x or here.last is None:
             return here.state
         # Images cannot be compared in a graph.
         why = "something between two blocks changes the tokens, whose images must be compared"
@@ -121,7 +128,8 @@ def carried(reduction: Reduction, x: Tensor, layer: int | None = None) -> State 
     state = memory.ridden(x)
     if state is None and here.state is not None and here.state.left == left:
         # Nothing rides on what leaves compiled code.
-        state = here.state if here.last is x else _followed(reduction, x, here.state)
+        known = here.last is x or here.last is None
+        state = here.state if known else _followed(reduction, x, here.state)
     if state is not None:
         _check_tokens(reduction, x, state)
     if state is not None and layer is not None and state.left != left:
@@ -170,15 +178,14 @@ def _followed(reduction: Reduction, x: Tensor, state: State) -> State:
     if not state.by_image:
         return state
     last = reduction.memory.here.last
-    images = None if last is None else same_images(last, x)
+    assert last is not None
+    images = same_images(last, x)
     if images is None:
         raise RuntimeError(
-            f"between two patched blocks, {0 if last is None else len(last)} images became "
-            f"{len(x)}, and which ones cannot be told: images may be left out or put into another "
+            f"between two patched blocks, {len(last)} images became {len(x)}, and which ones cannot be told: images may be left out or put into another "
             "order there, or their tokens may be changed, but not both at a time. "
             "tokred.remove(model) takes the reduction out"
         )
-    assert last is not None
     if images.tolist() != list(range(len(last))):
         try:
             state = images_of(state, images, len(last))

@@ -63,6 +63,8 @@ class Reduction:
         tapped_by: the host's own word on which layers are seen during the running call.
         averages: whether the model averages the patch tokens that leave its last block, where it
             cannot be told which of them were dropped.
+        trims: whether dropped tokens can be left out of what the model averages behind the last
+            block, so that they need not be left out of what is handed out there.
         reconstruction: what the full grid is made of; None: of copies.
         gates: of a learned method, its modules, by layer. They are no part of the model.
         noise: what is added to the logits of gates in training, `noise(layer, logits)`; Gumbel
@@ -90,6 +92,7 @@ class Reduction:
     windows: tuple[int, int] | None = None
     observer: Observer | None = None
     hand_out: frozenset[int] = frozenset()
+    trims: bool = False
     end: Callable[[], int] | None = field(init=False, repr=False, default=None)
     traits: Traits = field(init=False, repr=False)
     memory: Memory[Running, State] = field(
@@ -280,6 +283,10 @@ class Reduction:
         """
         gates = self._gates()
         tensors, about = weights.read(path)
+        if not about:
+            raise ValueError(
+                f"{path} does not say what it is for; Reduction.save writes files that do"
+            )
         check_gates(self.reducer, about, self.layout.layers, str(path))
         weights.fill(gates, tensors, str(path))
 

@@ -244,6 +244,7 @@ class Step:
         assert ahead is not None
         last = ahead.rest is None
         averaged = last and reduction.averages and self._pools_what_is_left()
+        averaged = averaged and not (ahead.tapped and reduction.trims)
         full = ahead.tapped or (last and (reduction.full_grid or reduction.averages))
         if full and not averaged:
             aside = None if last or state.exact else x
@@ -264,6 +265,9 @@ class Step:
             reduction.observer.ends()
         if needs_to_know(reduction) or needed_for_pooling(state):
             passing.carry(reduction, x, state.without_stale())
+            if reduction.trims and state.expanded:
+                # The model is going to average it, whatever it passes on the way.
+                passing.remember(reduction, state.without_stale())
         return x
 
     def _pools_what_is_left(self) -> bool:

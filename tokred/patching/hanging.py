@@ -45,6 +45,7 @@ from tokred.patching.stand_ins import (
     Pool,
     StandIn,
     Tower,
+    Trim,
     hung_on,
 )
 
@@ -144,6 +145,8 @@ def _hooks(
             found.append((module.register_forward_hook, Carry(reduction), {}))
         for module in host.pools(tower):
             found.append((module.register_forward_pre_hook, Pool(reduction), {}))
+        if reduction.trims and reduction.traits.prunes:
+            found.append((tower.register_forward_hook, Trim(reduction), {}))
         patches = _convolution(model, host.blocks(tower)[0])
         if patches is not None:
             found.append((patches.register_forward_hook, Grid(reduction), {}))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
 from types import ModuleType
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tokred.maps import Clusters, refuse_onnx
 from tokred.optional import installed, require
-from tokred.reducers.protocol import Tokens
+from tokred.reducers.protocol import ADDED, Tokens, brief
 from tokred.reducers.registry import register
 from tokred.reducers.tome import mean_over_heads
 
@@ -45,10 +45,13 @@ class ATC:
         linkage: how far apart two clusters are: as their closest members ("single", equation 1),
             their furthest members ("complete", equation 2), or on average ("average", equation 3).
         backend: see `cluster`.
+        weighted: whether the mean of a cluster weighs its members by the number of original tokens
+            that they stand for, or all alike.
     """
 
     linkage: str = "average"
     backend: str = "auto"
+    weighted: bool = field(default=True, metadata=ADDED)
 
     needs: ClassVar[frozenset[str]] = frozenset({"key"})
     variants: ClassVar[tuple[str, ...]] = ("complete",)
@@ -60,6 +63,8 @@ class ATC:
   year      = {2024}
 }"""
 
+    __repr__ = brief
+
     def __post_init__(self) -> None:
         _check_options(self.linkage, self.backend)
 
@@ -70,7 +75,8 @@ class ATC:
     def __call__(self, tokens: Tokens, keep: int) -> Clusters:
         assert tokens.key is not None
         labels = cluster(mean_over_heads(tokens.key), keep, self.linkage, self.backend)
-        return Clusters(labels, keep)
+        clusters = Clusters(labels, keep)
+        return clusters if self.weighted else clusters.alike(tokens.size)
 
 
 def cluster(
