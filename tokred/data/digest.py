@@ -56,6 +56,8 @@ _DESCRIPTORS = (
 )  # fmt: skip
 
 
+_ADDRESSES = frozenset({"tied_params_map", "tied_pointers_to_remove"})
+"""Attributes of accelerate's hooks whose keys are addresses."""
 _INSIDE = {"numba": "py_func", "triton": "fn", "torch": "_init_fn"}
 """By library: where functions are that it has compiled, or registered as operators."""
 
@@ -227,6 +229,8 @@ class Digest:
 
     def _dict(self, thing: Mapping[Any, Any]) -> None:
         self._class_of(thing)
+        if _library_of(thing) == "diffusers":  # configurations note how they were made
+            thing = {key: one for key, one in thing.items() if not str(key).startswith("_")}
         for key, one in thing.items():
             self.add(key)
             self.add(one, str(key) if isinstance(key, str | int) else "")
@@ -384,8 +388,7 @@ class Digest:
     # Everything else
 
     def _object(self, thing: Any) -> None:
-        library = type(thing).__module__.partition(".")[0]
-        if library == "PIL" and hasattr(thing, "tobytes"):
+        if _library_of(thing) == "PIL" and hasattr(thing, "tobytes"):
             self._say("picture", thing.mode, str(thing.size))
             self._put(thing.tobytes())
             self.add(thing.getpalette())
@@ -413,6 +416,8 @@ class Digest:
             self.add(make, "")
             self.add(arguments, "")
         if isinstance(state, dict) and all(isinstance(name, str) for name in state):
+            if _library_of(thing) == "accelerate":
+                state = {n: x for n, x in state.items() if n not in _ADDRESSES}
             self._attributes(state)
         else:
             self.add(state, "")
@@ -420,7 +425,14 @@ class Digest:
             if several is not None:
                 self.add([*several], name)
         if isinstance(thing, Mapping):  # of weights that are kept on disk, for one
-            self.add([*thing.items()], "")
+            self._pairs(thing)
+
+    def _pairs(self, thing: Mapping[Any, Any]) -> None:
+        try:
+            pairs = [*thing.items()]
+        except KeyError:  # accelerate's part of a mapping, which its attributes hold
+            return
+        self.add(pairs, "")
 
 
 def hangs(thing: Any) -> bool:
@@ -444,8 +456,12 @@ def content_of(path: PurePath | str) -> str | None:
 
 def _inner(thing: Any) -> Any:
     """The function that is inside of what a library has made of it; None if there is none."""
-    inside = _INSIDE.get(type(thing).__module__.partition(".")[0])
+    inside = _INSIDE.get(_library_of(thing))
     return None if inside is None else getattr(thing, inside, None)
+
+
+def _library_of(thing: Any) -> str:
+    return type(thing).__module__.partition(".")[0]
 
 
 def _stored(x: Tensor) -> Iterator[Any]:
