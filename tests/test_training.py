@@ -499,10 +499,10 @@ def test_a_training_that_version_0_7_began_goes_on(tmp_path: Path) -> None:
     file.write_text(json.dumps({**pinned, "weights": "0123456789abcdef"}))
     other = reduced("svit")
     changes = recipe("svit", frozen=True, epochs=1)
-    fails("weights was '0123456789abcdef', and is '2:", other, Digits(), changes, tmp_path)
+    fails("weights was '0123456789abcdef', and is '3:", other, Digits(), changes, tmp_path)
     file.write_text(json.dumps(pinned))
     other.pos_embed.data[0, -1, -1] += 1e-6
-    fails("weights was '2:", other, Digits(), changes, tmp_path)
+    fails("weights was '3:", other, Digits(), changes, tmp_path)
 
 
 def test_labels_out_of_range_are_named(tmp_path: Path) -> None:
@@ -524,7 +524,8 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(tmp_path: Path) ->
     assert len(curve(tmp_path)) == 3
     assert training.latest(tmp_path) == tmp_path / "checkpoint" / "step-00000003.pt"
     assert all(p.isfinite().all() for p in model.parameters())
-    assert run(tmp_path, "tome").resumed == 3  # with what is right, it goes on
+    with pytest.warns(UserWarning, match="not all is as it was: data: the samples"):
+        assert run(tmp_path, "tome").resumed == 3  # with what is right, it goes on
 
 
 # Processes

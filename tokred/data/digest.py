@@ -18,9 +18,8 @@ import weakref
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from enum import Enum
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -62,22 +61,23 @@ _INSIDE = {"numba": "py_func", "triton": "fn", "torch": "_init_fn"}
 """By library: where functions are that it has compiled, or registered as operators."""
 
 
-class NoFingerprint(TypeError):
+class NoFingerprintError(TypeError):
     """Something cannot be told from others of its kind. The message names it."""
 
 
-def digest_of(*things: Any, weights: bool = True) -> str:
+def digest_of(*things: Any, weights: bool = True, mode: bool = True, contents: bool = True) -> str:
     """A digest of things, 32 hexadecimal digits; the same in every process.
 
     Args:
         things: anything. A path that leads to a file stands for the content of the file.
-        weights: whether the values of parameters and buffers count, and whether modules are in
-            training mode; if not, two models that differ in nothing else have the same digest.
+        weights: whether the values of parameters and buffers count.
+        mode: whether it counts that modules are in training mode.
+        contents: whether files are read; if not, their sizes and times count.
 
     Raises:
-        NoFingerprint: something in them cannot be told from others of its kind.
+        NoFingerprintError: something in them cannot be told from others of its kind.
     """
-    digest = Digest(weights)
+    digest = Digest(weights, mode, contents)
     for thing in things:
         digest.add(thing)
     return digest.text()
@@ -88,7 +88,7 @@ def told(things: Any) -> tuple[str, dict[str, str | None]]:
     are made of.
 
     Raises:
-        NoFingerprint: something in them cannot be told from others of its kind.
+        NoFingerprintError: something in them cannot be told from others of its kind.
     """
     digest = Digest()
     digest.add(things)
@@ -103,9 +103,9 @@ class Digest:
         libraries: the installed libraries whose classes and functions were met.
     """
 
-    def __init__(self, weights: bool = True) -> None:
+    def __init__(self, weights: bool = True, mode: bool = True, contents: bool = True) -> None:
         self.libraries: set[str] = set()
-        self._weights = weights
+        self._weights, self._mode, self._contents = weights, mode, contents
         self._sha = hashlib.sha256()
         # What was met, with its number. Things are held, so that no other gets their address.
         self._met: dict[int, tuple[int, Any]] = {}
@@ -123,7 +123,7 @@ class Digest:
             name: what it is called where it was found, for messages.
 
         Raises:
-            NoFingerprint: something in it cannot be told from others of its kind.
+            NoFingerprintError: something in it cannot be told from others of its kind.
         """
         self._path.append(name or type(thing).__name__)
         try:
@@ -165,10 +165,11 @@ class Digest:
         self._met[id(thing)] = len(self._met), thing
         return False
 
-    def _unknown(self, thing: Any, why: str) -> NoFingerprint:
+    def _unknown(self, thing: Any, why: str) -> NoFingerprintError:
         where = ".".join(name for name in self._path if name)
         kind = f"{type(thing).__module__}.{type(thing).__qualname__}"
-        return NoFingerprint(f"{where}, a {kind}, cannot be told from others of its kind ({why})")
+        what = f"{where}, a {kind}, cannot be told from others of its kind"
+        return NoFingerprintError(f"{what} ({why})")
 
     # Values
 
@@ -184,11 +185,16 @@ class Digest:
 
     def _file(self, thing: PurePath) -> None:
         self._say("path", str(thing))
-        self._say(content_of(thing) or "")
+        if self._contents:
+            self._say(content_of(thing) or "")
+        elif Path(thing).exists():
+            about = Path(thing).stat()
+            self._say(str((about.st_size, about.st_mtime_ns)))
 
     def _set(self, thing: Iterable[Any]) -> None:
         self._class_of(thing)
-        self._say(*sorted(digest_of(one, weights=self._weights) for one in thing))
+        how = {"weights": self._weights, "mode": self._mode, "contents": self._contents}
+        self._say(*sorted(digest_of(one, **how) for one in thing))
 
     def _tensor(self, x: Tensor) -> None:
         # Whether it is a parameter is said by where it is.
@@ -261,7 +267,7 @@ class Digest:
         if isinstance(module, torch.fx.GraphModule):
             left_out |= {"_graph", "meta"}
             self._say(module.code)
-        if not self._weights:
+        if not self._mode:
             left_out.add("training")
         for name, value in sorted(vars(module).items()):
             if name in ("_forward_hooks", "_forward_pre_hooks"):
@@ -375,7 +381,7 @@ class Digest:
         found = (getattr(thing, name, None) for name in ("__func__", "__wrapped__", "func"))
         self.add(next((inner for inner in found if inner is not None), _inner(thing)))
 
-    def _script_function(self, function: torch.jit.ScriptFunction[..., Any]) -> None:
+    def _script_function(self, function: Any) -> None:
         self._say("script", str(function.code))
 
     def _descriptor(self, thing: Any) -> None:
@@ -392,6 +398,9 @@ class Digest:
             self._say("picture", thing.mode, str(thing.size))
             self._put(thing.tobytes())
             self.add(thing.getpalette())
+            return
+        if _library_of(thing) == "datasets" and hasattr(thing, "_fingerprint"):
+            self._say("dataset", str(thing._fingerprint), str(thing.format))
             return
         if _inner(thing) is not None:
             self._wraps(thing)
@@ -445,7 +454,7 @@ def hangs(thing: Any) -> bool:
 def content_of(path: PurePath | str) -> str | None:
     """The digest of a file's content; None if there is no such file."""
     try:
-        with open(path, "rb") as file:
+        with Path(path).open("rb") as file:
             sha = hashlib.sha256()
             while part := file.read(CHUNK):
                 sha.update(part)

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokred.data.digest import NoFingerprint, content_of, digest_of
+from tokred.data.digest import NoFingerprintError, content_of, digest_of
 from tokred.patching import reduction_of
 
 __all__ = [
     "FORMAT",
-    "NoFingerprint",
+    "NoFingerprintError",
     "dense_fingerprint",
     "fingerprint",
     "identity_of",
@@ -51,22 +51,21 @@ def fingerprint(model: nn.Module) -> str:
     is applied to it.
 
     Raises:
-        NoFingerprint: something in it cannot be told from others of its kind.
+        NoFingerprintError: something in it cannot be told from others of its kind.
     """
     reduction = reduction_of(model)
-    if reduction is None:
-        return dense_fingerprint(model)
     about = {name: getattr(reduction, name, None) for name in _OF_A_REDUCTION}
     return f"{FORMAT}:{digest_of(model, about)}"
 
 
 def dense_fingerprint(model: nn.Module) -> str:
-    """The fingerprint of a model without the reduction that is applied to it.
+    """The fingerprint of a model without the reduction that is applied to it, whether it is in
+    training mode or not.
 
     Raises:
-        NoFingerprint: something in it cannot be told from others of its kind.
+        NoFingerprintError: something in it cannot be told from others of its kind.
     """
-    return f"{FORMAT}:{digest_of(model)}"
+    return f"{FORMAT}:{digest_of(model, mode=False)}"
 
 
 def is_of(pinned: object, model: nn.Module) -> bool:

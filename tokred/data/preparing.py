@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tokred.data import reading
 from tokred.data.code import version_of
-from tokred.data.digest import NoFingerprint, digest_of, told
+from tokred.data.digest import NoFingerprintError, digest_of, told
 from tokred.data.fingerprint import identity_of
 from tokred.data.parts import WITHOUT, is_picture, parted
 from tokred.data.reading import IGNORED
@@ -114,7 +114,7 @@ class Prepare:
             if self._own is None and len(self):
                 self[0]  # only then is it known how pictures are prepared
             how, versions = told([self._own, input_name(self.model), self.labelled])
-        except NoFingerprint:
+        except NoFingerprintError:
             return None
         return digest_of(items, how, versions, version_of("PIL"))
 

@@ -69,8 +69,8 @@ class Batches:
         return [i * len(self) // few for i in range(few)]
 
     def fingerprint(self) -> str:
-        """The fingerprint of the images, see `tokred.data.fingerprint`. Unless they are files, every
-        process reads its share; what is read first stays in memory. All processes must call it."""
+        """The fingerprint of the images, see `tokred.data.fingerprint`. All processes must call it:
+        unless images are files, each reads its share, of which the first stays in memory."""
         known = self.processes.by_main(lambda: identity_of(self.samples.items))
         if known is not None:
             return known

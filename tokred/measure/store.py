@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tokred.data.code import OURS, sources
-from tokred.data.digest import NoFingerprint, content_of, digest_of, told
+from tokred.data.digest import NoFingerprintError, content_of, digest_of, told
 from tokred.data.writing import write_text
 from tokred.measure.conditions import device_name, switches, versions_of
 from tokred.measure.evaluation import Row, row_from
@@ -56,7 +56,7 @@ class Store:
             return
         try:
             self.about = about(work, data)
-        except NoFingerprint as error:
+        except NoFingerprintError as error:
             self._give_up("", error)
             self.folder = None
 
@@ -89,13 +89,13 @@ class Store:
             try:
                 key = digest_of(self.about, None if setting is None else about_setting(setting))
                 self._paths[id(setting)] = self.folder / f"{key[:24]}.json"
-            except NoFingerprint as error:
+            except NoFingerprintError as error:
                 self._paths[id(setting)] = None
                 assert setting is not None
                 self._give_up(f" of {setting.name}", error)
         return self._paths[id(setting)]
 
-    def _give_up(self, what: str, error: NoFingerprint) -> None:
+    def _give_up(self, what: str, error: NoFingerprintError) -> None:
         warnings.warn(f"no results{what} are kept for another time: {error}", stacklevel=2)
 
 
@@ -107,7 +107,7 @@ def about(work: Work, data: str) -> dict[str, Any]:
         data: the fingerprint of the images.
 
     Raises:
-        NoFingerprint: something cannot be told from others of its kind.
+        NoFingerprintError: something cannot be told from others of its kind.
     """
     model, libraries = told([work.model, work.patch])  # no reduction hangs on it now
     return {
@@ -135,7 +135,7 @@ def about_setting(setting: Setting) -> tuple[Any, ...]:
     its gates, wherever they are, and the code of a method of one's own.
 
     Raises:
-        NoFingerprint: something cannot be told from others of its kind.
+        NoFingerprintError: something cannot be told from others of its kind.
     """
     gates = setting.gates
     weights = None if gates is None else content_of(gates)

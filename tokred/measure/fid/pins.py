@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from tokred.data.code import version_of
-from tokred.data.digest import NoFingerprint, digest_of
+from tokred.data.digest import NoFingerprintError, digest_of
 from tokred.data.fingerprint import fingerprint, in_former_format
 from tokred.data.writing import write_text
 from tokred.engine.denoising import Around
@@ -52,18 +52,16 @@ def pins(pipe: Any, sweep: Sweep, model: str = "") -> dict[str, Any]:
     found = {
         "model": model,
         "pipeline": type(pipe).__name__,
-        "weights": {name: _told(lambda x=part: fingerprint(x)) for name, part in modules.items()},
+        "weights": {name: _told(fingerprint, part) for name, part in modules.items()},
         "parts": {
-            name: _told(lambda x=part: digest_of(x))
+            name: _told(digest_of, part)
             for name, part in parts.items()
             if name not in modules and part is not scheduler
         },
         "scheduler": {"class": type(scheduler).__name__, **config},
         # Schedulers change as they are used; their code and their noise levels do not.
-        "code": _told(lambda: digest_of(type(pipe), type(scheduler), _noise_of(scheduler))),
-        "methods": {
-            method: _told(lambda x=method: digest_of(parse(x, NAMED))) for method in sweep.methods
-        },
+        "code": _told(digest_of, (type(pipe), type(scheduler), _noise_of(scheduler))),
+        "methods": {method: _told(digest_of, parse(method, NAMED)) for method in sweep.methods},
         "dtype": str(getattr(denoiser, "dtype", None)).removeprefix("torch."),
         "prompts": sweep.prompts,
         "steps": sweep.steps,
@@ -89,11 +87,11 @@ def _noise_of(scheduler: Any) -> list[Any]:
     return [getattr(scheduler, name, None) for name in ("betas", "alphas_cumprod")]
 
 
-def _told(fingerprint: Callable[[], str]) -> str:
-    """A fingerprint; if there is none, why."""
+def _told(how: Callable[[Any], str], thing: Any) -> str:
+    """The fingerprint of a thing; if it has none, why."""
     try:
-        return fingerprint()
-    except NoFingerprint as error:
+        return how(thing)
+    except NoFingerprintError as error:
         return f"{UNTOLD}{error}"
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from tokred.data import reading
 from tokred.data.code import version_of
-from tokred.data.digest import NoFingerprint, told
+from tokred.data.digest import NoFingerprintError, told
 from tokred.data.fingerprint import fingerprint
 from tokred.measure.conditions import switches, versions_of
 from tokred.measure.fid.distances import frechet_distance, kernel_distance
@@ -234,7 +234,7 @@ def _known_as(network: nn.Module) -> object:
         device = next((str(p.device) for p in network.parameters()), "cpu")
         versions = [version_of("PIL"), told(network)[1], versions_of(network)]
         return [fingerprint(network), device, switches(), versions]
-    except NoFingerprint as error:
+    except NoFingerprintError as error:
         warnings.warn(f"features are not kept for another time: {error}", stacklevel=3)
         return None
 

@@ -30,8 +30,8 @@ def speeds_in(folder: Path) -> dict[str, dict[str, Any]]:
     runs: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
     for file in sorted(folder.glob("*.jsonl")):
         run, _, process = file.stem.rpartition("-")
-        for took in _lines(file):
-            runs.setdefault((took["setting"], run), {}).setdefault(process, []).append(took)
+        for line in _lines(file):
+            runs.setdefault((line["setting"], run), {}).setdefault(process, []).append(line)
     speeds: dict[str, dict[str, Any]] = {}
     for (setting, _), by_process in runs.items():
         took = list(itertools.chain(*by_process.values()))
@@ -67,8 +67,8 @@ def _lines(file: Path) -> list[dict[str, Any]]:
         except (ValueError, TypeError, KeyError) as error:
             if number < len(lines):
                 raise ValueError(
-                    f"line {number} of {file} is broken ({error}): delete the line or the file; the "
-                    "times that it held then do not count"
+                    f"line {number} of {file} is broken ({error}): delete the line or the file; "
+                    "the times in it then do not count"
                 ) from error
             warnings.warn(
                 f"the last line of {file} is cut off: the time of one batch does not count",
