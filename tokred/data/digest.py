@@ -79,7 +79,7 @@ def digest_of(*things: Any, weights: bool = True, mode: bool = True, contents: b
     """
     digest = Digest(weights, mode, contents)
     for thing in things:
-        digest.add(thing)
+        digest.add(thing, type(thing).__name__)
     return digest.text()
 
 
@@ -125,7 +125,7 @@ class Digest:
         Raises:
             NoFingerprintError: something in it cannot be told from others of its kind.
         """
-        self._path.append(name or type(thing).__name__)
+        self._path.append(name)
         try:
             self._add(thing)
         except RecursionError as error:
@@ -324,8 +324,9 @@ class Digest:
             self._class(base)
         fields = vars(kind).get("__dataclass_fields__", {})
         for name, field in fields.items():
-            self._say(name, str(field.init), str(field.kw_only))
-            self.add((field.default, field.default_factory), name)
+            self._say(name)
+            about = (field.init, field.kw_only, field.default, field.default_factory)
+            self.add(about, name)
         own = {n: x for n, x in vars(kind).items() if n not in _NOT_OF_A_CLASS}
         self._attributes(own)
 
@@ -413,7 +414,7 @@ class Digest:
             how = thing.__reduce_ex__(4)
         except Exception as error:
             # It cannot be pickled; but perhaps its attributes tell it.
-            if not getattr(thing, "__dict__", None):
+            if not hasattr(thing, "__dict__") or not _of_python_alone(type(thing)):
                 raise self._unknown(thing, " ".join(str(error).split())[:80]) from error
             self._attributes(vars(thing))
             return
@@ -467,6 +468,15 @@ def _inner(thing: Any) -> Any:
     """The function that is inside of what a library has made of it; None if there is none."""
     inside = _INSIDE.get(_library_of(thing))
     return None if inside is None else getattr(thing, inside, None)
+
+
+def _of_python_alone(kind: type) -> bool:
+    """Whether objects of a class are made of their attributes alone."""
+    for one in kind.__mro__[:-1]:
+        new = vars(one).get("__new__")
+        if "__slots__" in vars(one) or not (new is None or isinstance(new, staticmethod)):
+            return False
+    return True
 
 
 def _library_of(thing: Any) -> str:

@@ -62,7 +62,7 @@ class Store:
 
     def get(self, setting: Setting | None) -> Row | None:
         """The row of a setting (None: the dense model), if it was measured in the same way."""
-        path = self._path(setting)
+        path = self.path(setting)
         if path is None or self.fresh or not path.is_file():
             return None
         try:
@@ -73,14 +73,14 @@ class Store:
 
     def put(self, setting: Setting | None, row: Row) -> None:
         """Keeps the row of a setting. No file is ever written in part."""
-        path = self._path(setting)
+        path = self.path(setting)
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         text = {"about": self.about, "row": dataclasses.asdict(row)}
         write_text(path, json.dumps(text, indent=1))
 
-    def _path(self, setting: Setting | None) -> Path | None:
+    def path(self, setting: Setting | None) -> Path | None:
         """The file of a setting, as it was when it was first asked for: methods may change while
         they are measured."""
         if self.folder is None:
@@ -109,7 +109,7 @@ def about(work: Work, data: str) -> dict[str, Any]:
     Raises:
         NoFingerprintError: something cannot be told from others of its kind.
     """
-    model, libraries = told([work.model, work.patch])  # no reduction hangs on it now
+    model, libraries = told({"model": work.model, "patch": work.patch})  # no reduction hangs on it now
     return {
         "model": model,
         "data": data,
@@ -140,4 +140,5 @@ def about_setting(setting: Setting) -> tuple[Any, ...]:
     gates = setting.gates
     weights = None if gates is None else content_of(gates)
     named = (re.sub(r" at 0x[0-9a-f]+", "", name) for name in (setting.method, setting.code))
-    return (*named, weights, *told([setting.reducer, setting.schedule]))
+    parts = {"method": setting.reducer, "schedule": setting.schedule}
+    return (*named, weights, *told(parts))
