@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +25,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import tokred
-from tokred.data import code, digest, samples
+from tokred.data import samples
 from tokred.data.digest import NoFingerprintError, digest_of
 from tokred.maps import Kept
 from tokred.measure import store as stores
@@ -405,7 +404,10 @@ def test_what_cannot_be_told_is_not_kept_and_named(tmp_path: Path) -> None:
     )
     assert not [*tmp_path.rglob("*.json")]
     del model.blocks[1].norm1.lock
-    with pytest.warns(UserWarning, match=r"no results of mine 0\.5 are kept .*\.method\.table, a builtins\.generator"):
+    with pytest.warns(
+        UserWarning,
+        match=r"no results of mine 0\.5 are kept .*: method\.table, a builtins\.generator",
+    ):
         evaluate(model, images, {"mine": Mine(table=(x for x in ""))}, [0.5], cache=tmp_path)
     assert len([*tmp_path.rglob("*.json")]) == 1  # of the dense model
 
@@ -467,3 +469,323 @@ def test_a_table_is_never_that_of_something_else(
         assert table.rows[1].kl == truth.rows[1].kl
         found.append(table.rows[1].kl)
     assert found[0] != found[1]
+
+
+# --- sweeps ---------------------------------------------------------------------------------------
+
+
+class Pipeline:
+    """A pipeline of one's own."""
+
+    def __init__(self) -> None:
+        self.components = {"unet": vit(), "tokenizer": {"a": 1}, "scheduler": Scheduler()}
+        self.unet = self.components["unet"]
+
+    @property
+    def scheduler(self) -> Any:
+        return self.components["scheduler"]
+
+    def __call__(self, prompt: list[str], **options: Any) -> Any:
+        noise = [torch.rand(8, 8, generator=source) for source in options["generator"]]
+        grey = [Image.fromarray((255 * x).byte().numpy()) for x in noise]
+        return SimpleNamespace(images=grey)
+
+
+class Scheduler:
+    def __init__(self) -> None:
+        self.config = {"steps": 10, "_use": ["b", "a"]}
+        self.betas = torch.linspace(0, 1, 4)
+        self.timesteps: Any = None
+
+
+class AnotherPipeline(Pipeline):
+    pass
+
+
+@dataclass
+class Swept:
+    """A sweep; each field may be changed."""
+
+    patch: pytest.MonkeyPatch
+    pipe: Any = field(default_factory=Pipeline)
+    sweep: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def plan(self) -> Any:
+        from tokred.measure import fid
+
+        usual = {"methods": ("tome",), "keep_rates": (0.5,), "prompts": ("1", "2"), "images": 4}
+        return fid.Sweep(**{**usual, **self.sweep})
+
+    def key(self) -> str:
+        from tokred.measure import fid
+
+        return json.dumps(fid.pins(self.pipe, self.plan, "ours"), sort_keys=True)
+
+
+def a_weight_of_the_denoiser(s: Any) -> None:
+    one_weight(SimpleNamespace(model=s.pipe.unet))
+
+
+def an_attribute_of_the_denoiser(s: Any) -> None:
+    an_attribute(SimpleNamespace(model=s.pipe.unet))
+
+
+def dtype_of_the_denoiser(s: Any) -> None:
+    s.pipe.unet.half()
+
+
+def the_tokenizer(s: Any) -> None:
+    s.pipe.components["tokenizer"]["a"] = 2
+
+
+def the_schedulers_configuration(s: Any) -> None:
+    s.pipe.scheduler.config["steps"] = 20
+
+
+def the_schedulers_noise(s: Any) -> None:
+    s.pipe.scheduler.betas[0] = 0.5
+
+
+def the_code_of_the_pipeline(s: Any) -> None:
+    s.patch.setattr(Pipeline, "__call__", lambda self, prompt, **options: None)
+
+
+def the_class_of_the_pipeline(s: Any) -> None:
+    s.pipe.__class__ = AnotherPipeline
+
+
+def the_code_of_a_method(s: Any) -> None:
+    module = sys.modules["tokred.measure.fid.pins"]
+    s.patch.setattr(module, "parse", lambda text, named: cell(True))
+
+
+def a_library(s: Any) -> None:
+    s.patch.setattr(sys.modules["timm"], "__version__", "0.0")
+
+
+def of_the_sweep(**changes: Any) -> Callable[[Any], None]:
+    def change(s: Any) -> None:
+        s.sweep |= changes
+
+    change.__name__ = f"option {', '.join(changes)}"
+    return change
+
+
+SWEPT: list[Callable[[Any], None]] = [
+    a_weight_of_the_denoiser, an_attribute_of_the_denoiser, dtype_of_the_denoiser, the_tokenizer,
+    the_schedulers_configuration, the_schedulers_noise, the_code_of_the_pipeline,
+    the_class_of_the_pipeline, the_code_of_a_method, a_library, float32,
+    of_the_sweep(prompts=("1", "3")), of_the_sweep(steps=3), of_the_sweep(guidance=2.0),
+    of_the_sweep(size=16), of_the_sweep(around=tokred.Around(every=2)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", SWEPT, ids=lambda change: change.__name__)
+def test_a_sweep_sees_every_change(
+    change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("accelerate")
+    swept, same = Swept(monkeypatch), Swept(monkeypatch)
+    before = swept.key()
+    same.pipe.scheduler.timesteps = torch.arange(3)  # where it was in the last image
+    assert same.key() == before
+    change(swept)
+    assert swept.key() != before
+
+
+def test_the_scale_of_an_adapter_counts() -> None:
+    peft = pytest.importorskip("peft")
+    unet = peft.inject_adapter_in_model(
+        peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["qkv"]), vit()
+    )
+    layer = unet.blocks[0].attn.qkv
+    first = digest_of(unet)
+    layer.scaling["default"] *= 0.1
+    second = digest_of(unet)
+    layer.scaling["default"] /= 0.1
+    assert first == digest_of(unet) != second
+    layer.enable_adapters(False)
+    assert digest_of(unet) != first
+
+
+def test_a_sweep_that_cannot_be_told_is_not_gone_on_with(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    from tokred.measure import fid
+
+    swept = Swept(pytest.MonkeyPatch(), sweep={"methods": (), "keep_rates": (1.0,)})
+    swept.pipe.components["tokenizer"] = {"vocabulary": threading.Lock()}
+    with pytest.warns(
+        UserWarning, match=r"cannot go on if it is stopped: dict\.vocabulary, a _thr"
+    ):
+        fid.generate(swept.pipe, swept.plan, tmp_path)
+    with pytest.raises(ValueError, match=r"of another sweep: dict\.vocabulary, a _thread\.lock"):
+        fid.generate(swept.pipe, swept.plan, tmp_path)
+
+
+class Pixels(nn.Module):
+    """Features of an image; which ones is an attribute that no weight tells of."""
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.axis = axis
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.float().mean((1, self.axis))
+
+
+@pytest.mark.filterwarnings("ignore:.*images for 8 features")
+def test_features_are_never_those_of_another_network_or_file(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    from tokred.measure import fid
+
+    swept = Swept(pytest.MonkeyPatch(), sweep={"methods": (), "keep_rates": (1.0,)})
+    out = tmp_path / "out"
+    fid.generate(swept.pipe, swept.plan, out)
+    reference = tmp_path / "reference"
+    reference.mkdir()
+    for number in range(4):
+        noise = torch.rand(8, 8, generator=torch.Generator().manual_seed(number))
+        Image.fromarray((200 * noise).byte().numpy()).save(reference / f"{number}.bmp")
+
+    def figures(axis: int, folder: Path = out) -> float:
+        return fid.score(swept.plan, folder, reference, Pixels(axis)).rows[0].fid
+
+    first, second = figures(2), figures(3)
+    kept = (out / "features" / "reference.npz").read_bytes()
+    assert figures(3) == second != first
+    assert (out / "features" / "reference.npz").read_bytes() == kept
+    file = reference / "2.bmp"
+    about, content = file.stat(), bytearray(file.read_bytes())
+    content[-1] ^= 255
+    file.write_bytes(content)
+    os.utime(file, ns=(about.st_atime_ns, about.st_mtime_ns))
+    assert figures(3) != second
+    network = Pixels(3)
+    network.lock = threading.Lock()
+    with pytest.warns(UserWarning, match="features are not kept for another time: .*lock"):
+        fid.score(swept.plan, out, reference, network)
+
+
+# --- trainings ------------------------------------------------------------------------------------
+
+
+class Seen:
+    """Samples to train on."""
+
+    def __init__(self) -> None:
+        self.images = pictures()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], index % 5
+
+
+class SeenDark(Seen):
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index] / 2, index % 5
+
+
+def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(outputs, targets)
+
+
+def another_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return 2 * nn.functional.cross_entropy(outputs, targets)
+
+
+@dataclass
+class TrainedOn:
+    """A training; each field may be changed."""
+
+    patch: pytest.MonkeyPatch
+    model: Any = field(default_factory=vit)
+    method: Any = field(default_factory=Mine)
+    recipe: Any = field(default_factory=lambda: Recipe(frozen=True))
+    data: Any = field(default_factory=Seen)
+    task: Any = loss
+    collate: Any = torch.utils.data.default_collate
+
+    def begin(self, out: Path) -> None:
+        checkpoints.begin(out, self.pins(), 0)
+
+    def pins(self) -> Any:
+        reduction = tokred.apply(self.model, self.method, 0.5)
+        parts = self.model, reduction, self.recipe, self.data, self.task, self.collate
+        return checkpoints.pins(*parts)
+
+
+def the_recipe(t: Any) -> None:
+    t.recipe = dataclasses.replace(t.recipe, lr=0.5)
+
+
+def the_loss(t: Any) -> None:
+    t.task = another_loss
+
+
+def the_collate(t: Any) -> None:
+    t.collate = lambda samples: samples
+
+
+def what_is_trained(t: Any) -> None:
+    t.model.head.bias.requires_grad_(False)
+
+
+def one_sample_less(t: Any) -> None:
+    t.data.images = t.data.images[1:]
+
+
+REFUSED: list[Callable[[Any], None]] = [
+    one_weight, a_buffer_that_is_not_saved, an_attribute, a_function, pooling, dtype,
+    an_option_of_the_method, another_method, the_code_of_the_method, a_helper_of_the_method,
+    the_recipe, the_loss, the_collate, what_is_trained, one_sample_less,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", REFUSED, ids=lambda change: change.__name__)
+def test_a_training_refuses_what_is_another(
+    change: Callable[[Any], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    TrainedOn(monkeypatch).begin(tmp_path)
+    same = TrainedOn(monkeypatch, model=vit().train())
+    checkpoints.compare(tmp_path, same.pins(), same.model)
+    other = TrainedOn(monkeypatch)
+    change(other)
+    if change is not one_sample_less:  # the number is refused, the content is told
+        with pytest.raises(ValueError, match="holds a checkpoint of another training: "):
+            checkpoints.compare(tmp_path, other.pins(), other.model)
+        return
+    with pytest.raises(ValueError, match="samples was 40, and is 39"):
+        checkpoints.compare(tmp_path, other.pins(), other.model)
+
+
+def one_pixel_of_a_sample(t: Any) -> None:
+    t.data.images[17, 0, 31, 31] += 1e-6
+
+
+def the_code_of_the_data(t: Any) -> None:
+    t.data = SeenDark()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (one_pixel_of_a_sample, "data: the samples"),
+        (the_code_of_the_data, "data: the samples"),
+        (version_of_timm, "versions was"),
+    ],
+)
+def test_a_training_tells_what_may_change(
+    change: Callable[[Any], None], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    TrainedOn(monkeypatch).begin(tmp_path)
+    other = TrainedOn(monkeypatch)
+    change(other)
+    with pytest.warns(UserWarning, match=f"goes on, though not all is as it was: {told}"):
+        checkpoints.compare(tmp_path, other.pins(), other.model)
+    lock = threading.Lock()
+    untold = TrainedOn(monkeypatch, collate=lambda samples: (lock, samples))
+    with pytest.warns(UserWarning, match="whether collate are what they were cannot be told"):
+        checkpoints.compare(tmp_path, untold.pins(), untold.model)

@@ -109,7 +109,7 @@ def about(work: Work, data: str) -> dict[str, Any]:
     Raises:
         NoFingerprintError: something cannot be told from others of its kind.
     """
-    model, libraries = told({"model": work.model, "patch": work.patch})  # no reduction hangs on it now
+    model, libraries = told({"model": work.model, "patch": work.patch})
     return {
         "model": model,
         "data": data,
