@@ -8,6 +8,7 @@ names it; nothing is passed over in silence.
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
 import functools
 import hashlib
@@ -187,7 +188,8 @@ class Digest:
         self._say("path", str(thing))
         if self._contents:
             self._say(content_of(thing) or "")
-        elif Path(thing).exists():
+            return
+        with contextlib.suppress(OSError):
             about = Path(thing).stat()
             self._say(str((about.st_size, about.st_mtime_ns)))
 
@@ -447,9 +449,9 @@ class Digest:
 
 def hangs(thing: Any) -> bool:
     """Whether this is what a reduction has hung on a model."""
-    return type(thing).__module__ in ("tokred.patching.stand_ins", "tokred.patching.denoisers") or (
-        type(thing).__module__ == "tokred.engine.denoising" and callable(thing)
-    )
+    where = type(thing).__module__
+    ours = where.startswith("tokred.patching.") or where == "tokred.engine.denoising"
+    return ours and callable(thing)
 
 
 def content_of(path: PurePath | str) -> str | None:

@@ -24,6 +24,7 @@ from tokred.patching.denoisers import NAMED
 from tokred.reducers import parse
 from tokred.version import __version__
 
+_PLAIN = (bool, int, float, str)
 UNTOLD = "cannot be told: "
 """What stands in place of a fingerprint that something does not have, in front of the reason."""
 
@@ -57,6 +58,11 @@ def pins(pipe: Any, sweep: Sweep, model: str = "") -> dict[str, Any]:
             name: _told(digest_of, part)
             for name, part in parts.items()
             if name not in modules and part is not scheduler
+        },
+        "configuration": {
+            key: value
+            for key, value in dict(getattr(pipe, "config", {})).items()
+            if key not in parts and not key.startswith("_") and isinstance(value, _PLAIN)
         },
         "scheduler": {"class": type(scheduler).__name__, **config},
         # Schedulers change as they are used; their code and their noise levels do not.
