@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tokred.engine import (
     Layout,
     Reduction,
     Step,
+    in_a_graph,
     outside_of_the_graph,
     pooled_with_mask,
     tokens_there,
@@ -59,6 +59,9 @@ def layout(model: Any, image_size: tuple[int, int] | None) -> Layout:
     )
 
 
+PADDED = "images of a padded batch have different numbers of tokens"
+
+
 def forward_features(
     reduction: Reduction,
     original: Callable[..., Any],
@@ -69,9 +72,9 @@ def forward_features(
     attn_mask: Tensor | None = None,
 ) -> Any:
     """The features, and which of them are not padding."""
-    if torch.compiler.is_compiling() and patch_coord is not None:
+    if in_a_graph(patches) and patch_coord is not None:
         again = (reduction, original, model, patches, patch_coord, patch_valid, attn_mask)
-        return outside_of_the_graph(forward_features, *again)
+        return outside_of_the_graph(PADDED, forward_features, *again)
     features = original(model, patches, patch_coord, patch_valid, attn_mask)
     if isinstance(features, dict):
         there = tokens_there(reduction, features["patches"])
@@ -90,8 +93,10 @@ def forward_intermediates(
 ) -> Any:
     """Full grids at the layers that are asked for."""
     call: Callable[..., Any] = common.forward_intermediates
-    if torch.compiler.is_compiling() and (isinstance(x, dict) or "patch_coord" in kwargs):
-        return outside_of_the_graph(call, reduction, original, model, x, *args, **kwargs)
+    if (isinstance(x, dict) or "patch_coord" in kwargs) and in_a_graph(
+        x["patches"] if isinstance(x, dict) else x
+    ):
+        return outside_of_the_graph(PADDED, call, reduction, original, model, x, *args, **kwargs)
     return call(reduction, original, model, x, *args, **kwargs)
 
 
@@ -104,8 +109,9 @@ def pool(
     patch_valid: Tensor | None = None,
 ) -> Tensor:
     """What the head pools, which is told of padding."""
-    if torch.compiler.is_compiling() and patch_valid is not None:
-        return outside_of_the_graph(pool, reduction, original, model, x, pool_type, patch_valid)
+    if in_a_graph(x) and patch_valid is not None:
+        again = (reduction, original, model, x, pool_type, patch_valid)
+        return outside_of_the_graph(PADDED, pool, *again)
     return pooled_with_mask(
         reduction,
         x,

@@ -364,6 +364,23 @@ def ranked(score: Shaped[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]
     return score.argsort(dim=-1, descending=True, stable=True)
 
 
+def refuse_onnx(name: str) -> None:
+    """Raises where a model is being written as ONNX. For methods that take as many turns as the
+    images need, by an operator of ours that ONNX has nothing like.
+
+    Args:
+        name: the method.
+
+    Raises:
+        RuntimeError: it is.
+    """
+    if torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            f"{name} takes as many turns as the images need, by an operator that ONNX does not "
+            "have: the table under Export in docs/composition.md says which methods can become ONNX"
+        )
+
+
 def take(
     x: Float[Tensor, "batch tokens dim"], index: Int[Tensor, "batch chosen"]
 ) -> Float[Tensor, "batch chosen dim"]:

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tokred.maps import Clusters
+from tokred.maps import Clusters, refuse_onnx
 from tokred.optional import installed, require
 from tokred.reducers.protocol import Tokens
 from tokred.reducers.registry import register
@@ -109,6 +109,7 @@ def cluster(
             f"num_clusters must be in [1, {features.shape[1]}] for {features.shape[1]} tokens, "
             f"not {num_clusters}"
         )
+    refuse_onnx("atc")
     labels: Tensor = _cluster(features, num_clusters, linkage, backend)
     return labels
 

@@ -65,7 +65,8 @@ def select(x: Float[Tensor, "batch tokens dim"], num: int) -> Int[Tensor, "batch
     """
     if not 1 <= num <= x.shape[1]:
         raise ValueError(f"num must be in [1, {x.shape[1]}] for {x.shape[1]} tokens, not {num}")
-    chosen: Tensor = _select(x, num)
+    # ONNX has no operator like ours: there, the graph holds every turn of the loop.
+    chosen: Tensor = _in_parts(x, num) if torch.onnx.is_in_onnx_export() else _select(x, num)
     return chosen
 
 
@@ -74,9 +75,7 @@ def select(x: Float[Tensor, "batch tokens dim"], num: int) -> Int[Tensor, "batch
     "tokred::most_diverse", mutates_args=(), schema="(Tensor x, int num) -> Tensor"
 )
 def _select(x: Tensor, num: int) -> Tensor:
-    unit = F.normalize(wide(x.detach()), dim=-1).nan_to_num()
-    samples = max(1, _AT_ONCE // x.shape[1] ** 2)
-    return torch.cat([_greedily(part, num) for part in unit.split(samples)])
+    return _in_parts(x, num)
 
 
 @_select.register_fake
@@ -84,18 +83,34 @@ def _(x: Tensor, num: int) -> Tensor:
     return x.new_empty((x.shape[0], num), dtype=torch.int64)
 
 
+def _in_parts(x: Float[Tensor, "batch tokens dim"], num: int) -> Int[Tensor, "batch num"]:
+    unit = F.normalize(wide(x.detach()), dim=-1).nan_to_num()
+    samples = max(1, _AT_ONCE // x.shape[1] ** 2)
+    return torch.cat([_greedily(part, num) for part in unit.split(samples)])
+
+
 def _greedily(unit: Float[Tensor, "batch tokens dim"], num: int) -> Int[Tensor, "batch num"]:
     similarity = unit @ unit.transpose(1, 2)
-    itself = similarity.diagonal(dim1=1, dim2=2)
-    itself.fill_(-torch.inf)
+    similarity = _with_diagonal(similarity, -torch.inf)
     # The first token. (A matrix product is not always symmetric to the last bit. If two tokens are
     # each other's most similar one, they have to be equally far.)
     first = torch.maximum(similarity.amax(1), similarity.amax(2)).argmin(1)
 
-    itself.fill_(torch.inf)  # so that a token that is taken is not taken again
-    sample = torch.arange(len(unit), device=unit.device)
+    # So that a token that is taken is not taken again.
+    similarity = _with_diagonal(similarity, torch.inf)
+    sample = torch.arange(unit.shape[0], device=unit.device)
     chosen, highest = [first], similarity[sample, first]
     for _ in range(num - 1):
         chosen.append(highest.argmin(1))
         highest = torch.maximum(highest, similarity[sample, chosen[-1]])
     return torch.stack(chosen, 1).sort(1).values
+
+
+def _with_diagonal(
+    x: Float[Tensor, "batch tokens tokens"], value: float
+) -> Float[Tensor, "batch tokens tokens"]:
+    """The same with `value` on the diagonals; in place, but for ONNX, which knows no views."""
+    if torch.onnx.is_in_onnx_export():
+        return x.masked_fill(torch.eye(x.shape[1], dtype=torch.bool, device=x.device), value)
+    x.diagonal(dim1=1, dim2=2).fill_(value)
+    return x

@@ -121,9 +121,7 @@ def _cluster(
         halved = _halved(part, every)
         longest = torch.maximum(longest, halved.flatten(1).amax(1))
         # The nearest neighbour is the token itself, at distance 0: no need to search for it.
-        itself = halved.diagonal(number * rows, 1, 2).fill_(torch.inf)
-        others = _smallest(halved, min(k, num) - 1).sum(-1)
-        itself.fill_(0)
+        others = _smallest_others(halved, number * rows, min(k, num) - 1).sum(-1)
         spreads.append(others / min(k, num) * unit[:, 0] / dim)
     spread = torch.cat(spreads, 1)
 
@@ -204,6 +202,21 @@ def _halved(
     halved = some[1][:, :, None] + others[1][:, None, :]
     torch.baddbmm(halved, some[0], others[0].transpose(1, 2), alpha=-1, out=halved)
     return halved
+
+
+def _smallest_others(
+    x: Float[Tensor, "batch some others"], first: int, k: int
+) -> Float[Tensor, "batch some k"]:
+    """`_smallest` of all but the entry of the token itself, whose place in a row is that of the
+    row, counted from `first` on."""
+    if torch.compiler.is_compiling():  # what changes a part in place cannot become ONNX
+        other = torch.arange(x.shape[2], device=x.device)
+        itself = other == other[first : first + x.shape[1], None]
+        return _smallest(x.masked_fill(itself, torch.inf), k)
+    itself = x.diagonal(first, 1, 2).fill_(torch.inf)
+    found = _smallest(x, k)
+    itself.fill_(0)
+    return found
 
 
 def _smallest(x: Float[Tensor, "batch some others"], k: int) -> Float[Tensor, "batch some k"]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from tokred.maps import Clusters, in_order_of_first_member, ranked
+from tokred.maps import Clusters, in_order_of_first_member, ranked, refuse_onnx
 from tokred.reducers.protocol import Tokens
 from tokred.reducers.registry import register
 from tokred.reducers.tome import mean_over_heads
@@ -63,6 +63,7 @@ def match(
     num = metric.shape[1]
     if not 1 <= num_clusters <= num:
         raise ValueError(f"num_clusters must be in [1, {num}] for {num} tokens, not {num_clusters}")
+    refuse_onnx("mutual")
     labels: Tensor = _match(metric, size, num_clusters)
     return labels
 

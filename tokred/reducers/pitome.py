@@ -126,7 +126,9 @@ def energy(
         unit: tokens of length 1. (A token is among its own neighbours, which adds the same to all.)
         elements: how many cosines are held at once; only their means are needed.
     """
-    rows = max(1, elements // max(1, unit.shape[0] * unit.shape[1]))
+    rows = unit.shape[1]
+    if not torch.compiler.is_compiling():  # there the batch may be a symbol, not a number
+        rows = max(1, elements // max(1, unit.shape[0] * unit.shape[1]))
     means = []
     for some in unit.split(rows, dim=1):
         cosine = some @ unit.transpose(1, 2)

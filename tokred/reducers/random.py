@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,7 +32,11 @@ class Random:
 
     def __call__(self, tokens: Tokens, keep: int) -> Clusters:
         batch, num, _ = tokens.x.shape
-        labels: Tensor = partition(num, keep, self.seed + 1009 * tokens.layer)
+        seed = self.seed + 1009 * tokens.layer
+        if torch.onnx.is_in_onnx_export():
+            labels = _constant(num, keep, seed)
+        else:
+            labels = partition(num, keep, seed)
         return Clusters(labels.to(tokens.x.device).repeat(batch, 1), keep)
 
 
@@ -55,3 +60,11 @@ def partition(tokens: int, num_clusters: int, seed: int) -> Tensor:
 @partition.register_fake
 def _(tokens: int, num_clusters: int, seed: int) -> Tensor:
     return torch.empty(tokens, dtype=torch.int64)
+
+
+def _constant(tokens: int, num_clusters: int, seed: int) -> Int[Tensor, " tokens"]:
+    """`partition` for ONNX, which has no operator like ours: the labels themselves."""
+    # In another thread, which draws numbers rather than records that they are to be drawn.
+    with ThreadPoolExecutor(1) as elsewhere:
+        drawn = elsewhere.submit(lambda: partition(tokens, num_clusters, seed).tolist())
+    return torch.tensor(drawn.result())

@@ -106,9 +106,8 @@ def match(
     if merges == 0:
         return position.repeat(metric.shape[0], 1)
     # All tokens that are no destinations, in order. (By sorting: `nonzero` would wait for the
-    # device.)
-    taken = torch.zeros(num, dtype=torch.int8, device=metric.device).index_fill(0, at, 1)
-    sources = taken.argsort(stable=True)[: num - len(at)]
+    # device. No two of the keys that count are equal, because ONNX has no stable sort.)
+    sources = position.index_fill(0, at, num).argsort()[: num - len(at)]
     unit = F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
     similarity, partner = best(unit.index_select(1, sources), unit.index_select(1, at))
     strongest = ranked(similarity)[:, :merges]
