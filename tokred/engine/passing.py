@@ -182,9 +182,9 @@ def _followed(reduction: Reduction, x: Tensor, state: State) -> State:
     images = same_images(last, x)
     if images is None:
         raise RuntimeError(
-            f"between two patched blocks, {len(last)} images became {len(x)}, and which ones cannot be told: images may be left out or put into another "
-            "order there, or their tokens may be changed, but not both at a time. "
-            "tokred.remove(model) takes the reduction out"
+            f"between two patched blocks, {len(last)} images became {len(x)}, and which ones "
+            "cannot be told: images may be left out or put into another order there, or their "
+            "tokens may be changed, but not both at a time. tokred.remove(model) takes the reduction out"
         )
     if images.tolist() != list(range(len(last))):
         try:
