@@ -184,7 +184,8 @@ def _followed(reduction: Reduction, x: Tensor, state: State) -> State:
         raise RuntimeError(
             f"between two patched blocks, {len(last)} images became {len(x)}, and which ones "
             "cannot be told: images may be left out or put into another order there, or their "
-            "tokens may be changed, but not both at a time. tokred.remove(model) takes the reduction out"
+            "tokens may be changed, but not both at a time. tokred.remove(model) takes the "
+            "reduction out"
         )
     if images.tolist() != list(range(len(last))):
         try:
