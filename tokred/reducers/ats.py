@@ -59,8 +59,8 @@ def sample(significance: Float[Tensor, "batch tokens"], num: int) -> Bool[Tensor
     the cumulative sum of the normalised significance is nearest to it; of equals, the lowest index.
 
     Args:
-        significance: at least 0. If it is 0 for all tokens of a sample, the first one is drawn. Of
-            a sample with NaN or infinity, some token or other is.
+        significance: at least 0. If it is 0 for all tokens of a sample, the first one is drawn; of
+            a sample with NaN or infinity, the first one among others.
         num: how many points, at least 1.
     """
     # float64: after a few hundred additions in float32 nearby points would change places.
@@ -75,8 +75,8 @@ def sample(significance: Float[Tensor, "batch tokens"], num: int) -> Bool[Tensor
     to_below = (cumulative.gather(1, below) - points).abs()
     nearest = torch.where(to_below <= to_above, below, above)
     # A token without significance has the same entry as the token before it; the first is drawn.
-    # (NaN would come behind the last entry.)
+    # (NaN would come behind the last entry. The last tokens may be padding, but not the first.)
     drawn = torch.searchsorted(cumulative, cumulative.gather(1, nearest))
-    drawn = drawn.clamp(max=share.shape[1] - 1)
+    drawn = torch.where(drawn < share.shape[1], drawn, 0)
     chosen = torch.zeros_like(share, dtype=torch.bool)
     return chosen.scatter(1, drawn, True)
