@@ -89,12 +89,12 @@ def pool(
     reduction: Reduction, original: Callable[..., Any], model: Any, x: Tensor
 ) -> tuple[Tensor, Tensor]:
     """What is pooled, and the tokens that are handed out beside it, which stay what they are."""
-    averages = model.attn_pool is None and model.pool_type == "avg"
-    pools = averages or model.attn_pool is not None
-    pooled_, tokens = pooled(reduction, x, lambda seen: original(model, seen), patches=pools)
-    if averages and model.output_tokens:
-        tokens = original(model, x)[1]
-    return pooled_, tokens
+    if model.attn_pool is None and model.pool_type == "avg":
+        # Images may have different numbers of tokens, which cannot be handed out as they are.
+        mean = pooled(reduction, x, lambda seen: original(model, seen)[0])
+        return mean, original(model, x)[1] if model.output_tokens else x
+    pools = model.attn_pool is not None
+    return pooled(reduction, x, lambda seen: original(model, seen), patches=pools)
 
 
 def refuse(model: Any, signals: frozenset[str]) -> str | None:

@@ -69,8 +69,8 @@ def sample(
     the cumulative sum of the normalised significance is nearest to it; of equals, the lowest index.
 
     Args:
-        significance: at least 0. If it is 0 for all tokens of a sample, the first one is drawn. Of
-            a sample with NaN or infinity, some token or other is.
+        significance: at least 0. If it is 0 for all tokens of a sample, the first one is drawn; of
+            a sample with NaN or infinity, the first one among others.
         num: how many points, at least 1.
         published: take the points for `num` + 1 and leave out the last one, as the published code
             does: 1/2(K+1), ..., (2K-1)/2(K+1). So the tokens at the end of an image are drawn less.
@@ -88,8 +88,8 @@ def sample(
     to_below = (cumulative.gather(1, below) - points).abs()
     nearest = torch.where(to_below <= to_above, below, above)
     # A token without significance has the same entry as the token before it; the first is drawn.
-    # (NaN would come behind the last entry.)
+    # (NaN would come behind the last entry. The last tokens may be padding, but not the first.)
     drawn = torch.searchsorted(cumulative, cumulative.gather(1, nearest))
-    drawn = drawn.clamp(max=share.shape[1] - 1)
+    drawn = torch.where(drawn < share.shape[1], drawn, 0)
     chosen = torch.zeros_like(share, dtype=torch.bool)
     return chosen.scatter(1, drawn, True)
