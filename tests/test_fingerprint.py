@@ -7,11 +7,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from conftest import small
 from torch import nn
 
+import tokred
+from tokred.data import zoo
 from tokred.data.fingerprint import dense_fingerprint, fingerprint, is_of
 from tokred.data.writing import whole, write_text
 
@@ -73,6 +77,29 @@ def test_a_fingerprint_is_the_same_in_every_process() -> None:
     assert run.stdout.strip() == fingerprint(counted(nn.Sequential(nn.Linear(3, 2), Addressed())))
 
 
+@pytest.mark.parametrize("host", ["vit", "unet"])
+def test_a_reduction_counts_and_can_be_left_out(host: str) -> None:
+    def build() -> Any:
+        if host == "unet":
+            pytest.importorskip("diffusers")
+            return zoo.diffusion().unet
+        return small("vit")
+
+    model = build()
+    dense, trained = fingerprint(model), dense_fingerprint(model)
+    seen = [dense]
+    for method, keep_rate in (("tome", 0.5), ("tome", 0.7), ("random", 0.5)):
+        tokred.apply(model, method, keep_rate)
+        seen.append(fingerprint(model))
+        assert dense_fingerprint(model) == trained
+        other = build()
+        tokred.apply(other, method, keep_rate)
+        assert fingerprint(other) == seen[-1]  # what hangs there has no address
+    assert len(set(seen)) == 4
+    tokred.remove(model)
+    assert fingerprint(model) == dense
+
+
 def test_what_has_no_values_to_read_has_a_fingerprint() -> None:
     on_meta = nn.Linear(3, 2, device="meta")
     assert fingerprint(on_meta) == fingerprint(nn.Linear(3, 2, device="meta"))
@@ -93,6 +120,12 @@ def test_a_file_that_is_there_is_whole(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), whole(file) as part:
         part.write_text("hal")
         raise KeyboardInterrupt
-    assert file.read_text() == "old"
+    assert file.read_text() == "old" and [*tmp_path.iterdir()] == [file]
+    with whole(file) as part, whole(file.with_suffix(".csv")) as other:  # at the same time
+        assert part != other
+        part.write_text("a table")
+        other.write_text("another")
+    assert (file.read_text(), file.with_suffix(".csv").read_text()) == ("a table", "another")
+    file.with_suffix(".csv").unlink()
     write_text(file, "new")
     assert file.read_text() == "new" and [*tmp_path.iterdir()] == [file]

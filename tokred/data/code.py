@@ -13,6 +13,8 @@ import hashlib
 import site
 import sys
 import sysconfig
+import time
+import uuid
 from collections.abc import Iterator
 from functools import cache
 from importlib import metadata
@@ -21,6 +23,7 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 OURS = "tokred"
+_BEGAN = time.time()
 _LOADS = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"}
 
 
@@ -68,7 +71,8 @@ def version_of(library: str) -> str | None:
 @cache
 def sources() -> str:
     """A text that tells the code of tokred from that of the same version, if it is not installed
-    but worked on; else empty."""
+    but worked on; else empty. If a file was changed since this process began, it is the text of
+    this process alone, because nobody knows which code runs in it."""
     folder = Path(__file__).resolve().parent.parent
     if any(folder.is_relative_to(place) for place in _where_libraries_are()):
         return ""
@@ -76,6 +80,8 @@ def sources() -> str:
     for root in (folder, folder / "patches"):  # which may be a link
         for file in sorted(root.rglob("*.py")):
             sha.update(file.read_bytes())
+            if file.stat().st_mtime > _BEGAN:
+                return f"+{uuid.uuid4().hex}"
     return f"+{sha.hexdigest()[:12]}"
 
 

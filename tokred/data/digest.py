@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from tokred.data import code
+from tokred.patching.stand_ins import MARK
 
 CHUNK = 2**24
 """Bytes of a file that are read at a time."""
@@ -265,7 +266,7 @@ class Digest:
         if isinstance(module, torch.jit.ScriptModule):
             self._script(module)
             return
-        left_out = set(_NOT_SEEN_BY_FORWARD)
+        left_out = {MARK, *_NOT_SEEN_BY_FORWARD}
         if isinstance(module, torch.fx.GraphModule):
             left_out |= {"_graph", "meta"}
             self._say(module.code)

@@ -39,8 +39,9 @@ FORMAT = 3
 had no number in it."""
 
 _OF_A_REDUCTION = (
-    "reducer", "schedule", "around", "layout", "proportional_attention", "full_grid", "attention",
-    "averages", "reconstruction", "gates", "padded", "windows",
+    "reducer", "schedule", "around", "layout", "proportional_attention", "full_grid", "hand_out",
+    "attention", "averages", "reconstruction", "gates", "padded", "windows",
+    "places", "times",
 )  # fmt: skip
 """What the answers of a reduced model depend on."""
 
