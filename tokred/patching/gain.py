@@ -37,9 +37,9 @@ def why_none(reduction: Reduction, block: nn.Module) -> str | None:
         block: one of the model's blocks, which are alike.
     """
     width, grid = width_of(block), reduction.layout.grid
-    if width is None:
-        return None
     weights = _weights(block)
+    if width is None or weights < width**2:  # of weights that are packed, too little is known
+        return None
 
     def worth(grid: tuple[int, int], tokens: int) -> bool:
         counts = reduction.counts(tokens, grid)
