@@ -6,16 +6,18 @@ import copy
 import gc
 import inspect
 import io
+import re
 import subprocess
 import sys
 import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import HOSTS, Digits, images_for, small
 from torch import nn
@@ -81,6 +83,58 @@ def test_keeping_less_changes_the_answer(vit: nn.Module, images: torch.Tensor, m
     after = outputs(vit, images)
     assert after.shape == before.shape and after.isfinite().all()
     assert not torch.allclose(after, before, rtol=1e-5, atol=1e-6)
+
+
+def gains(model: nn.Module, *args: Any, **options: Any) -> list[str]:
+    """What `apply` says of what can be gained."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", tokred.NoGainWarning)
+        tokred.apply(model, *args, **options)
+    assert all(Path(one.filename) == Path(__file__) for one in said)
+    return [str(one.message) for one in said if one.category is tokred.NoGainWarning]
+
+
+def test_apply_says_where_nothing_can_be_gained() -> None:
+    with torch.device("meta"):  # nothing is run
+        small, tiny, base = (
+            timm.create_model(f"vit_{size}_patch16_224", img_size=pixels)
+            for size, pixels in (("small", 224), ("tiny", 64), ("base", 64))
+        )
+    assert gains(small, "tome", 0.7) == gains(base, "tome", 0.7) == []
+    (said,) = gains(tiny, "tome", 0.7)
+    assert said.startswith("16 tokens of width 192 are so few that ToMe(threshold=None) takes")
+    number = re.search(r"from about (\d+) tokens on", said)
+    assert number is not None
+    side = int(int(number[1]) ** 0.5)
+    for more, fewer in ((0, False), (-1, True)):
+        with torch.device("meta"):
+            other = timm.create_model("vit_tiny_patch16_224", img_size=16 * (side + more))
+        assert bool(gains(other, "tome", 0.7)) is fewer
+    # One decision only; gates in nine layers; a schedule for this number of tokens alone.
+    assert gains(tiny, "tome", tokred.Hourglass(0.5, down=4)) == []
+    assert gains(tiny, "svit", 0.9) and gains(tiny, "tome", tokred.Exactly((15,) * 12))
+    assert gains(tiny, "tome", tokred.Exactly((16,) * 6 + (1,) * 6)) == []
+    assert gains(tiny, "tome", 1.0) == []  # which is said otherwise
+
+
+def test_apply_says_at_which_level_of_a_denoiser_nothing_can_be_gained() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    build = {
+        "layers_per_block": 1, "cross_attention_dim": 32, "norm_num_groups": 8,
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "block_out_channels": (64, 128), "attention_head_dim": 8,
+    }  # fmt: skip
+    with torch.device("meta"):
+        large, small = (
+            diffusers.UNet2DConditionModel(sample_size=size, **build) for size in (24, 12)
+        )
+    assert gains(large, "tome", 0.5) == []
+    (said,) = gains(small, "tome", 0.5)
+    assert said.startswith("144 tokens of level 0 are so few that ToMe2d(")
+    (said,) = gains(large, "tome", tokred.Around(0.5, levels=(0, 1)))
+    assert said.startswith("144 tokens of level 1 are so few")
+    assert gains(small, "todo", 0.5) == []  # it chooses nothing
 
 
 def test_keeping_everything_warns(plain: nn.Module) -> None:

@@ -23,6 +23,7 @@ from tokred.measure.tracing import Trace, inspect
 from tokred.moved import former, keep_former_paths
 from tokred.patching import applied, apply, remove
 from tokred.patching.citing import cite
+from tokred.patching.gain import NoGainWarning
 from tokred.patching.presets import Preset, presets
 from tokred.reconstruction import Bilinear, Nearest
 from tokred.reducers import names as methods
@@ -72,6 +73,7 @@ __all__ = [
     "Linear",
     "Mutual",
     "Nearest",
+    "NoGainWarning",
     "PiToMe",
     "Preset",
     "Profile",

@@ -10,8 +10,17 @@ from typing import Any
 from tokred.engine.denoising import Around
 from tokred.engine.graphs import compiling
 from tokred.engine.windows import in_windows
-from tokred.host import Host, Stage, WindowedHost, find_denoiser, module_of, scheduler_of
+from tokred.host import (
+    Host,
+    Stage,
+    WindowedHost,
+    find_denoiser,
+    find_host,
+    module_of,
+    scheduler_of,
+)
 from tokred.patching.denoisers import plan_for
+from tokred.patching.gain import NoGainWarning, none_around, why_none
 from tokred.patching.hanging import hang, host_of, reduction_of, remove, uncompiled
 from tokred.patching.planning import reduction_for
 from tokred.patching.presets import Preset
@@ -93,6 +102,10 @@ def apply(
         ValueError: an option is out of range, or no method has that name.
         TypeError: an option is of the wrong type.
         UnsupportedModelError: the model, or one of its blocks, is not one we know.
+
+    Warns:
+        NoGainWarning: by the size of the model's own images, choosing tokens takes longer than
+            fewer tokens save. (Of models that attend in windows, nothing is said.)
     """
     if compiling():
         raise RuntimeError("tokred.apply cannot be compiled: call it outside torch.compile's code")
@@ -110,6 +123,10 @@ def apply(
             "hand_out": tuple(hand_out) or None,
         }
         denoising = plan_for(uncompiled(model), denoiser, method, keep_rate, options, scheduler)
+        around, inside = denoising.around, uncompiled(model)
+        poor = none_around(inside, denoising.places, denoising.reducer, around)
+        if poor is not None and around.keep_rate < 1:
+            warnings.warn(poor, NoGainWarning, stacklevel=2)
         hang(model, denoiser, denoising)
         return denoising
     found, reduction = reduction_for(
@@ -131,6 +148,10 @@ def apply(
         warnings.warn(
             f"{reduction.schedule} keeps all {patches} tokens: nothing is reduced", stacklevel=2
         )
+    elif isinstance(found, Host):
+        poor = why_none(reduction, found.blocks(find_host(model, host)[1])[0])
+        if poor is not None:
+            warnings.warn(poor, NoGainWarning, stacklevel=2)
     if isinstance(found, Stage):
         reduction = in_windows(reduction, reduction.layout.grid)
     hang(model, found, reduction)
