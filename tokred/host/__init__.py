@@ -3,6 +3,7 @@
 from tokred.engine.denoising import Place
 from tokred.host.check import (
     ADDING_A_HOST,
+    blocks_of,
     check_host,
     class_name,
     forward_of,
@@ -13,6 +14,7 @@ from tokred.host.check import (
     named,
     submodule,
     tap_of,
+    unwrapped,
 )
 from tokred.host.find import (
     find_denoiser,
@@ -33,6 +35,7 @@ __all__ = [
     "Stage",
     "UnsupportedModelError",
     "WindowedHost",
+    "blocks_of",
     "check_host",
     "class_name",
     "find_denoiser",
@@ -50,4 +53,5 @@ __all__ = [
     "stage_of",
     "submodule",
     "tap_of",
+    "unwrapped",
 ]

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from tokred.engine import passing
 from tokred.engine.gated import gather
@@ -27,6 +28,7 @@ from tokred.engine.state import State
 from tokred.engine.step import Step, enter
 from tokred.engine.windows import too_small
 from tokred.host import Denoiser, hosts, is_a, submodule
+from tokred.patching.tracers import as_node, refuse_fx, refuse_vmap, traced
 
 Checkpoint = Callable[[Any], Callable[..., Any] | None]
 Read = Callable[[Any, Tensor], Tensor]
@@ -69,6 +71,13 @@ class StandIn:
     def __wrapped__(self) -> Callable[..., Any]:
         return MethodType(type(self.block).forward, self.block)  # for inspect.signature
 
+    def _as_node(self, proxy: Proxy, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """This block as one node of a graph of torch.fx."""
+        hooks = proxy.tracer.root._forward_pre_hooks.values()  # type: ignore[attr-defined]
+        if any(isinstance(hook, HandedOut) for hook in hooks):
+            refuse_fx(self.reduction, "which layers the model hands out")
+        return as_node(self.block, proxy, args, kwargs)
+
     def _hand_out(self, step: Step) -> None:
         """Lets the block put out the full grid, if the model looks at it in every call."""
         if self.always_full is None:
@@ -105,6 +114,9 @@ class Patched(StandIn):
     pads: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        proxy = traced(args, kwargs)
+        if proxy is not None:
+            return self._as_node(proxy, args, kwargs)
         if torch.compiler.is_compiling():
             why = self._varies(args, kwargs)
             if why is not None:
@@ -117,6 +129,7 @@ class Patched(StandIn):
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The block with fewer tokens, whatever it is called through."""
         x, *others = self._with_tokens(args, kwargs)
+        refuse_vmap(self.reduction, x)
         step = enter(
             self.reduction,
             x,
@@ -193,6 +206,9 @@ class PatchedInWindows(StandIn):
     channels_first: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        proxy = traced(args, kwargs)
+        if proxy is not None:
+            return self._as_node(proxy, args, kwargs)
         through = None if self.checkpoint is None else self.checkpoint(self.block)
         if through is None:
             return self.run(*args, **kwargs)
@@ -204,6 +220,7 @@ class PatchedInWindows(StandIn):
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The block on smaller windows, whatever it is called through."""
         x, *others = self._with_tokens(args, kwargs)
+        refuse_vmap(self.reduction, x)
         if self.first:
             self._begin(self.grid(self.block, x, *others, **kwargs))
         reduction = self.reduction
@@ -291,6 +308,9 @@ class PatchedMethod:
         return MethodType(self.original, self.model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if traced(args, kwargs) is not None:
+            refuse_fx(self.reduction, f"how {type(self.model).__name__} pools them")
+            return self.original(self.model, *args, **kwargs)
         if torch.compiler.is_compiling() and self.reduction.traits.varies:
             return outside_of_the_graph(varying(self.reduction), self, *args, **kwargs)
         return self.call(self.reduction, self.original, self.model, *args, **kwargs)
@@ -318,11 +338,15 @@ class Carry:
 
     reduction: Reduction
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        proxy = traced(args, {})
+        if proxy is not None:  # a norm of a class of the model's library, which torch.fx opens
+            return as_node(module, proxy, args, {})
         if torch.compiler.is_compiling() and self.reduction.traits.varies:
             outside_of_the_graph(varying(self.reduction), self, module, args, output)
         else:
             passing.pass_on(self.reduction, args[0], output)
+        return None
 
 
 @dataclass(eq=False)
@@ -332,9 +356,13 @@ class Grid:
 
     reduction: Reduction
 
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        proxy = traced(args, {})
+        if proxy is not None:
+            return as_node(module, proxy, args, {})
         *frames, rows, columns = output.shape[2:]
         self.reduction.set_grid((math.prod(frames) * rows, columns))
+        return None
 
 
 @dataclass(eq=False)
@@ -345,6 +373,9 @@ class HandedOut:
     layers: Callable[[Any, Any, Any], frozenset[int]]
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if traced(args, kwargs) is not None:
+            refuse_fx(self.reduction, "which layers the model hands out")
+            return
         self.reduction.set_tapped(self.layers(module, args, kwargs))
 
 
@@ -355,6 +386,9 @@ class Pool:
     reduction: Reduction
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if traced(args, {}) is not None:
+            refuse_fx(self.reduction, f"what {type(module).__name__} must know of them")
+            return None
         found = poolable(self.reduction, args[0])
         if found is None:
             return None
