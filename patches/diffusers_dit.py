@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokred.host import Denoiser, Place, is_a
 
-from ._diffusers import BLOCK, modules_of, progress
+from ._diffusers import BLOCK, beside, keys, modules_of, prompt, timestep
 
 
 def places(model: Any) -> list[Place]:
@@ -43,6 +43,9 @@ HOST = Denoiser(
     ),
     places=places,
     grid=grid,
-    progress=progress,
+    timestep=timestep,
+    prompt=prompt,
+    beside=beside,
+    keys=keys,
     summary="DiT, PixArt-alpha and -sigma",
 )

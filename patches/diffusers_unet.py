@@ -8,14 +8,16 @@ are the frames of a video (motion modules, temporal layers) are left alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from tokred.host import Denoiser, Place, is_a
+from tokred.host import THOUSAND, Denoiser, Place, Times, is_a
 
-from ._diffusers import BLOCK, modules_of, progress
+from ._diffusers import BLOCK, beside, keys, modules_of, prompt, timestep
+from ._diffusers import progress as progress  # models that were pickled by version 0.7 name it here
 
 
 def places(model: Any) -> list[Place]:
@@ -54,6 +56,18 @@ def grid(owner: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[in
     return rows, columns
 
 
+def times(model: Any) -> Times:
+    """Stable Video Diffusion is called with a fourth of the logarithm of the noise level, which
+    goes from 700 to 0.002 (Karras et al., "Elucidating the Design Space of Diffusion-Based
+    Generative Models", NeurIPS 2022, https://arxiv.org/abs/2206.00364). The others are called with
+    whole numbers below 1,000."""
+    if is_a(model, (_VIDEO,)):
+        return Times(math.log(700) / 4, math.log(0.002) / 4)
+    return THOUSAND
+
+
+_VIDEO = "diffusers.models.unets.unet_spatio_temporal_condition.UNetSpatioTemporalConditionModel"
+
 OWNERS = (
     "diffusers.models.transformers.transformer_2d.Transformer2DModel",
     "diffusers.models.transformers.transformer_temporal.TransformerSpatioTemporalModel",
@@ -65,12 +79,16 @@ HOST = Denoiser(
         "diffusers.models.unets.unet_3d_condition.UNet3DConditionModel",
         "diffusers.models.unets.unet_i2vgen_xl.I2VGenXLUNet",
         "diffusers.models.unets.unet_motion_model.UNetMotionModel",
-        "diffusers.models.unets.unet_spatio_temporal_condition.UNetSpatioTemporalConditionModel",
+        _VIDEO,
         "diffusers.models.controlnets.controlnet.ControlNetModel",
         "diffusers.models.controlnets.controlnet_union.ControlNetUnionModel",
     ),
     places=places,
     grid=grid,
-    progress=progress,
+    timestep=timestep,
+    prompt=prompt,
+    beside=beside,
+    keys=keys,
+    times=times,
     summary="UNets of Stable Diffusion 1.x, 2.x, XL, of AnimateDiff and SVD, and ControlNets",
 )

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tokred.engine import (
     Layout,
     Reduction,
     Step,
+    in_a_graph,
     outside_of_the_graph,
     pooled_with_mask,
     tokens_there,
@@ -72,7 +72,7 @@ def forward_features(
     attn_mask: Tensor | None = None,
 ) -> Any:
     """The features, and which of them are not padding."""
-    if torch.compiler.is_compiling() and patch_coord is not None:
+    if in_a_graph(patches) and patch_coord is not None:
         again = (reduction, original, model, patches, patch_coord, patch_valid, attn_mask)
         return outside_of_the_graph(PADDED, forward_features, *again)
     features = original(model, patches, patch_coord, patch_valid, attn_mask)
@@ -93,7 +93,9 @@ def forward_intermediates(
 ) -> Any:
     """Full grids at the layers that are asked for."""
     call: Callable[..., Any] = common.forward_intermediates
-    if torch.compiler.is_compiling() and (isinstance(x, dict) or "patch_coord" in kwargs):
+    if (isinstance(x, dict) or "patch_coord" in kwargs) and in_a_graph(
+        x["patches"] if isinstance(x, dict) else x
+    ):
         return outside_of_the_graph(PADDED, call, reduction, original, model, x, *args, **kwargs)
     return call(reduction, original, model, x, *args, **kwargs)
 
@@ -107,7 +109,7 @@ def pool(
     patch_valid: Tensor | None = None,
 ) -> Tensor:
     """What the head pools, which is told of padding."""
-    if torch.compiler.is_compiling() and patch_valid is not None:
+    if in_a_graph(x) and patch_valid is not None:
         again = (reduction, original, model, x, pool_type, patch_valid)
         return outside_of_the_graph(PADDED, pool, *again)
     return pooled_with_mask(

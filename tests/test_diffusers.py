@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import inspect
 import io
 import math
 from collections.abc import Callable
@@ -14,6 +16,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.models import attention_processor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 
 import tokred
 from tokred import Around
+from tokred.engine.sampling import progress_by, time_of
 from tokred.reducers import Tokens, todo, tome2d
 
 # Levels: 16x16, 8x8 and 4x4 tokens.
@@ -148,6 +152,14 @@ def keep_all(model: Any) -> None:
         tokred.apply(model, "tome", keep_rate=1)
 
 
+class Pipeline:
+    """As far as tokred looks at one."""
+
+    def __init__(self, model: nn.Module, scheduler: Any = None) -> None:
+        self.unet = model
+        self.scheduler = scheduler
+
+
 EVERYWHERE = ("attention", "cross_attention", "mlp")
 
 
@@ -246,13 +258,87 @@ def test_a_shared_matching_is_that_of_the_first_block(shared: bool) -> None:
 def test_matchings_are_kept_for_some_steps_of_one_sampling() -> None:
     model = unet(**SD)
     tokred.apply(model, "tome", Around(0.5, every=2))
+    prompt = torch.randn(1, 7, 16)
     fresh = []
     for step in (900, 800, 700, 900, 800, 700):
-        blocks = tokred.inspect(model, {**sd_inputs(1), "timestep": step}).blocks
-        fresh.append(not blocks[0].shared)
+        inputs = {**sd_inputs(1), "encoder_hidden_states": prompt.clone(), "timestep": step}
+        fresh.append(not tokred.inspect(model, inputs).blocks[0].shared)
     assert fresh == [True, False, True, True, False, True]
     # Another batch has others.
     assert not tokred.inspect(model, {**sd_inputs(3), "timestep": 600}).blocks[0].shared
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    "times",
+    [
+        (900, 800, 700, 600),
+        (900, 800, 800, 700, 700, 600),  # of second order (Heun), or repeated (PNDM)
+        (100, 200, 300),  # from image to noise
+        (1.6, 0.4, -1.5),
+    ],
+)
+def test_guidance_in_two_calls_is_guidance_in_one(times: tuple[float, ...], shared: bool) -> None:
+    """With `every`, each prompt keeps its own matchings."""
+    around = Around(0.5, every=2, shared=shared, levels=(0, 1))
+    together, apart = unet(**SD), unet(**SD)
+    tokred.apply(together, "tome", around)
+    tokred.apply(apart, "tome", around)
+    prompts = torch.randn(2, 7, 16)
+    x = torch.randn(1, 4, 16, 16)
+    for time in times:
+        both = together(torch.cat([x, x]), time, prompts).sample
+        for prompt, wanted in zip(prompts.split(1), both.split(1), strict=True):
+            torch.testing.assert_close(apart(x, time, prompt).sample, wanted, rtol=1e-4, atol=1e-4)
+        x = x + 0.3 * (both[1:] - 2 * both[:1])
+
+
+@torch.no_grad()
+def test_matchings_of_one_prompt_are_not_used_for_another() -> None:
+    """Guidance ends after some steps: what was the second call of a step is the first then."""
+    model = unet(**SD)
+    tokred.apply(model, "tome", Around(0.5, every=4))
+    x, without, text = torch.randn(1, 4, 16, 16), *torch.randn(2, 1, 7, 16)
+
+    def shared(time: int, prompt: Tensor, batch: int = 1) -> bool:
+        inputs = (x.expand(batch, -1, -1, -1), time, prompt.expand(batch, -1, -1))
+        names = ("sample", "timestep", "encoder_hidden_states")
+        return tokred.inspect(model, dict(zip(names, inputs, strict=True))).blocks[0].shared
+
+    assert [shared(900, without), shared(900, text)] == [False, False]
+    assert [shared(800, without), shared(800, text)] == [True, True]
+    assert not shared(700, text)
+    assert shared(600, text)
+    # A third call of a step, and more images.
+    assert [shared(999, without), shared(999, without), shared(999, text)] == [False] * 3
+    assert [shared(900, without, batch=2), shared(900, without)] == [False, True]
+    text.mul_(2)  # in place
+    assert not shared(900, text)
+
+
+@torch.no_grad()
+def test_a_scheduler_that_is_set_anew_begins_another_sampling() -> None:
+    model, inputs = unet(**SD), sd_inputs(1)
+    pipe = Pipeline(model, diffusers.DDIMScheduler())
+    tokred.apply(pipe, "tome", Around(0.5, every=8))
+    fresh = []
+    for start in (0, 1):  # the second one further on, as from an image
+        pipe.scheduler.set_timesteps(4)
+        for time in pipe.scheduler.timesteps[start : start + 2]:
+            fresh.append(not tokred.inspect(pipe, {**inputs, "timestep": time}).blocks[0].shared)
+    assert fresh == [True, False, True, False]
+
+
+@torch.no_grad()
+def test_calls_at_one_time_step_forever_are_not_all_kept() -> None:
+    model, inputs = unet(**SD), sd_inputs(1)
+    reduction = tokred.apply(model, "tome", Around(0.5, every=2))
+    for _ in range(70):
+        model(**inputs)
+        known = reduction.memory.here
+        # 64 of them in three blocks, and the last call.
+        assert len(known.maps) <= 65 * 3 and len(known.prompts) <= 65
 
 
 @torch.no_grad()
@@ -269,6 +355,160 @@ def test_tokens_are_merged_during_a_part_of_the_sampling() -> None:
     assert torch.equal(
         model(**{**inputs, "timestep": 1}).sample, dense(**{**inputs, "timestep": 1}).sample
     )
+
+
+# What schedulers of diffusers cannot be made of their defaults, or set to a number of steps.
+ODD = {
+    "AmusedScheduler", "ConsistencyDecoderScheduler", "HeliosDMDScheduler", "HeliosScheduler",
+    "RFD4ProteinaScheduler", "SCMScheduler", "VQDiffusionScheduler",
+    "CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler",  # they need torchsde
+}  # fmt: skip
+
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {},
+    {"timestep_spacing": "trailing"},
+    {"timestep_spacing": "linspace"},
+    {"use_karras_sigmas": True},
+    {"use_exponential_sigmas": True},
+    {"use_flow_sigmas": True, "prediction_type": "flow_prediction"},
+    {"shift": 3.0},
+    {  # of Stable Video Diffusion
+        "timestep_type": "continuous", "prediction_type": "v_prediction",
+        "use_karras_sigmas": True, "sigma_min": 0.002, "sigma_max": 700.0,
+    },
+)  # fmt: skip
+
+
+def schedulers() -> list[Any]:
+    found = []
+    for name in dir(diffusers.schedulers):
+        cls = getattr(diffusers.schedulers, name)
+        if name.endswith("Scheduler") and name not in ODD and inspect.isclass(cls):
+            known = inspect.signature(cls).parameters
+            for options in SETTINGS:
+                refused = name == "DDIMInverseScheduler" and "linspace" in options.values()
+                if set(options) <= set(known) and not refused:
+                    called = "-".join([name, *options])
+                    found.append(pytest.param(cls, options, id=called))
+    return found
+
+
+def test_all_kinds_of_schedulers_are_tried() -> None:
+    names = {str(one.id) for one in schedulers()}
+    assert len(names) > 60
+    for name in ("DDIM", "PNDM", "EulerDiscrete", "HeunDiscrete", "FlowMatchEulerDiscrete", "LCM"):
+        assert f"{name}Scheduler" in names
+    assert {"EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "DPMSolverMultistepScheduler-"
+            "use_flow_sigmas-prediction_type"} <= names  # fmt: skip
+
+
+@pytest.mark.parametrize(("cls", "options"), schedulers())
+def test_a_sampling_goes_from_0_to_1_by_every_scheduler(cls: Any, options: Any) -> None:
+    scheduler = cls(**options)
+    scheduler.set_timesteps(6)
+    for dtype in (torch.float64, torch.bfloat16):
+        steps = torch.as_tensor(scheduler.timesteps).to(dtype)
+        found = [progress_by(scheduler, time_of(step.expand(2))) for step in steps]
+        assert found[0] == 0 and found[-1] >= 0.9
+        # Where two time steps are nearly the same, rounding may take one for the other.
+        if dtype == torch.float64:
+            assert found == sorted(found) and found[-1] == 1 and len(set(found)) >= 5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.EulerDiscreteScheduler(
+            timestep_type="continuous", prediction_type="v_prediction", use_karras_sigmas=True,
+            sigma_min=0.002, sigma_max=700.0,
+        ),
+        diffusers.EDMEulerScheduler(),
+        diffusers.EulerDiscreteScheduler(use_karras_sigmas=True),
+        diffusers.FlowMatchEulerDiscreteScheduler(),
+        diffusers.DDIMScheduler(),
+    ],
+    ids=["continuous", "edm", "karras", "flow", "ddim"],
+)  # fmt: skip
+def test_a_pipeline_knows_its_time_steps(scheduler: Any) -> None:
+    pipe = Pipeline(unet(**SD), copy.deepcopy(scheduler))
+    inputs = sd_inputs(2)
+
+    def merged(during: tuple[float, float]) -> list[int]:
+        with tokred.applied(pipe, "tome", Around(0.5, during=during)):
+            # The number of steps is only known later.
+            pipe.scheduler.set_timesteps(6)
+            return [
+                len(tokred.inspect(pipe, {**inputs, "timestep": step}).blocks)
+                for step in pipe.scheduler.timesteps
+            ]
+
+    assert merged((0.0, 0.01)) == [3, 0, 0, 0, 0, 0]
+    assert merged((0.0, 0.55)) == [3, 3, 3, 0, 0, 0]
+    assert merged((0.55, 1.0)) == [0, 0, 0, 3, 3, 3]
+    # The model alone, if it is told: by the time step.
+    first, *_, last = pipe.scheduler.timesteps.tolist()
+    tokred.apply(pipe.unet, "tome", Around(0.5, during=(0.2, 0.6), times=(first, last)))
+    alone = [
+        len(
+            tokred.inspect(pipe.unet, {**inputs, "timestep": first + share * (last - first)}).blocks
+        )
+        for share in (0, 0.19, 0.21, 0.59, 0.61, 1)
+    ]
+    assert alone == [0, 0, 3, 3, 0, 0]
+
+
+WRONG_TIMES: dict[str, tuple[Any, Any, str]] = {
+    "fraction": (None, 964.55, "the time step 964.55 is not a whole number, as it is expected to"),
+    "noise level": (None, torch.tensor([0.9, 0.9]), "is not a whole number"),
+    "negative": (None, -1, r"the time step -1 is not between 1000 \(the first step\) and 0"),
+    "too late": (None, 1024, "the time step 1024 is not between 1000"),
+    "not a number": (None, float("nan"), "the time step nan is not"),
+    "none": (None, None, "timestep must be given"),
+    "several": (None, torch.tensor([900, 100]), "timestep must be the same for all images of a b"),
+    "out of its own": ((1.6, -1.5), 2, r"not between 1.6 \(the first step\) and -1.5"),
+    "another scheduler": (diffusers.DDIMScheduler(), 0.5, "is none of the 1000 of DDIMScheduler"),
+    "another setting": (diffusers.EDMEulerScheduler(), 900, "is none of the 1001 of EDMEulerSch"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_TIMES)
+def test_a_time_step_that_cannot_be_read_is_an_error(case: str) -> None:
+    given, time, message = WRONG_TIMES[case]
+    times = given if isinstance(given, tuple) else None
+    pipe = Pipeline(dit(), None if times else given)
+    tokred.apply(pipe, "tome", Around(0.5, during=(0.2, 0.8), times=times))
+    with pytest.raises(ValueError, match=message) as error:
+        pipe.unet(**{**dit_inputs(2), "timestep": time})
+    assert case in ("none", "several") or "Around(..., times=(first, last))" in str(error.value)
+
+
+@torch.no_grad()
+def test_stable_video_diffusion_has_time_steps_of_its_own() -> None:
+    build, shapes = VIDEO["svd"]
+    model = lively(build())
+    tokred.apply(model, "tome", Around(0.5, during=(0.0, 0.5)))
+    counts = [
+        len(tokred.inspect(model, {**shapes, "timestep": torch.tensor(time)}).blocks)
+        for time in (1.6377, 0.5, -0.5, -1.5536)
+    ]
+    assert counts == [3, 3, 0, 0]
+    with pytest.raises(ValueError, match="the time step 500 is not between"):
+        model(**shapes, timestep=torch.tensor(500))
+
+
+@torch.no_grad()
+def test_a_pipelines_scheduler_goes_along_with_its_model() -> None:
+    pipe = Pipeline(unet(**SD), diffusers.EDMEulerScheduler())
+    pipe.scheduler.set_timesteps(4)
+    tokred.apply(pipe, "tome", Around(0.5, during=(0.0, 0.5)))
+    file = io.BytesIO()
+    torch.save(pipe.unet, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(pipe.unet), torch.load(file, weights_only=False)):
+        for step in pipe.scheduler.timesteps:
+            inputs = {**sd_inputs(1), "timestep": step}
+            assert torch.equal(twin(**inputs).sample, pipe.unet(**inputs).sample)
 
 
 @torch.no_grad()
@@ -395,6 +635,22 @@ def test_copies_and_saved_models_stand_on_their_own(tmp_path: Path) -> None:
         assert torch.equal(twin(**inputs).sample, few)
         tokred.remove(twin)
         assert torch.equal(twin(**inputs).sample, dense)
+
+
+@torch.no_grad()
+def test_models_that_were_pickled_by_former_versions_learn_what_is_new() -> None:
+    """Of a host, version 0.8 kept less."""
+    model = unet(**SD)
+    tokred.apply(model, "tome", Around(0.5, during=(0.0, 0.5)))
+    hook = next(h for h in model._forward_pre_hooks.values() if type(h).__name__ == "Begins")
+    host, former = hook.host, copy.copy(hook.host)
+    for name in ("timestep", "prompt", "beside", "keys", "times"):
+        vars(former).pop(name)
+    vars(former)["progress"] = importlib.import_module("tokred.patches._diffusers").progress
+    hook.__setstate__({"reduction": hook.reduction, "host": former})
+    assert hook.host == host
+    counts = [len(tokred.inspect(model, {**sd_inputs(1), "timestep": t}).blocks) for t in (9, 900)]
+    assert counts == [0, 3]
 
 
 @torch.no_grad()
@@ -537,13 +793,6 @@ def test_other_models_of_videos(name: str) -> None:
     assert [block.grid for block in tokred.inspect(model, inputs).blocks] == [(16, 16)] * 3
 
 
-class Pipeline:
-    """As far as tokred looks at one."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.unet = model
-
-
 @torch.no_grad()
 def test_a_pipeline_is_accepted_where_its_denoiser_is_meant() -> None:
     model, inputs = unet(**SD), sd_inputs(1)
@@ -581,6 +830,262 @@ def test_it_is_measured_against_the_dense_model_and_the_limit() -> None:
     assert tokred.flops(model, inputs).reduced < tokred.flops(model, inputs).dense
     with pytest.raises(tokred.UnsupportedModelError, match=r"tokred\.bench measures it"):
         tokred.profile(model, inputs, "tome")
+
+
+# What attention is called with, and what it makes of it
+
+
+IP_ADAPTERS = (
+    attention_processor.IPAdapterAttnProcessor,
+    attention_processor.IPAdapterAttnProcessor2_0,
+)
+
+
+def with_adapter(cls: Any, pictures: int = 1) -> tuple[nn.Module, dict[str, Any]]:
+    """A UNet with an IP-adapter of four tokens for each picture, and its inputs."""
+    model, processors = unet(**SD).requires_grad_(False), {}
+    for name, processor in model.attn_processors.items():
+        if "attn2" in name:
+            attention = model.get_submodule(name.removesuffix(".processor"))
+            processor = lively(cls(attention.to_q.in_features, 16, num_tokens=(4,)))
+        processors[name] = processor
+    model.set_attn_processor(processors)
+    inputs = sd_inputs(2)
+    text = inputs["encoder_hidden_states"]
+    inputs["encoder_hidden_states"] = (text, [torch.randn(2, pictures, 4, 16)])
+    return model, inputs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cls", IP_ADAPTERS)
+@pytest.mark.parametrize("method", ["tome", "atc"])
+def test_masks_of_adapters_go_with_the_tokens(cls: Any, method: str) -> None:
+    """One attention, written out. It is linear in the mask: what it gives without one, and so much
+    of what the adapter adds as the members of a merged token have on average."""
+    model, inputs = with_adapter(cls, pictures=2)
+    path = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
+    tokred.apply(model, method, Around(0.5, ("cross_attention",)))
+    attention = model.get_submodule(path)
+    seen: list[Any] = []
+    attention.register_forward_pre_hook(lambda _, a, k: seen.append((a, k)), with_kwargs=True)
+    answers: list[Tensor] = []
+    attention.register_forward_hook(lambda _, args, y: answers.append(y))
+    masks = torch.rand(2, 16, 16)
+    for shape in ((1, 2, 16, 16), (2, 2, 16, 16)):  # one for all images, one for each
+        seen.clear(), answers.clear()
+        given = masks.expand(shape).clone()
+        given[1:] += 1
+        inputs["cross_attention_kwargs"] = {"ip_adapter_masks": [given]}
+        blocks = tokred.inspect(model, inputs).blocks
+        labels = blocks[0].map.labels()
+        x, context = seen[0][0][0], inputs["encoder_hidden_states"]
+        tokred.remove(model)
+        for image in range(2):
+            groups = nn.functional.one_hot(labels[image]).float()
+            groups = groups / groups.sum(0)
+            few = groups.T @ x[image]
+            part = (context[0][image : image + 1], [context[1][0][image : image + 1]])
+
+            def run(*on: float, few: Tensor = few, part: Any = part) -> Tensor:
+                mask = torch.tensor(on).float()[None, :, None, None].expand(1, 2, 8, 16)
+                return attention(few[None], part, ip_adapter_masks=[mask])[0]
+
+            none = run(0, 0)
+            mask = given[image if len(given) > 1 else 0].flatten(1) @ groups  # [pictures, few]
+            wanted = none + mask[0, :, None] * (run(1, 0) - none)
+            wanted = wanted + mask[1, :, None] * (run(0, 1) - none)
+            torch.testing.assert_close(
+                answers[0][image], wanted[labels[image]], rtol=1e-4, atol=1e-4
+            )
+        tokred.apply(model, method, Around(0.5, ("cross_attention",)))
+
+
+@torch.no_grad()
+def test_an_adapter_does_nothing_outside_of_its_mask() -> None:
+    model, inputs = with_adapter(IP_ADAPTERS[1])
+    left = torch.zeros(1, 1, 64, 64)
+    left[..., :32] = 1
+    attention = model.get_submodule("down_blocks.0.attentions.0.transformer_blocks.0.attn2")
+    seen: list[Tensor] = []
+    attention.register_forward_hook(lambda _, args, y: seen.append(y))
+    inputs["sample"] = inputs["sample"] / 10
+    inputs["sample"][..., 8:] += 4  # so that tokens of the halves are not merged
+    tokred.apply(model, "tome", Around(0.5, ("cross_attention",)))
+    for masks in ([left], left, [0 * left], 0 * left):  # both forms
+        model(**inputs, cross_attention_kwargs={"ip_adapter_masks": masks})
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[2], seen[3])
+    change = (seen[0] - seen[2]).abs().mean((0, 2)).view(16, 16)
+    assert change[:, :7].mean() > 20 * change[:, 9:].mean()
+
+
+class Positions:
+    """A processor that scales every token, by a tensor that it is called with."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Any = None,
+        attention_mask: Any = None,
+        scales: Any = None,
+    ) -> Tensor:
+        return hidden_states if scales is None else hidden_states * scales
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("module", ["attention", "cross_attention"])
+def test_tensors_that_may_go_by_tokens_are_refused(module: str) -> None:
+    model, inputs = unet(**SD), sd_inputs(1)
+    tokred.apply(model, "tome", Around(0.5, (module,)))
+    plain = model(**inputs).sample
+    kwargs = {"scales": torch.rand(1, 256, 1)}
+    # Processors of diffusers are not given what they do not name.
+    assert torch.equal(model(**inputs, cross_attention_kwargs=kwargs).sample, plain)
+    part = model.down_blocks[0].attentions[0].transformer_blocks[0]
+    (part.attn1 if module == "attention" else part.attn2).set_processor(Positions())
+    with pytest.raises(ValueError, match="scales of cross_attention_kwargs may go by all tokens"):
+        model(**inputs, cross_attention_kwargs={"scales": [torch.rand(1, 256, 1)]})
+    model(**inputs, cross_attention_kwargs={"scales": None})
+    tokred.remove(model)
+
+
+@torch.no_grad()
+def test_a_mask_of_the_text_for_each_token_is_refused() -> None:
+    model, inputs = pixart(), pixart_inputs(1)
+    tokred.apply(model, "tome", Around(0.5, EVERYWHERE))
+    model(**inputs, encoder_attention_mask=torch.ones(1, 7))
+    with pytest.raises(ValueError, match="a mask of all tokens cannot be used"):
+        model(**inputs, encoder_attention_mask=torch.zeros(1, 64, 7))
+
+
+PAG = (
+    (attention_processor.PAGIdentitySelfAttnProcessor2_0, 2),
+    (attention_processor.PAGCFGIdentitySelfAttnProcessor2_0, 3),
+)
+
+BLIND = {
+    "pag": (PAG[0][0](), "PAGIdentitySelfAttnProcessor2_0 is not known to use"),
+    "pag with guidance": (PAG[1][0](), "PAGCFGIdentitySelfAttnProcessor2_0 is not known to use"),
+    "fused": (None, r"call unfuse_qkv_projections\(\)"),
+    "its own": (Positions(), "Positions is not known to use"),
+    "custom diffusion": (
+        attention_processor.CustomDiffusionAttnProcessor2_0(
+            train_kv=False, train_q_out=False, hidden_size=16
+        ),
+        "CustomDiffusionAttnProcessor2_0 is not known to use",
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", BLIND)
+def test_fewer_keys_are_refused_where_attention_would_not_use_them(name: str) -> None:
+    processor, message = BLIND[name]
+    model, inputs = unet(**SD), sd_inputs(6)
+
+    def exchange() -> None:
+        if processor is None:
+            model.fuse_qkv_projections()
+        else:
+            attention = model.up_blocks[2].attentions[1].transformer_blocks[0].attn1
+            attention.set_processor(processor)
+
+    plain = model.attn_processors
+    tokred.apply(model, "todo", 0.5)
+    few = model(**inputs).sample
+    exchange()
+    with pytest.raises(ValueError, match=message):
+        model(**inputs)
+    tokred.remove(model)
+    was = traces(model)
+    with pytest.raises(tokred.UnsupportedModelError, match=message):
+        tokred.apply(model, "todo", 0.5)
+    assert traces(model) == was
+    # At another level it may be.
+    if processor is not None:
+        assert "at level 1" in str(tokred.apply(model, "todo", Around(0.5, levels=(1,))))
+    # Other methods do not mind.
+    tokred.apply(model, "tome", 0.5)
+    assert model(**inputs).sample.isfinite().all()
+    if processor is None:
+        model.unfuse_qkv_projections()
+    model.set_attn_processor(plain)
+    tokred.apply(model, "todo", 0.5)
+    assert torch.equal(model(**inputs).sample, few)
+
+
+@torch.no_grad()
+def test_fewer_keys_are_used_by_the_usual_processors() -> None:
+    model, inputs = unet(**SD), sd_inputs(2)
+    tokred.apply(model, "todo", 0.5)
+    few = model(**inputs).sample
+    for processor in (
+        attention_processor.AttnProcessor(),
+        attention_processor.AttnProcessor2_0(),
+        attention_processor.SlicedAttnProcessor(1),
+    ):
+        model.set_attn_processor(processor)
+        torch.testing.assert_close(model(**inputs).sample, few, rtol=1e-4, atol=1e-4)
+    attention = model.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    calls = attention.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, {**kwargs, "encoder_hidden_states": args[0]}),
+        with_kwargs=True,
+    )
+    with pytest.raises(ValueError, match="attention is called with others to make them of"):
+        model(**inputs)
+    calls.remove()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("cls", "parts"), PAG)
+def test_perturbed_guidance_is_that_of_merged_tokens(cls: Any, parts: int) -> None:
+    """The batch has parts that attention treats differently: what is not perturbed is as without
+    it, and in the rest every token attends to itself."""
+    plain, perturbed, inputs = unet(**SD), unet(**SD), sd_inputs(parts)
+    block = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+    answers: list[Tensor] = []
+    seen: list[Any] = []
+    for model in (plain, perturbed):
+        tokred.apply(model, "tome", 0.5)
+        attention = model.get_submodule(block)
+        attention.register_forward_hook(lambda _, args, y: answers.append(y))
+        attention.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    attention.set_processor(cls())
+    plain(**inputs)
+    labels = tokred.inspect(perturbed, inputs).blocks[0].map.labels()
+    torch.testing.assert_close(answers[1][:-1], answers[0][:-1])
+    groups = nn.functional.one_hot(labels[-1]).float()
+    few = (groups / groups.sum(0)).T @ seen[1][-1]
+    wanted = attention.to_out[0](attention.to_v(few))[labels[-1]]
+    torch.testing.assert_close(answers[1][-1], wanted)
+
+
+@torch.no_grad()
+def test_fused_projections_may_come_before_or_behind() -> None:
+    inputs = sd_inputs(2)
+    before, behind = unet(**SD), unet(**SD)
+    around = Around(0.5, EVERYWHERE)
+    tokred.apply(behind, "tome", around)
+    wanted = behind(**inputs).sample
+    behind.fuse_qkv_projections()
+    before.fuse_qkv_projections()
+    tokred.apply(before, "tome", around)
+    for model in (before, behind):
+        torch.testing.assert_close(model(**inputs).sample, wanted, rtol=1e-4, atol=1e-4)
+        model.unfuse_qkv_projections()
+        assert torch.equal(model(**inputs).sample, wanted)
+
+
+@torch.no_grad()
+def test_blocks_are_told_of_where_their_modules_ran() -> None:
+    """A block that something else skips is not told of."""
+    model, inputs = unet(**SD), sd_inputs(1)
+    block = model.down_blocks[0].attentions[0].transformer_blocks[0]
+    block.forward = lambda hidden_states, *args, **kwargs: hidden_states
+    tokred.apply(model, "tome", 0.5)
+    for _ in range(2):
+        paths = [block.path for block in tokred.inspect(model, inputs).blocks]
+        assert len(paths) == 2 and all(path.startswith("up_blocks") for path in paths)
 
 
 # Refusals
@@ -657,6 +1162,8 @@ def test_values_for_denoisers_mean_nothing_elsewhere(plain: nn.Module) -> None:
         ({"levels": (-1,)}, "levels must be integers from 0 on"),
         ({"every": 0}, "every must be at least 1"),
         ({"during": (0.8, 0.2)}, "during must be"),
+        ({"times": (1.0, 1.0)}, "times must be the time steps of the first and of the last step"),
+        ({"times": (float("inf"), 0.0)}, "times must be"),
         ({"keep_rate": 0.0}, "keep_rate must be in"),
     ):
         with pytest.raises(ValueError, match=message):

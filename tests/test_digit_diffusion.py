@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import tokred
 from tokred.data import zoo
 
 diffusers = pytest.importorskip("diffusers")
@@ -137,6 +138,48 @@ def test_other_samplers_serve_as_well(scheduler: str) -> None:
     options: dict[str, Any] = {"num_inference_steps": 3, "output_type": "pt"}
     first, again = (pipeline(["2", "3"], generator=seeded(0, 1), **options).images for _ in "12")
     assert torch.isfinite(first).all() and torch.equal(first, again)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "options"),
+    [
+        ("DDIMScheduler", {}),
+        ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+        ("EulerDiscreteScheduler", {"timestep_type": "continuous"}),
+        ("FlowMatchEulerDiscreteScheduler", {}),
+    ],
+)
+def test_merges_in_the_part_of_the_sampling_that_was_asked_for(
+    scheduler: str, options: dict[str, Any]
+) -> None:
+    pipeline = zoo.diffusion()
+    pipeline.set_progress_bar_config(disable=True)
+    made = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config, **options)
+    if not hasattr(made, "scale_model_input"):  # of flow matching, which the pipeline is not for
+        made.init_noise_sigma = 1.0
+        made.scale_model_input = lambda x, time: x
+    steps: list[float] = []
+    merged: list[float] = []
+
+    def seen(module: torch.nn.Module, args: Any) -> None:
+        steps.append(float(args[1]))
+
+    def fewer(module: torch.nn.Module, args: Any) -> None:
+        if args[0].shape[1] < 1024:
+            merged.append(steps[-1])
+
+    hooks = [pipeline.unet.register_forward_pre_hook(seen)]
+    for block in pipeline.unet.up_blocks[1].attentions[0].transformer_blocks:
+        hooks.append(block.attn1.to_q.register_forward_pre_hook(fewer))
+    pipeline.scheduler = made
+    for during, count in (((0.0, 0.01), 1), ((0.99, 1.0), 1), ((0.0, 1.0), 4)):
+        steps.clear()
+        merged.clear()
+        with tokred.applied(pipeline, "tome", tokred.Around(0.5, during=during, every=2)):
+            pipeline("7", num_inference_steps=4, generator=seeded(0), output_type="pt")
+        assert len(steps) == 4 and len(set(merged)) == count and len(merged) == 2 * count
+        assert during[0] > 0 or merged[0] == steps[0]
+        assert during[1] < 1 or merged[-1] == steps[-1]
 
 
 def test_shows_its_progress_unless_it_is_told_not_to(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,10 +3,12 @@
 What is imported here is what a patch may use.
 """
 
+from tokred.engine.graphs import in_a_graph
 from tokred.engine.layout import Layout
 from tokred.engine.leaving import outside_of_the_graph
 from tokred.engine.pooling import poolable, pooled, pooled_with_mask, tokens_there
 from tokred.engine.reduction import Reduction
+from tokred.engine.sampling import tensors_in
 from tokred.engine.step import Step
 from tokred.engine.windows import Seen, biased, shifts
 
@@ -16,10 +18,12 @@ __all__ = [
     "Seen",
     "Step",
     "biased",
+    "in_a_graph",
     "outside_of_the_graph",
     "poolable",
     "pooled",
     "pooled_with_mask",
     "shifts",
+    "tensors_in",
     "tokens_there",
 ]

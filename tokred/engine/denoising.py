@@ -12,10 +12,11 @@ of the block is restated.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MethodType
 from typing import Any, ClassVar
@@ -24,8 +25,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tokred.engine.leaving import exporting
+from tokred.engine.graphs import compiling, exporting
 from tokred.engine.memory import Memory
+from tokred.engine.sampling import THOUSAND, Call, Times, alike, progress_by, time_of
 from tokred.maps import TokenMap
 from tokred.reducers.protocol import Reducer, Tokens, Traits, check_map, traits
 from tokred.reducers.truncate import Truncate
@@ -65,9 +67,15 @@ class Around:
         levels: at which resolutions: 0 is that of the latents (or the patches), 1 half of it, and
             so on. The finest that has such a module, if not given.
         shared: whether the blocks of a level share one matching, that of the first.
-        every: a matching is kept for so many steps of the sampling.
-        during: the part of the sampling in which tokens are merged, from 0 (noise) to 1 (image), by
-            the time step.
+        every: a matching is kept for so many steps of the sampling: as long as the time step is the
+            same, it is the same step. Where a step calls the model several times (for several
+            prompts, say), each of these calls keeps its own.
+        during: the part of the sampling in which tokens are merged, from 0 (the first step: noise)
+            to 1 (the last: image). Of a pipeline, the steps of its scheduler are counted; where
+            only the model is known, its time step tells.
+        times: the time steps of the first and of the last step, if it is to be told by them. Of a
+            model alone, if not given, what it is usually called with: whole numbers from 1,000 to
+            0.
     """
 
     keep_rate: float = 0.5
@@ -76,6 +84,7 @@ class Around:
     shared: bool = False
     every: int = 1
     during: tuple[float, float] = (0.0, 1.0)
+    times: tuple[float, float] | None = None
     _ratio: tuple[int, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -92,6 +101,15 @@ class Around:
         begin, end = self.during
         if not 0 <= begin < end <= 1:
             raise ValueError(f"during must be 0 <= begin < end <= 1, not {self.during!r}")
+        if self.times is not None and (
+            len(self.times) != 2
+            or not all(math.isfinite(time) for time in self.times)
+            or self.times[0] == self.times[1]
+        ):
+            raise ValueError(
+                "times must be the time steps of the first and of the last step of a sampling, not "
+                f"{self.times!r}"
+            )
         object.__setattr__(self, "_ratio", ratio_of(self.keep_rate))
 
     def keep(self, tokens: int) -> int:
@@ -155,29 +173,29 @@ class DenoiserTrace:
 @dataclass
 class Sampling:
     """What is known of the running call of a denoiser, and of those before it in the same sampling,
-    in one thread or in compiled code.
+    in one thread.
 
     Attributes:
-        now: where in the sampling the call is, from 0 (noise) to 1 (image).
         off: whether the call runs on all tokens.
-        step: how many calls of this sampling came before it.
+        call: which call of which step of the sampling it is, where matchings are kept for several
+            steps.
+        prompts: there, by the number of a call in its step, its prompt.
         maps: matchings that are shared or kept, by what they are for.
         blocks: by path, the map of each block that runs, and the shape of its tokens.
+        unused: by path, what `Denoising.recording` is to collect as soon as a module of the block
+            runs on fewer tokens.
         grids: by path of an owner of blocks, rows and columns of its tokens.
         records: where `Denoising.recording` collects.
     """
 
-    now: float | None = None
     off: bool | None = None
-    step: int | None = None
+    call: Call | None = None
+    prompts: dict[int, tuple[Tensor, ...]] | None = None
     maps: dict[Any, TokenMap] | None = None
     blocks: dict[str, tuple[TokenMap | None, tuple[int, ...]]] | None = None
+    unused: dict[str, Merged] | None = None
     grids: dict[str, tuple[int, int]] | None = None
     records: list[Merged] | None = None
-
-    def forget(self) -> None:
-        """Forgets the call: it is over, in compiled code."""
-        self.now = self.off = self.step = self.maps = self.blocks = self.grids = None
 
 
 @dataclass(eq=False)
@@ -189,12 +207,16 @@ class Denoising:
         around: where and when.
         places: the blocks whose modules run on fewer tokens.
         total: how many blocks the model has, these included.
+        times: the time steps that the model is usually called with.
+        scheduler: that of the pipeline, if one was given: it knows the time steps.
     """
 
     reducer: Reducer
     around: Around
     places: tuple[Place, ...]
     total: int
+    times: Times = THOUSAND
+    scheduler: Any = field(default=None, repr=False)
     traits: Traits = field(init=False, repr=False)
     memory: Memory[Sampling, TokenMap] = field(
         init=False, repr=False, default_factory=lambda: Memory(Sampling)
@@ -218,19 +240,21 @@ class Denoising:
         self.__dict__.setdefault("memory", Memory(Sampling))  # version 0.7 has left it out
         self.traits = traits(self.reducer)
 
-    def begin(self, progress: Callable[[], float]) -> None:
+    def begin(self, timestep: Callable[[], Any], prompt: Callable[[], Sequence[Tensor]]) -> None:
         """A call of the model begins.
 
         Args:
-            progress: where in the sampling it is, 0 to 1. Only called if that matters: it waits for
-                the device.
+            timestep: the time step that it is called with. Only called if that matters: looking at
+                it waits for the device.
+            prompt: what else it is called with that stays the same in all steps of a sampling. Only
+                called if that matters.
 
         Raises:
             RuntimeError: matchings are to be kept from call to call, and the code is compiled.
+            ValueError: the time step is none of the sampling.
         """
         state, around = self.memory.here, self.around
-        off, fresh = False, True
-        if around.every > 1 and torch.compiler.is_compiling():
+        if around.every > 1 and (compiling() or exporting()):
             raise RuntimeError(
                 "every > 1 keeps matchings from call to call, which compiled code cannot: use "
                 "every=1"
@@ -240,23 +264,43 @@ class Denoising:
                 f"during={around.during} decides by the time step whether tokens are merged, and "
                 "an exported graph always does the same: leave `during` out"
             )
-        if around.during != (0.0, 1.0) or around.every > 1:
-            now = progress()
-            off = not around.during[0] <= now <= around.during[1]
-            # Time only runs backwards where another sampling begins.
-            fresh = state.now is None or now < state.now
-            state.now = now
-        state.off = off
-        state.step = 0 if fresh or state.step is None else state.step + 1
-        if state.step % around.every == 0:
+        state.off = False
+        timed = around.during != (0.0, 1.0)
+        now = time_of(timestep()) if timed or around.every > 1 else 0.0
+        if timed:
+            state.off = not around.during[0] <= self._progress(now) <= around.during[1]
+        if around.every > 1:
+            self._count(state, now, tuple(prompt()))
+        else:
             state.maps = {}
+
+    def _progress(self, now: float) -> float:
+        """Where in the sampling a time step is, from 0 (the first step) to 1 (the last)."""
+        if self.around.times is not None:
+            return Times(*self.around.times).progress(now)
+        if self.scheduler is not None:
+            return progress_by(self.scheduler, now)
+        return self.times.progress(now)
+
+    def _count(self, state: Sampling, now: float, prompt: tuple[Tensor, ...]) -> None:
+        """Says which call of which step this is. What was kept for other steps, or for this call
+        with another prompt, is let go."""
+        timesteps = getattr(self.scheduler, "timesteps", None)
+        call = Call(now, timesteps) if state.call is None else state.call.then(now, timesteps)
+        state.call = call
+        if call.number == 0 and call.step % self.around.every == 0:
+            state.maps, state.prompts = {}, {}
+        maps, prompts = state.maps or {}, state.prompts or {}
+        if call.uncounted or not alike(prompts.get(call.number, ()), prompt):
+            maps = {which: kept for which, kept in maps.items() if which[0] != call.number}
+            # Copies, as somebody may write over the tensors.
+            prompts[call.number] = tuple(tensor.detach().clone() for tensor in prompt)
+        state.maps, state.prompts = maps, prompts
 
     def end(self) -> None:
         """The call ends: what only lives as long is let go."""
-        if torch.compiler.is_compiling():
-            self.memory.compiled.forget()
-        elif self.around.every == 1:
-            self.memory.thread.maps = None
+        if self.around.every == 1:
+            self.memory.here.maps = None
 
     def enter(self, place: Place, x: Float[Tensor, "batch tokens dim"]) -> None:
         """A block begins: its tokens are matched, or get a matching that is there."""
@@ -268,9 +312,10 @@ class Denoising:
 
     def leave(self, place: Place) -> None:
         """The block ends."""
-        blocks = self.memory.here.blocks
-        if blocks is not None:
-            blocks.pop(place.path, None)
+        state = self.memory.here
+        for known in (state.blocks, state.unused):
+            if known is not None:
+                known.pop(place.path, None)
 
     def here(self, place: Place, x: Float[Tensor, "batch tokens dim"]) -> TokenMap | None:
         """The map of the block that runs, for what enters one of its modules; None if it runs on
@@ -291,6 +336,15 @@ class Denoising:
             )
         return token_map
 
+    def used(self, place: Place) -> None:
+        """A module of the block has run on fewer tokens."""
+        if not compiling():
+            state = self.memory.here
+            if state.records is not None and state.unused is not None:
+                merged = state.unused.pop(place.path, None)
+                if merged is not None:
+                    state.records.append(merged)
+
     def set_grid(self, owner: str, grid: tuple[int, int]) -> None:
         """Says on which grid the tokens of the blocks of a module stand."""
         state = self.memory.here
@@ -302,18 +356,18 @@ class Denoising:
     def recording(self) -> Iterator[list[Merged]]:
         """Collects what happens in every block of this thread, until the end of the block."""
         records: list[Merged] = []
-        self.memory.thread.records = records
+        self.memory.here.records = records
         try:
             yield records
         finally:
-            self.memory.thread.records = None
+            self.memory.here.records = None
 
     def _map(
         self, place: Place, x: Float[Tensor, "batch tokens dim"], state: Sampling
     ) -> TokenMap | None:
         """The map of a block's tokens: one that is there, or a new one."""
         # Where the block runs once more, for gradients, everything else may have gone on.
-        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        again = torch.is_grad_enabled() and not compiling()
         ridden = self.memory.ridden(x) if again else None
         if ridden is not None:
             return ridden
@@ -332,9 +386,11 @@ class Denoising:
             return None
         if state.maps is None:
             state.maps = {}
-        # In compiled code the batch may be a symbol; a graph is of one call, with one batch.
-        batch = None if torch.compiler.is_compiling() else len(x)
-        which = (place.level if self.around.shared else place.path, batch, grid, x.device)
+        call = None if state.call is None else state.call.number
+        blocks = place.level if self.around.shared else place.path
+        # Of one call, all have the same batch, which may be a symbol in a graph.
+        batch = len(x) if self.around.every > 1 else None
+        which = (call, blocks, batch, grid, x.device)
         token_map = state.maps.get(which)
         shared = token_map is not None
         if token_map is None:
@@ -343,9 +399,11 @@ class Denoising:
                 state.maps[which] = token_map
         if again:
             self.memory.ride(x, token_map)
-        if not torch.compiler.is_compiling() and state.records is not None:
+        if not compiling() and state.records is not None:
+            if state.unused is None:
+                state.unused = {}
             merged = Merged(place.path, place.level, grid, keep, shared, token_map)
-            state.records.append(merged)
+            state.unused[place.path] = merged
         return token_map
 
     def _match(
@@ -386,6 +444,11 @@ class AroundModule:
     Attributes:
         own: that forward, of the module's class. (diffusers allows classes of attention "in graph",
             and so they may not be looked into by code that is being compiled.)
+        off: whether it was taken away, but is still called, by something that was wrapped around
+            it later.
+        beside: `beside(attention, x, kwargs, down)`: what attention is called with beside its
+            tokens, where `down` makes few of [batch, tokens, dim]; see `tokred.host.Denoiser`.
+        keys: `keys(attention)`: why it cannot be given other tokens for its keys and values.
     """
 
     is_tokred: ClassVar[bool] = True
@@ -396,6 +459,10 @@ class AroundModule:
     place: Place
     name: str
     own: Callable[..., Any]
+    off: bool = False
+    # None in models that were pickled by version 0.8.
+    beside: Callable[..., dict[str, Any]] | None = None
+    keys: Callable[[Any], str | None] | None = None
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -403,24 +470,53 @@ class AroundModule:
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         own = partial(self.own, self.module)
-        token_map = self.reduction.here(self.place, hidden_states)
+        token_map = None if self.off else self.reduction.here(self.place, hidden_states)
         if token_map is None:
             return own(hidden_states, *args, **kwargs)
-        if self.name == "attention":
-            # encoder_hidden_states comes first, and is None: tokens attend to each other.
+        size = _ones(hidden_states)
+        if self.name != "mlp":
             kwargs.update(zip(("encoder_hidden_states", "attention_mask"), args, strict=False))
             args = ()
-            if kwargs.get("attention_mask") is not None:
-                raise ValueError(
-                    f"{self.place.path}: a mask of all tokens cannot be used while some are merged"
-                )
-        few = token_map.down(hidden_states, _ones(hidden_states))
+            self._check(kwargs)
+            if self.beside is not None and not self.reduction.traits.keys_only:
+                down = partial(token_map.down, size=size)
+                kwargs = self.beside(self.module, hidden_states, kwargs, down)
+        few = token_map.down(hidden_states, size)
         if self.reduction.traits.keys_only:
-            return own(hidden_states, **{**kwargs, "encoder_hidden_states": few})
-        return token_map.up(own(few, *args, **kwargs), None)
+            out = own(hidden_states, **{**kwargs, "encoder_hidden_states": few})
+        else:
+            out = token_map.up(own(few, *args, **kwargs), None)
+        self.reduction.used(self.place)
+        return out
+
+    def _check(self, kwargs: Mapping[str, Any]) -> None:
+        """Raises if attention is called with something that goes by all tokens.
+
+        Raises:
+            ValueError: says what.
+        """
+        path = f"{self.place.path}.{self.place.modules[self.name]}"
+        mask = kwargs.get("attention_mask")
+        # The mask of cross-attention has one row for all tokens, as far as it is about the text.
+        if mask is not None and (
+            self.name == "attention" or (mask.ndim > 2 and mask.shape[-2] != 1)
+        ):
+            raise ValueError(
+                f"{path}: a mask of all tokens cannot be used while some are merged: leave "
+                f"{self.name!r} out of modules"
+            )
+        if self.reduction.traits.keys_only:
+            if kwargs.get("encoder_hidden_states") is not None:
+                raise ValueError(
+                    f"{path}: {self.reduction.reducer} makes keys and values of few of the block's "
+                    "tokens, but attention is called with others to make them of"
+                )
+            why = None if self.keys is None else self.keys(self.module)
+            if why is not None:
+                raise ValueError(f"{path}: {why}")
 
 
 def limit(reduction: Denoising) -> Denoising:
     """What a reduction is measured against: the same numbers of tokens for nothing."""
     cut = Truncate(keys_only=reduction.traits.keys_only)
-    return Denoising(cut, reduction.around, reduction.places, reduction.total)
+    return replace(reduction, reducer=cut)

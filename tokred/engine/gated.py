@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokred import gates as weights
+from tokred.engine.graphs import compiling
 from tokred.engine.observing import Record
 from tokred.engine.sequence import between, ones, up
 from tokred.engine.state import State, unrolled
@@ -41,8 +42,8 @@ def hide(step: Step, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "bat
             mask = weights.straight_through(logits, noise)
             if state.kept is not None:
                 mask = mask * state.kept
-        if not torch.compiler.is_compiling():  # for the loss
-            decisions = reduction.memory.thread.decisions
+        if not compiling():  # for the loss
+            decisions = reduction.memory.here.decisions
             assert decisions is not None
             decisions[step.layer] = mask
     if mask is None:

@@ -21,6 +21,7 @@ class Layout:
         by_position: whether blocks are given anything by position (rotary tables, relative
             position biases), so that the engine has to know where tokens stand.
         raster: whether patch tokens run row by row; not where the model shuffles them.
+        declared: whether the caller has said how many prefix tokens there are.
     """
 
     prefix: int
@@ -30,6 +31,7 @@ class Layout:
     suffix: int = 0
     by_position: bool = False
     raster: bool = True
+    declared: bool = False
 
     @property
     def patches(self) -> int:

@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import torch
 
+from tokred.engine.graphs import exporting
+
 Out = TypeVar("Out")
 
 
@@ -36,11 +38,3 @@ def outside_of_the_graph(
 
 def _called(call: Callable[..., Out], *args: object, **kwargs: object) -> Out:
     return call(*args, **kwargs)
-
-
-def exporting() -> bool:
-    """Whether code is being exported (torch.export, ONNX), rather than compiled to run here."""
-    if hasattr(torch.compiler, "is_exporting"):
-        return torch.compiler.is_exporting()
-    # torch 2.6 has no word for it; but its exporter is no part of the compiler, by default.
-    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()

@@ -2,8 +2,11 @@
 
 Passes may interleave: several threads, recomputation under gradient checkpointing, two forward
 passes before a backward pass. So what belongs to one activation rides on that activation, and what
-belongs to the pass that is running is kept apart by thread. Code that is being compiled can see
-neither, and has one place of its own.
+belongs to the pass that is running is kept apart by thread.
+
+Code that is being compiled sees the slots of the thread that runs it, as other code does: whatever
+parts of a model are compiled, there is one place for what is known. It cannot see what rides on an
+activation. There, the slots hold the last activation, too.
 """
 
 from __future__ import annotations
@@ -11,12 +14,21 @@ from __future__ import annotations
 import threading
 from typing import Any, Generic, TypeVar
 
-import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from tokred.engine.graphs import compiling
+
 Slots = TypeVar("Slots")
 Ridden = TypeVar("Ridden")
+
+
+class _ByThread(threading.local, Generic[Slots]):
+    """Slots of each thread, which are there from the first look at them on. So compiled code, which
+    looks at them before it runs, finds all threads alike and serves them all."""
+
+    def __init__(self, slots: type[Slots]) -> None:
+        self.slots = slots()
 
 
 class Memory(Generic[Slots, Ridden]):
@@ -33,8 +45,7 @@ class Memory(Generic[Slots, Ridden]):
         # An attribute of the tensor would do as well as a weak dictionary, but would be saved and
         # copied with features that leave the model.
         self._riding: Any = WeakTensorKeyDictionary()
-        self._local = threading.local()
-        self.compiled: Slots = slots()
+        self._by_thread = _ByThread(slots)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"slots": self._slots}
@@ -44,18 +55,8 @@ class Memory(Generic[Slots, Ridden]):
 
     @property
     def here(self) -> Slots:
-        """What is known of the pass that is running in this thread; of all threads, where code is
-        being compiled."""
-        return self.compiled if torch.compiler.is_compiling() else self.thread
-
-    @property
-    def thread(self) -> Slots:
-        """What is known of the pass that is running in this thread, outside of compiled code."""
-        try:
-            found: Slots = self._local.slots
-        except AttributeError:
-            found = self._local.slots = self._slots()
-        return found
+        """What is known of the pass that is running in this thread."""
+        return self._by_thread.slots
 
     def ride(self, x: Tensor, value: Ridden) -> None:
         """Lets a value ride on an activation, as long as that lives. Not in compiled code."""
@@ -63,13 +64,14 @@ class Memory(Generic[Slots, Ridden]):
 
     def ridden(self, x: Tensor) -> Ridden | None:
         """What rides on an activation. Nothing does in compiled code."""
-        if torch.compiler.is_compiling():
+        if compiling():
             return None
         found: Ridden | None = self._riding.get(x)
         return found
 
     @property
     def empty(self) -> bool:
-        """Whether nothing rides on any activation, and nothing is known of any pass."""
-        known = [*vars(self.thread).values(), *vars(self.compiled).values()]
+        """Whether nothing rides on any activation, and nothing is known of any pass of this
+        thread."""
+        known = vars(self.here).values()
         return len(self._riding) == 0 and all(value is None or value == {} for value in known)

@@ -1,17 +1,22 @@
 """How the state of tokens gets from block to block, during one forward pass.
 
-The state rides on the activation that leaves a block. If the activation is lost before the next
-block (it was moved, detached, or computed with), the last state of the thread is taken, provided
-that it fits. In compiled code nothing can ride on an activation; there the last state counts.
+The state rides on the activation that leaves a block. Compiled code cannot see that; there, the
+last state of the thread is taken, if it is the state of this very activation.
+
+Where the activation is another one (it was moved, detached, or computed with between two blocks),
+its images are compared with those of the last one. If they are the same, the last state is theirs;
+if they are some of them, or in another order, so is the state. Else it is an error.
 """
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tokred.engine.attention import visible
+from tokred.engine.following import images_of, same_images
+from tokred.engine.graphs import compiling, in_a_graph
+from tokred.engine.leaving import outside_of_the_graph
 from tokred.engine.reduction import Reduction
 from tokred.engine.state import State
 
@@ -29,11 +34,13 @@ def start(
 
     Raises:
         ValueError: images are padded, and the method needs images that are not.
+        RuntimeError: there are tokens that are neither patches nor tokens of the layout.
     """
     layout = reduction.layout
     tokens = x.shape[1] - layout.others
+    _check_extra(reduction, tokens)
     grid = reduction.grid_of(tokens)
-    if mask is None or torch.compiler.is_compiling():
+    if mask is None or in_a_graph(x):
         return State(ahead=reduction.ahead(tokens, tokens, grid), full=tokens, grid=grid)
     valid = visible(mask, x.shape[0])[:, layout.prefix : x.shape[1] - layout.suffix]
     if bool(valid.all()):
@@ -48,37 +55,49 @@ def start(
     return State(ahead=ahead, full=tokens, size=valid.float(), lengths=lengths)
 
 
+def _check_extra(reduction: Reduction, tokens: int) -> None:
+    """Raises where a model has put more tokens between its own and the patches of its images.
+
+    Raises:
+        RuntimeError: it has.
+    """
+    layout, grid = reduction.layout, reduction.memory.here.grid
+    if grid is None:
+        return  # patches come from elsewhere
+    patches = grid[0] * grid[1]
+    # Fewer are patches that were left out (masked autoencoders, patch dropout).
+    if tokens > patches or (layout.declared and tokens < patches):
+        raise RuntimeError(
+            f"block 0 got {tokens + layout.others} tokens, but images of {grid[0]}x{grid[1]} "
+            f"patches and {layout.others} other tokens have {patches + layout.others}. Tokens that "
+            "this model adds (prompt tuning) must be declared, so that they are not taken for "
+            f"patches: tokred.apply(..., prefix={layout.prefix + tokens - patches}), if they stand "
+            "in front of the patches"
+        )
+
+
 def entering(reduction: Reduction, x: Float[Tensor, "batch tokens dim"], layer: int) -> State:
     """The state of the tokens that enter a block which is not the first."""
     state = carried(reduction, x, layer) or _from_outside(reduction, x, layer)
-    if not torch.compiler.is_compiling():
+    if not compiling():
         # For recomputation, if the host has changed the activation that the state rode on.
         reduction.memory.ride(x, state)
     return state
 
 
 def carry(reduction: Reduction, x: Tensor, state: State) -> None:
-    """Lets a state ride on an activation."""
+    """Lets a state ride on an activation. Between two blocks, and in compiled code, it is the last
+    one of this thread, too."""
     memory = reduction.memory
-    if torch.compiler.is_compiling():
-        memory.compiled.state = state
-        if state.aside is not None:
-            memory.compiled.shown = x
-    else:
+    if not compiling():
         memory.ride(x, state)
-
-
-def remember(reduction: Reduction, state: State) -> None:
-    """Keeps the state for the next block, in case its activation loses it, or the next block is
-    compiled and this one is not."""
-    if not torch.compiler.is_compiling():
-        reduction.memory.thread.state = state
-        reduction.memory.compiled.state = state
+    if compiling() or state.ahead is not None:
+        memory.here.state = state
+        memory.here.last = x
 
 
 def carried(reduction: Reduction, x: Tensor, layer: int | None = None) -> State | None:
-    """The state of an activation. If the activation has lost it, the last state of this thread,
-    provided that it fits.
+    """The state of an activation; None if nothing is known of it.
 
     Args:
         reduction: what is applied.
@@ -86,30 +105,24 @@ def carried(reduction: Reduction, x: Tensor, layer: int | None = None) -> State 
         layer: the block that it enters; None behind the last one.
 
     Raises:
-        RuntimeError: tokens were added or taken away between two blocks.
+        RuntimeError: tokens or images were added, taken away or changed beyond recognition between
+            two blocks.
     """
     memory = reduction.memory
-    if torch.compiler.is_compiling():
-        last = memory.compiled.state
-        if last is None or last.aside is None or memory.compiled.shown is x:
-            return last
-        return last.but(expanded=True, aside=None)
+    here = memory.here
+    if compiling():
+        if here.state is None or here.last is x:
+            return here.state
+        # Images cannot be compared in a graph.
+        why = "something between two blocks changes the tokens, whose images must be compared"
+        return outside_of_the_graph(why, _followed, reduction, x, here.state)
     left = 0 if layer is None else reduction.layout.layers - layer
     state = memory.ridden(x)
-    if state is None:
-        # Of this thread; or of the block before, if that one is compiled.
-        for last in (memory.thread.state, memory.compiled.state):
-            if last is not None and last.left == left:
-                # What was set aside is no longer what x says.
-                state = last if last.aside is None else last.but(expanded=True, aside=None)
-                break
-    if state is not None and x.shape[1] != state.tokens + reduction.layout.others:
-        raise RuntimeError(
-            f"a patched block got {x.shape[1]} tokens, but the one before it has put out "
-            f"{state.tokens + reduction.layout.others}. Tokens cannot be added or taken away "
-            "between blocks while a reduction is applied; tokred.remove(model) takes it out. "
-            "(A pass that was broken off is forgotten when the first block runs again.)"
-        )
+    if state is None and here.state is not None and here.state.left == left:
+        # Nothing rides on what leaves compiled code.
+        state = here.state if here.last is x else _followed(reduction, x, here.state)
+    if state is not None:
+        _check_tokens(reduction, x, state)
     if state is not None and layer is not None and state.left != left:
         return _in_front_of(reduction, state, layer)
     return state
@@ -117,23 +130,64 @@ def carried(reduction: Reduction, x: Tensor, layer: int | None = None) -> State 
 
 def pass_on(reduction: Reduction, x: Tensor, y: Tensor) -> None:
     """Lets the state of `x` ride on `y` too: the same tokens after a norm, or in another form."""
-    memory = reduction.memory
-    if torch.compiler.is_compiling():
-        if memory.compiled.shown is x:
-            memory.compiled.shown = y
+    here = reduction.memory.here
+    if here.last is x:
+        here.last = y
+    if compiling():
         return
-    state = memory.ridden(x)
+    state = reduction.memory.ridden(x)
     if state is not None:
-        memory.ride(y, state)
+        reduction.memory.ride(y, state)
 
 
 def forget(reduction: Reduction) -> None:
     """Drops the last state of this thread: the pass is over."""
-    memory = reduction.memory
-    if not torch.compiler.is_compiling():
-        memory.thread.state = None
-        memory.thread.grid = None
-    memory.compiled.forget()
+    here = reduction.memory.here
+    here.state = here.last = here.grid = None
+
+
+def _check_tokens(reduction: Reduction, x: Tensor, state: State) -> None:
+    """Raises unless an activation has as many tokens as the one that its state is of."""
+    expected = state.tokens + reduction.layout.others
+    if x.shape[1] != expected:
+        raise RuntimeError(
+            f"a patched block got {x.shape[1]} tokens, but the one before it has put out "
+            f"{expected}. Tokens cannot be added or taken away between blocks while a reduction "
+            "is applied; tokred.remove(model) takes it out. (A pass that was broken off is "
+            "forgotten when the first block runs again.)"
+        )
+
+
+def _followed(reduction: Reduction, x: Tensor, state: State) -> State:
+    """The last state of this thread, for an activation that was made of the last one between two
+    blocks.
+
+    Raises:
+        RuntimeError: its images cannot be told to be those of the last one.
+    """
+    _check_tokens(reduction, x, state)
+    if not state.by_image:
+        return state
+    last = reduction.memory.here.last
+    images = None if last is None else same_images(last, x)
+    if images is None:
+        raise RuntimeError(
+            f"between two patched blocks, {0 if last is None else len(last)} images became "
+            f"{len(x)}, and which ones cannot be told: images may be left out or put into another "
+            "order there, or their tokens may be changed, but not both at a time. "
+            "tokred.remove(model) takes the reduction out"
+        )
+    assert last is not None
+    if images.tolist() != list(range(len(last))):
+        try:
+            state = images_of(state, images, len(last))
+        except TypeError as error:
+            raise RuntimeError(
+                "images were left out or put into another order between two patched blocks, which "
+                f"cannot be followed: {error}"
+            ) from error
+    # What was set aside is no longer what x says.
+    return state if state.aside is None else state.but(expanded=True, aside=None)
 
 
 def _from_outside(reduction: Reduction, x: Float[Tensor, "batch tokens dim"], layer: int) -> State:

@@ -42,6 +42,7 @@ def pooled(
     Raises:
         ValueError: the head would see tokens that should not be there, or dropped tokens shift its
             positions.
+        RuntimeError: nothing is known of the features, and something would have to be.
     """
     found = poolable(reduction, x, positions) if patches else None
     forget(reduction)
@@ -87,6 +88,7 @@ def poolable(
     """
     state = carried(reduction, x)
     if state is None:
+        check_known(reduction)
         return None
     check_training(reduction, state)
     if positions and state.prunes:
@@ -108,6 +110,29 @@ def poolable(
                 x, state = descend(reduction.layout, x, state)
         size = state.size
     return x, None if size is None else size > 0
+
+
+def needs_to_know(reduction: Reduction) -> bool:
+    """Whether features of the model may be such that a pooled head must know what their tokens
+    stand for."""
+    return reduction.traits.prunes or not reduction.full_grid
+
+
+def check_known(reduction: Reduction) -> None:
+    """Raises where nothing is known of the features that are to be pooled, if their tokens may
+    count differently.
+
+    Raises:
+        RuntimeError: they may.
+    """
+    if needs_to_know(reduction):
+        raise RuntimeError(
+            f"a head that pools patch tokens was given features of which nothing is known, and "
+            f"{reduction.reducer} leaves features whose tokens do not all count alike. Give it the "
+            "features that the model has handed out, and no copy of them (clone, cast, save); or "
+            "call the whole model. If they are those of the model without tokred, "
+            "tokred.remove(model) comes first"
+        )
 
 
 def check_training(reduction: Reduction, state: State) -> None:
@@ -138,9 +163,16 @@ def tokens_there(
     reduction: Reduction, x: Float[Tensor, "batch tokens dim"]
 ) -> Bool[Tensor, "batch patches"] | None:
     """Which patch tokens of features that are handed out reduced are there, rather than padding;
-    None if the features are those of the full grid."""
+    None if the features are those of the full grid.
+
+    Raises:
+        RuntimeError: nothing is known of the features, and something would have to be.
+    """
     state = carried(reduction, x)
-    if state is None or state.trail is None or state.expanded:
+    if state is None:
+        check_known(reduction)
+        return None
+    if state.trail is None or state.expanded:
         return None
     if state.size is not None:
         return state.size > 0

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokred import gates as weights
+from tokred.engine.graphs import compiling
 from tokred.engine.layout import Layout
 from tokred.engine.memory import Memory
 from tokred.engine.observing import Observer, Record
@@ -26,13 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Running:
-    """What is known of the pass that is running, in one thread or in compiled code.
+    """What is known of the pass that is running in one thread.
 
     Attributes:
         step: the block that is running.
         state: the state of the tokens that left the last block, in case they have lost it.
-        shown: in compiled code, the last activation that was expanded for somebody to see, and
-            whose reduced tokens were set aside.
+        last: those tokens.
         grid: rows and columns of the patches of the images.
         tapped: the layers whose output the running call hands out.
         decisions: what each gate has decided in training, by layer.
@@ -41,16 +41,11 @@ class Running:
 
     step: Step | None = None
     state: State | None = None
-    shown: Tensor | None = None
+    last: Tensor | None = None
     grid: tuple[int, int] | None = None
     tapped: frozenset[int] | None = None
     decisions: dict[int, Tensor] | None = None
     records: list[Record] | None = None
-
-    def forget(self) -> None:
-        """Forgets the pass: it is over, in compiled code."""
-        # One by one: older versions of torch.compile cannot follow a loop over attributes.
-        self.step = self.state = self.shown = self.grid = self.tapped = None
 
 
 @dataclass(eq=False)
@@ -75,7 +70,9 @@ class Reduction:
         padded: of a method that gates blocks: whether images are padded to the one that keeps most
             tokens, rather than the tokens of all images laid end to end.
         windows: rows and columns of a reduced window, where blocks attend in windows.
+        hand_out: layers that put out the full grid in every pass, for who looks at them.
         observer: who watches its passes; nobody, if None.
+        end: on a model, tells how many of its patched blocks run: others may have been cut off.
     """
 
     reducer: Reducer
@@ -92,6 +89,8 @@ class Reduction:
     padded: bool = False
     windows: tuple[int, int] | None = None
     observer: Observer | None = None
+    hand_out: frozenset[int] = frozenset()
+    end: Callable[[], int] | None = field(init=False, repr=False, default=None)
     traits: Traits = field(init=False, repr=False)
     memory: Memory[Running, State] = field(
         init=False, repr=False, default_factory=lambda: Memory(Running)
@@ -114,6 +113,8 @@ class Reduction:
         observer = former.pop("attributes", None)
         self.__dict__.update({"observer": observer, "windows": windows, **former})
         self.__dict__.setdefault("memory", Memory(Running))
+        self.__dict__.setdefault("end", None)
+        self.__dict__.setdefault("hand_out", frozenset())
         self.__dict__.setdefault("unfused", state.get("_unfused", set()))
         self.traits = traits(self.reducer)
 
@@ -136,10 +137,14 @@ class Reduction:
         return tuple(fitted(self.traits, count, tokens, grid) for count in asked)
 
     def ahead(self, tokens: int, longest: int, grid: tuple[int, int] | None) -> Ahead | None:
-        """What a pass has to do, where the longest image has `longest` of the tokens."""
+        """What a pass has to do, where the longest image has `longest` of the tokens.
+
+        Raises:
+            RuntimeError: blocks were replaced since the reduction was applied.
+        """
         counts, tapped = self.counts(longest, grid), self.tapped()
         ahead: Ahead | None = None
-        for layer in reversed(range(self.layout.layers)):
+        for layer in reversed(range(self.layout.layers if self.end is None else self.end())):
             # Padding alone is no reason to reduce.
             keep = counts[layer] if counts[layer] < longest else tokens
             ahead = Ahead(keep, layer in tapped, self.layout.layers - layer, ahead)
@@ -150,7 +155,6 @@ class Reduction:
     def set_grid(self, grid: tuple[int, int]) -> None:
         """Says on which grid the patches of the running images stand."""
         self.memory.here.grid = grid
-        self.memory.compiled.grid = grid  # blocks may be compiled, and the model around them not
 
     def grid_of(self, tokens: int) -> tuple[int, int] | None:
         """The grid that so many tokens stand on: that of the image, or of the model's own size."""
@@ -165,7 +169,6 @@ class Reduction:
         """Says at which layers the host hands out tokens during this call, and so needs the full
         grid; none again, once the call is over."""
         self.memory.here.tapped = layers or None
-        self.memory.compiled.tapped = layers or None
 
     def handing_out(
         self, layers: frozenset[int], call: Callable[..., Any], *args: Any, **kwargs: Any
@@ -181,7 +184,7 @@ class Reduction:
 
     def tapped(self) -> frozenset[int]:
         """The layers whose output is handed out during this call."""
-        layers = self.memory.here.tapped or frozenset()
+        layers = self.hand_out | (self.memory.here.tapped or frozenset())
         return layers if self.tapped_by is None else layers | self.tapped_by(self.layout.layers)
 
     @property
@@ -195,23 +198,23 @@ class Reduction:
     def decisions(self) -> dict[int, Float[Tensor, "batch tokens"]]:
         """Of a learned method: which tokens each gate has kept (1) in the last forward pass of
         this thread in training mode, with the gradients of a softmax."""
-        return self.memory.thread.decisions or {}
+        return self.memory.here.decisions or {}
 
     @contextmanager
     def recording(self) -> Iterator[list[Record]]:
         """Collects what every reduction of this thread does, until the end of the block."""
         records: list[Record] = []
-        self.memory.thread.records = records
+        self.memory.here.records = records
         try:
             yield records
         finally:
-            self.memory.thread.records = None
+            self.memory.here.records = None
 
     def record(self, record: Record) -> None:
         """Tells who listens of a reduction. Compiled code tells nobody."""
-        if torch.compiler.is_compiling():
+        if compiling():
             return
-        records = self.memory.thread.records
+        records = self.memory.here.records
         if records is not None:
             records.append(record)
         if self.observer is not None:

@@ -138,6 +138,12 @@ class State:
         return 0 if self.ahead is None else self.ahead.left
 
     @property
+    def by_image(self) -> bool:
+        """Whether anything of it belongs to single images: not before the first reduction."""
+        known = (self.trail, self.size, self.received, self.lengths, self.kept)
+        return any(value is not None for value in known)
+
+    @property
     def prunes(self) -> bool:
         """Whether tokens were dropped, rather than merged."""
         return any(not reduced.map.merges for reduced in unrolled(self.trail))

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from tokred.engine import gated, passing
 from tokred.engine.attention import added, explicit_is_faster, mean_attention, queries_by_keys
+from tokred.engine.graphs import compiling
 from tokred.engine.observing import Record
-from tokred.engine.pooling import check_training, drops_in_training, needed_for_pooling
+from tokred.engine.pooling import check_training, needed_for_pooling, needs_to_know
 from tokred.engine.reduction import Reduction
 from tokred.engine.sequence import between, descend, expand, ones, up
 from tokred.engine.state import Reduced, State, unrolled
@@ -257,12 +258,11 @@ class Step:
         state = state.but(ahead=ahead.rest)
         if not last:
             passing.carry(reduction, x, state)
-            passing.remember(reduction, state)
             return x
         passing.forget(reduction)
         if reduction.observer is not None:
             reduction.observer.ends()
-        if drops_in_training(reduction, state) or needed_for_pooling(state):
+        if needs_to_know(reduction) or needed_for_pooling(state):
             passing.carry(reduction, x, state.without_stale())
         return x
 
@@ -530,7 +530,8 @@ class Step:
 
     def _check_read(self, signals: AbstractSet[str]) -> None:
         """Raises unless these signals were read off the block."""
-        missing = signals - self.signals.keys()
+        # (torch.compile of older versions cannot subtract the keys of a dictionary from a set.)
+        missing = [signal for signal in signals if signal not in self.signals]
         if missing:
             raise RuntimeError(
                 f"block {self.layer}: {sorted(missing)} could not be read. A submodule of its "
@@ -597,8 +598,8 @@ def enter(
     """
     if first:
         state = passing.start(reduction, x, mask)
-        if reduction.gates is not None and not torch.compiler.is_compiling():
-            reduction.memory.thread.decisions = {}
+        if reduction.gates is not None and not compiling():
+            reduction.memory.here.decisions = {}
         if reduction.observer is not None:
             reduction.observer.begins()
     else:

@@ -1,6 +1,7 @@
 """What a patch says about a family of models, and how the patch for a model is found."""
 
 from tokred.engine.denoising import Place
+from tokred.engine.sampling import THOUSAND, Times
 from tokred.host.check import (
     ADDING_A_HOST,
     blocks_of,
@@ -23,16 +24,19 @@ from tokred.host.find import (
     library_of,
     module_of,
     patch_names,
+    scheduler_of,
     stage_of,
 )
 from tokred.host.host import Denoiser, Host, Stage, UnsupportedModelError, WindowedHost
 
 __all__ = [
     "ADDING_A_HOST",
+    "THOUSAND",
     "Denoiser",
     "Host",
     "Place",
     "Stage",
+    "Times",
     "UnsupportedModelError",
     "WindowedHost",
     "blocks_of",
@@ -50,6 +54,7 @@ __all__ = [
     "module_of",
     "named",
     "patch_names",
+    "scheduler_of",
     "stage_of",
     "submodule",
     "tap_of",

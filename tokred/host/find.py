@@ -23,6 +23,12 @@ def module_of(model: Any) -> Any:
     return next((found for found in inside if isinstance(found, nn.Module)), model)
 
 
+def scheduler_of(model: Any) -> Any:
+    """The scheduler of a diffusers pipeline, which knows its time steps; None of anything else."""
+    scheduler = None if isinstance(model, nn.Module) else getattr(model, "scheduler", None)
+    return scheduler if hasattr(scheduler, "timesteps") else None
+
+
 def find_denoiser(model: Any) -> Denoiser | None:
     """The patch for a model, if it is a denoiser that one knows."""
     if not isinstance(model, nn.Module):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tokred.engine.denoising import Place
 from tokred.engine.layout import Layout
+from tokred.engine.sampling import THOUSAND, Times
 
 
 class UnsupportedModelError(TypeError):
@@ -204,20 +205,33 @@ class Denoiser:
     """A family of denoisers of diffusion models, around whose modules tokens are merged.
 
     Classes are named in full, as for `Host`; functions that are called by a patched model (all but
-    `places`) are functions of a module, because they are pickled with it.
+    those marked *) are functions of a module, because they are pickled with it.
 
     Attributes:
         models: the classes of the models.
-        places: the blocks of a model, in the order they run.
+        places: * the blocks of a model, in the order they run.
         grid: `grid(owner, args, kwargs)`: rows and columns of the tokens that the owner of some
             blocks makes of what it is called with.
-        progress: `progress(model, args, kwargs)`: where in the sampling a call of the model is,
-            from 0 (noise) to 1 (image).
+        timestep: `timestep(model, args, kwargs)`: the time step that the model is called with.
+        prompt: `prompt(model, args, kwargs)`: what else it is called with that stays the same in
+            all steps of a sampling, and differs between the calls of one step: the tensors of the
+            text, say.
+        beside: `beside(attention, x, kwargs, down)`: what attention is called with beside its
+            tokens, made for few of them: `x` are all tokens, [batch, tokens, dim], and `down` makes
+            few of such a tensor. It raises ValueError where that cannot be done.
+        keys: `keys(attention)`: why self-attention cannot be given other tokens for its keys and
+            values (as `encoder_hidden_states`); None if it can. Asked before each use, as
+            processors may be exchanged.
+        times: * `times(model)`: the time steps that a model is usually called with.
         summary: one clause for lists.
     """
 
     models: tuple[str, ...]
     places: Callable[[Any], Sequence[Place]]
     grid: Callable[[Any, Any, Any], tuple[int, int]]
-    progress: Callable[[Any, Any, Any], float]
+    timestep: Callable[[Any, Any, Any], Any]
+    prompt: Callable[[Any, Any, Any], Sequence[Tensor]]
+    beside: Callable[[Any, Tensor, Any, Callable[[Tensor], Tensor]], dict[str, Any]]
+    keys: Callable[[Any], str | None]
+    times: Callable[[Any], Times] = lambda model: THOUSAND
     summary: str = ""

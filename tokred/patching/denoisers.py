@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from tokred.engine.denoising import Around, AroundModule, Denoising, Place
-from tokred.host import Denoiser, UnsupportedModelError
+from tokred.host import Denoiser, UnsupportedModelError, hosts
 from tokred.reducers.protocol import Reducer, traits
 from tokred.reducers.registry import make as named
 from tokred.reducers.todo import ToDo
@@ -27,8 +27,10 @@ def plan_for(
     method: str | Reducer,
     keep_rate: float | Schedule | Around | None,
     options: Mapping[str, Any],
+    scheduler: Any = None,
 ) -> Denoising:
-    """What `tokred.apply` hangs on a denoiser: everything checked, nothing changed.
+    """What `tokred.apply` hangs on a denoiser: everything checked, nothing changed. The scheduler
+    is that of the pipeline, if one was given.
 
     Raises:
         ValueError: an option is out of range, or has no meaning here.
@@ -64,7 +66,13 @@ def plan_for(
     if around.keep_rate == 1:
         warnings.warn("keep_rate=1 keeps all tokens: nothing is reduced", stacklevel=4)
     taken = tuple(place for place in able if place.level in chosen)
-    return Denoising(reducer, around, taken, len(places))
+    if traits(reducer).keys_only:
+        for place in taken:
+            path = f"{place.path}.{place.modules['attention']}"
+            why = host.keys(model.get_submodule(path))
+            if why is not None:
+                raise UnsupportedModelError(f"{cls}: {path}: {why}")
+    return Denoising(reducer, around, taken, len(places), host.times(model), scheduler)
 
 
 def _check_method(cls: str, reducer: Reducer, around: Around) -> None:
@@ -97,8 +105,17 @@ class Begins:
     reduction: Denoising
     host: Denoiser
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if not hasattr(self.host, "timestep"):  # version 0.8 knew less of hosts
+            known = (found for found in hosts().values() if isinstance(found, Denoiser))
+            self.host = next(found for found in known if {*found.models} & {*self.host.models})
+
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.reduction.begin(lambda: self.host.progress(module, args, kwargs))
+        self.reduction.begin(
+            lambda: self.host.timestep(module, args, kwargs),
+            lambda: self.host.prompt(module, args, kwargs),
+        )
 
 
 @dataclass(eq=False)
@@ -148,15 +165,21 @@ class Leaves:
 HOOKS = (Begins, Ends, OnGrid, Enters, Leaves)
 
 
-def stand_ins(model: nn.Module, reduction: Denoising) -> list[tuple[nn.Module, AroundModule]]:
+def stand_ins(
+    model: nn.Module, host: Denoiser, reduction: Denoising
+) -> list[tuple[nn.Module, AroundModule]]:
     """The modules whose forward is to be replaced, and by what."""
-    return [
-        (module, AroundModule(module, reduction, place, name, type(module).forward))
-        for place in reduction.places
-        for name in reduction.around.modules
-        if name in place.modules
-        for module in [model.get_submodule(f"{place.path}.{place.modules[name]}")]
-    ]
+    found = []
+    for place in reduction.places:
+        for name in reduction.around.modules:
+            if name in place.modules:
+                module = model.get_submodule(f"{place.path}.{place.modules[name]}")
+                own = type(module).forward
+                stand_in = AroundModule(
+                    module, reduction, place, name, own, beside=host.beside, keys=host.keys
+                )
+                found.append((module, stand_in))
+    return found
 
 
 def hook_on(model: nn.Module, host: Denoiser, reduction: Denoising) -> None:

@@ -36,6 +36,7 @@ from tokred.patching.denoisers import hook_on, stand_ins
 from tokred.patching.planning import signals_of
 from tokred.patching.stand_ins import (
     HOOKS,
+    MARK,
     Carry,
     Grid,
     HandedOut,
@@ -45,6 +46,8 @@ from tokred.patching.stand_ins import (
     PatchedMethod,
     Pool,
     StandIn,
+    Tower,
+    hung_on,
 )
 from tokred.patching.tracers import Scripted
 
@@ -58,7 +61,7 @@ def hang(
     if isinstance(host, Denoiser):
         assert isinstance(reduction, Denoising)
         model = uncompiled(model)
-        replaced = stand_ins(model, reduction)
+        replaced = stand_ins(model, host, reduction)
         remove(model)
         for module, stand_in in replaced:
             _set_innermost(module, stand_in)
@@ -91,7 +94,10 @@ def hang(
     for name, call in family.methods.items():
         original = getattr(type(tower), name, None)
         if original is not None:  # not every version has every method
-            vars(tower)[name] = PatchedMethod(tower, original, call, reduction)
+            method = PatchedMethod(tower, original, call, reduction)
+            vars(tower)[name] = method
+            _mark(tower, name, method)
+    reduction.end = Tower(tower, reduction, found)
     if reduction.observer is not None:
         reduction.observer.hung()
 
@@ -145,10 +151,9 @@ def _hooks(
             found.append((module.register_forward_hook, Carry(reduction), {}))
         for module in host.pools(tower):
             found.append((module.register_forward_pre_hook, Pool(reduction), {}))
-        if "grid" in reduction.traits.needs or reduction.reconstruction is not None:
-            patches = _convolution(model, blocks_of(host, tower)[0])
-            if patches is not None:
-                found.append((patches.register_forward_hook, Grid(reduction), {}))
+        patches = _convolution(model, blocks_of(host, tower)[0])
+        if patches is not None:
+            found.append((patches.register_forward_hook, Grid(reduction), {}))
     if host.family.handed_out is not None:
         hook = HandedOut(reduction, host.family.handed_out)
         found.append((tower.register_forward_pre_hook, hook, {"with_kwargs": True}))
@@ -156,7 +161,11 @@ def _hooks(
 
 
 def remove(model: Any) -> None:
-    """Takes the reduction away; the model is again as it was. Does nothing if there is none."""
+    """Takes the reduction away; the model is again as it was. Does nothing if there is none.
+
+    What was wrapped around a patched method since then stays, and calls the model's own method
+    again.
+    """
     observers: dict[int, Observer] = {}  # of all blocks, each once
     for module in module_of(model).modules():
         patched = _take_off(module)
@@ -174,6 +183,8 @@ def _take_off(module: nn.Module) -> Any:
     for name, value in list(vars(module).items()):
         if isinstance(value, PatchedMethod | Scripted):
             del vars(module)[name]
+    for stand_in in vars(module).pop(MARK, {}).values():
+        stand_in.off = True
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
         for key, hung in list(hooks.items()):
             if isinstance(hung, (*HOOKS, *DENOISING_HOOKS)):
@@ -196,6 +207,7 @@ def without(model: nn.Module) -> nn.Module:
         twin = twins[id(module)] = copy.copy(module)
         for name in ("_modules", *_HOOKS):
             vars(twin)[name] = vars(module)[name].copy()
+        vars(twin).pop(MARK, None)  # what stands in for the model's own goes on
     for twin in twins.values():
         for name, part in twin._modules.items():
             twin._modules[name] = None if part is None else twins[id(part)]
@@ -210,6 +222,8 @@ def reduction_of(model: Any) -> Any:
     """The reduction that is applied to the model, if there is one."""
     for module in module_of(model).modules():
         patched = innermost(module)
+        if patched is not None and not isinstance(patched, StandIn | AroundModule):
+            patched = hung_on(module).get("forward")  # behind what was wrapped around it
         if isinstance(patched, StandIn | AroundModule):
             return patched.reduction
     return None
@@ -254,10 +268,17 @@ def _set_innermost(module: nn.Module, stand_in: Any) -> None:
     where, name = innermost_slot(module)
     if stand_in is not None:
         where[name] = stand_in
+        _mark(module, "forward", stand_in)
     elif where is vars(module) and name == "forward":
         where.pop(name, None)
     else:
         where[name] = MethodType(type(module).forward, module)
+
+
+def _mark(module: nn.Module, name: str, stand_in: Any) -> None:
+    """Keeps what stands in for a method of a module where nothing that is wrapped around it later
+    hides it."""
+    vars(module).setdefault(MARK, {})[name] = stand_in
 
 
 def _mask_of(forward: Callable[..., Any]) -> tuple[str, int] | None:

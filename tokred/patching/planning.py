@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tokred import gates as weights
 from tokred.engine.denoising import Around
+from tokred.engine.layout import Layout
 from tokred.engine.reduction import Reduction, check_gates
 from tokred.engine.windows import why_not
 from tokred.host import (
@@ -42,6 +43,8 @@ def reduction_for(
     proportional_attention: bool | None = None,
     full_grid: bool = True,
     attention: str = "host",
+    prefix: int | None = None,
+    hand_out: Sequence[int] = (),
 ) -> tuple[Host | Stage, Reduction]:
     """What `apply` (see there) hangs on a model that is no denoiser, and by which host."""
     cls = type(model).__qualname__
@@ -76,20 +79,62 @@ def reduction_for(
         reason = found.merges_only(model, tower)
         if reason:
             raise UnsupportedModelError(f"{cls}: {reason}")
+    layout = _layout(found, tower, prefix)
     reduction = Reduction(
         reducer,
         chosen,
-        found.layout(tower, None),
+        layout,
         said.proportional if proportional_attention is None else proportional_attention,
         full_grid,
         attention,
         tapped_by=found.family.tapped,
         averages=isinstance(found, Host) and found.averages(model, tower),
         reconstruction=rebuilt,
+        hand_out=_layers(hand_out, layout.layers),
     )
     if learned(reducer):
         reduction.gates = _gates(model, found, tower, reducer, reduction, gated)
     return found, reduction
+
+
+def _layout(host: Host | Stage, tower: nn.Module, prefix: int | None) -> Layout:
+    """The layout of a model, with the number of prefix tokens that the caller declares.
+
+    Raises:
+        ValueError: there cannot be so many.
+        UnsupportedModelError: the model has none.
+    """
+    layout = host.layout(tower, None)
+    if prefix is None:
+        return layout
+    if isinstance(host, Stage):
+        raise UnsupportedModelError(
+            f"{type(tower).__qualname__} attends in windows and has no prefix tokens: prefix must "
+            f"be None, not {prefix!r}"
+        )
+    if not isinstance(prefix, int) or prefix < layout.prefix:
+        raise ValueError(
+            f"prefix must be an integer from {layout.prefix} on, the number of prefix tokens that "
+            f"{type(tower).__qualname__} has itself, not {prefix!r}"
+        )
+    return replace(layout, prefix=prefix, declared=True)
+
+
+def _layers(hand_out: Sequence[int], layers: int) -> frozenset[int]:
+    """The layers that a caller names, counted from 0.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    wrong = [
+        layer for layer in hand_out if not isinstance(layer, int) or not -layers <= layer < layers
+    ]
+    if wrong:
+        raise ValueError(
+            f"hand_out must be layers in [0, {layers - 1}], or in [-{layers}, -1] from the last "
+            f"one on, not {wrong[0]!r}"
+        )
+    return frozenset(layer % layers for layer in hand_out)
 
 
 Gated = tuple[dict[str, Tensor], dict[str, Any]]

@@ -21,17 +21,87 @@ from torch.fx import Proxy
 
 from tokred.engine import passing
 from tokred.engine.gated import gather
+from tokred.engine.graphs import compiling, exporting, in_a_graph
 from tokred.engine.leaving import outside_of_the_graph
 from tokred.engine.pooling import poolable
 from tokred.engine.reduction import Reduction
 from tokred.engine.state import State
 from tokred.engine.step import Step, enter
 from tokred.engine.windows import too_small
-from tokred.host import Denoiser, hosts, is_a, submodule
+from tokred.host import Denoiser, Host, Stage, find_host, hosts, is_a, submodule
 from tokred.patching.tracers import as_node, refuse_fx, refuse_vmap, traced
 
 Checkpoint = Callable[[Any], Callable[..., Any] | None]
 Read = Callable[[Any, Tensor], Tensor]
+
+
+MARK = "_tokred"
+"""The attribute of a module that keeps what stands in for its methods, by their names: what is
+wrapped around a stand-in later hides it."""
+
+
+def hung_on(module: nn.Module) -> dict[str, Any]:
+    """What stands in for methods of a module, by their names, whatever is wrapped around it."""
+    found: dict[str, Any] = getattr(module, MARK, {})
+    return found
+
+
+@dataclass(eq=False)
+class Tower:
+    """The model whose blocks are patched. Blocks may be cut off or replaced behind our back: layers
+    behind the features that are wanted often are.
+
+    Attributes:
+        model: the model.
+        reduction: what is applied.
+        host: its patch; None in a copy that was loaded from a file, until it is asked for.
+    """
+
+    model: nn.Module
+    reduction: Reduction
+    host: Host | Stage | None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "host": None}  # some of its functions cannot be pickled
+
+    def __call__(self) -> int:
+        """How many blocks run, up to the last patched one that is still there. Blocks behind it get
+        the full grid.
+
+        Raises:
+            RuntimeError: there is another block among those that are patched, or none are left.
+        """
+        if self.host is None:
+            self.host = find_host(self.model)[0]
+        last, strange = -1, -1
+        for at, block in enumerate(self.host.blocks(self.model)):
+            layer = self._layer(block)
+            if layer is None:
+                strange = at if strange < 0 else strange
+            elif strange >= 0 or layer <= last:
+                raise RuntimeError(
+                    f"block {at if strange < 0 else strange} of {type(self.model).__name__} is "
+                    "another one than when tokred was applied: call tokred.apply again"
+                )
+            else:
+                last = layer
+        if last < 0:
+            raise RuntimeError(
+                f"no block of {type(self.model).__name__} is one that tokred was applied to: call "
+                "tokred.apply again"
+            )
+        return last + 1
+
+    def _layer(self, block: nn.Module) -> int | None:
+        """Which of the patched blocks one is, if it is one, in whatever is wrapped around it."""
+        found = hung_on(block).get("forward")
+        if isinstance(found, StandIn):
+            return found.layer if found.reduction is self.reduction else None
+        for part in block.modules():
+            found = hung_on(part).get("forward")
+            if isinstance(found, StandIn) and found.reduction is self.reduction:
+                return found.layer
+        return None
 
 
 @dataclass(eq=False, kw_only=True)
@@ -47,6 +117,8 @@ class StandIn:
         checkpoint: what its own forward would call itself through, see `Family.checkpoint`.
         always_full: whether the model looks at what leaves it in every call; None if its patch is
             still to be asked.
+        off: whether it was taken away, but is still called, by something that was wrapped around
+            it later. It is the block's own forward then.
     """
 
     is_tokred: ClassVar[bool] = True
@@ -59,13 +131,14 @@ class StandIn:
     first: bool
     checkpoint: Checkpoint | None = None
     always_full: bool | None = False
+    off: bool = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Up to version 0.7 one class stood in for blocks of all kinds, and forwards said themselves
         # what is always seen.
         if state.get("grid") is not None:
             self.__class__ = PatchedInWindows
-        self.__dict__.update({"always_full": None, **state})
+        self.__dict__.update({"always_full": None, "off": False, **state})
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -114,10 +187,12 @@ class Patched(StandIn):
     pads: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.off:
+            return self.__wrapped__(*args, **kwargs)
         proxy = traced(args, kwargs)
         if proxy is not None:
             return self._as_node(proxy, args, kwargs)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and self._in_a_graph(args, kwargs):
             why = self._varies(args, kwargs)
             if why is not None:
                 return outside_of_the_graph(why, self, *args, **kwargs)
@@ -141,7 +216,7 @@ class Patched(StandIn):
             training=self.block.training,
         )
         self._hand_out(step)
-        if self.taps and not torch.compiler.is_compiling() and step.wants_signals:
+        if self.taps and not compiling() and step.wants_signals:
             self.tap()
         few = step.open(x)
         if step.masked or self.reduction.traits.place != "around":
@@ -173,6 +248,9 @@ class Patched(StandIn):
                     if _reads(hung, signal):
                         del part._forward_hooks[key]
             module.register_forward_hook(Tap(self.reduction, signal, read, self.block))
+
+    def _in_a_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return in_a_graph(self._with_tokens(args, dict(kwargs))[0])
 
     def _varies(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Why a graph cannot hold this block: what happens depends on the images. None if it
@@ -206,6 +284,8 @@ class PatchedInWindows(StandIn):
     channels_first: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.off:
+            return self.__wrapped__(*args, **kwargs)
         proxy = traced(args, kwargs)
         if proxy is not None:
             return self._as_node(proxy, args, kwargs)
@@ -243,7 +323,7 @@ class PatchedInWindows(StandIn):
     def _begin(self, grid: tuple[int, int]) -> None:
         """Only the block itself knows the grid of the feature map."""
         self.reduction.set_grid(grid)
-        if not torch.compiler.is_compiling() and too_small(self.reduction, grid):
+        if not compiling() and too_small(self.reduction, grid):
             warnings.warn(
                 f"a feature map of {grid[0]}x{grid[1]} tokens is too small for its windows to "
                 "be reduced: nothing is reduced",
@@ -254,7 +334,7 @@ class PatchedInWindows(StandIn):
         """`run`, if `x` may be a copy: where a whole stage is checkpointed, and its blocks once
         more, recomputation has no other. (Only where it is right for any kind of checkpointing:
         no gradient flows through the state.)"""
-        if state is not None and not torch.compiler.is_compiling():
+        if state is not None and not compiling():
             passing.carry(self.reduction, x, state)
         return self.run(x, *others, **kwargs)
 
@@ -282,13 +362,14 @@ class PatchedAttention:
     attention: nn.Module
     call: Callable[..., Any]
     reduction: Reduction
+    off: bool = False  # see `StandIn`
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
         return MethodType(type(self.attention).forward, self.attention)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        step = self.reduction.running
+        step = None if self.off else self.reduction.running
         if step is None:
             return type(self.attention).forward(self.attention, *args, **kwargs)
         return self.call(self.attention, step, *args, **kwargs)
@@ -302,16 +383,19 @@ class PatchedMethod:
     original: Callable[..., Any]
     call: Callable[..., Any]
     reduction: Reduction
+    off: bool = False  # see `StandIn`
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
         return MethodType(self.original, self.model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.off:
+            return self.__wrapped__(*args, **kwargs)
         if traced(args, kwargs) is not None:
             refuse_fx(self.reduction, f"how {type(self.model).__name__} pools them")
             return self.original(self.model, *args, **kwargs)
-        if torch.compiler.is_compiling() and self.reduction.traits.varies:
+        if (compiling() or exporting()) and self.reduction.traits.varies:
             return outside_of_the_graph(varying(self.reduction), self, *args, **kwargs)
         return self.call(self.reduction, self.original, self.model, *args, **kwargs)
 
@@ -342,7 +426,7 @@ class Carry:
         proxy = traced(args, {})
         if proxy is not None:  # a norm of a class of the model's library, which torch.fx opens
             return as_node(module, proxy, args, {})
-        if torch.compiler.is_compiling() and self.reduction.traits.varies:
+        if in_a_graph(args[0]) and self.reduction.traits.varies:
             outside_of_the_graph(varying(self.reduction), self, module, args, output)
         else:
             passing.pass_on(self.reduction, args[0], output)

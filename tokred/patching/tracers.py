@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from tokred.engine.graphs import compiling
 from tokred.engine.reduction import Reduction
 from tokred.schedule import plan
 
@@ -38,7 +39,7 @@ def keeps_all(reduction: Any) -> bool:
 
 def traced(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Proxy | None:
     """One of the arguments, if torch.fx is tracing and they stand for what is not there yet."""
-    if torch.compiler.is_compiling():
+    if compiling():
         return None
     return next((given for given in (*args, *kwargs.values()) if isinstance(given, Proxy)), None)
 
@@ -78,7 +79,7 @@ def refuse_vmap(reduction: Any, x: Tensor) -> None:
     Raises:
         RuntimeError: it does.
     """
-    if torch.compiler.is_compiling() or not torch._C._functorch.is_batchedtensor(x):
+    if compiling() or not torch._C._functorch.is_batchedtensor(x):
         return
     if not keeps_all(reduction):
         raise RuntimeError(

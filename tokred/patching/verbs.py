@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from tokred.engine.denoising import Around
+from tokred.engine.graphs import compiling
 from tokred.engine.windows import in_windows
-from tokred.host import Host, Stage, WindowedHost, find_denoiser, module_of
+from tokred.host import Host, Stage, WindowedHost, find_denoiser, module_of, scheduler_of
 from tokred.patching.denoisers import plan_for
 from tokred.patching.hanging import hang, host_of, reduction_of, remove, uncompiled
 from tokred.patching.planning import reduction_for
@@ -33,6 +32,8 @@ def apply(
     proportional_attention: bool | None = None,
     full_grid: bool = True,
     attention: str = "host",
+    prefix: int | None = None,
+    hand_out: Sequence[int] = (),
 ) -> Any:
     """Makes `model` merge or drop tokens from its next forward pass on, in place.
 
@@ -45,8 +46,9 @@ def apply(
     Args:
         model: a model of a supported family (see `tokred.hosts`), or one that has such a vision
             tower somewhere inside; the rest of it is left alone. Or a pipeline of transformers,
-            whose model is meant. Or a denoiser of diffusers, or a pipeline whose denoiser is meant;
-            of the options, only `method` and `keep_rate` have a meaning there.
+            whose model is meant. Or a denoiser of diffusers, or a pipeline whose denoiser is meant
+            (and whose scheduler then tells where in a sampling a call is); of the options, only
+            `method` and `keep_rate` have a meaning there.
         method: a short name (see `tokred.methods`), a reducer such as
             `tokred.ATC(linkage="complete")`, or a preset (see `tokred.presets`), which brings its
             own schedule.
@@ -76,6 +78,13 @@ def apply(
         attention: "host" leaves attention as the host computes it. "fastest" may compute it the
             host's other way (fused or not) where that is faster, which rounds differently: on
             CPUs in bfloat16.
+        prefix: how many tokens stand in front of the patch tokens, in a subclass of a supported
+            model that adds some (prompt tuning): its class, register and prompt tokens together.
+            They are never merged or dropped. As many as the model's own class has, if not given.
+        hand_out: layers that put out the full grid in every pass, from 0 (or from -1, the last
+            one, backwards): for hooks on blocks, and for code that calls them one by one and looks
+            at what they put out. The next block goes on with fewer tokens. (Layers that a model
+            hands out by itself need not be named.)
 
     Returns:
         The reduction, which now hangs on the model: a `Reduction`, of a denoiser a `Denoising`.
@@ -85,9 +94,9 @@ def apply(
         TypeError: an option is of the wrong type.
         UnsupportedModelError: the model, or one of its blocks, is not one we know.
     """
-    if torch.compiler.is_compiling():
+    if compiling():
         raise RuntimeError("tokred.apply cannot be compiled: call it outside torch.compile's code")
-    model = module_of(model)
+    scheduler, model = scheduler_of(model), module_of(model)
     denoiser = find_denoiser(uncompiled(model)) if host is None else None
     if denoiser is not None and not isinstance(method, Preset):
         options = {
@@ -97,8 +106,10 @@ def apply(
             "proportional_attention": proportional_attention,
             "full_grid": None if full_grid else full_grid,
             "attention": None if attention == "host" else attention,
+            "prefix": prefix,
+            "hand_out": tuple(hand_out) or None,
         }
-        denoising = plan_for(uncompiled(model), denoiser, method, keep_rate, options)
+        denoising = plan_for(uncompiled(model), denoiser, method, keep_rate, options, scheduler)
         hang(model, denoiser, denoising)
         return denoising
     found, reduction = reduction_for(
@@ -112,6 +123,8 @@ def apply(
         proportional_attention=proportional_attention,
         full_grid=full_grid,
         attention=attention,
+        prefix=prefix,
+        hand_out=hand_out,
     )
     patches = reduction.layout.patches
     if min(reduction.counts(patches, reduction.layout.grid)) == patches:
@@ -136,9 +149,9 @@ def applied(
     >>> with tokred.applied(model, "tome", keep_rate=0.5):
     ...     fewer = model(images)
     """
-    model = module_of(model)
-    former, host = reduction_of(model), host_of(model, options.get("host"))
+    former, host = reduction_of(model), host_of(module_of(model), options.get("host"))
     reduction = apply(model, method, keep_rate, **options)
+    model = module_of(model)
     try:
         yield reduction
     finally:

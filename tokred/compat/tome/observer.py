@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
+from tokred.engine.graphs import compiling
 from tokred.engine.memory import Memory
 from tokred.engine.observing import Observer, Record
 
@@ -75,19 +75,19 @@ class OnModel(Observer):
     # Passes
 
     def begins(self) -> None:
-        self.unseen = torch.compiler.is_compiling()
+        self.unseen = compiling()
         if not self.unseen:
-            self.passes.thread.last, self.passes.thread.running = None, []
+            self.passes.here.last, self.passes.here.running = None, []
 
     def ends(self) -> None:
-        if torch.compiler.is_compiling() or self.passes.thread.running is None:
+        if compiling() or self.passes.here.running is None:
             return
         # Once only: blocks may run again, one by one, for gradients.
-        self.passes.thread.last, self.passes.thread.running = self.passes.thread.running, None
+        self.passes.here.last, self.passes.here.running = self.passes.here.running, None
 
     def records(self, record: Record) -> None:
-        if self.passes.thread.running is not None:
-            self.passes.thread.running.append(record)
+        if self.passes.here.running is not None:
+            self.passes.here.running.append(record)
 
     def last_pass(self) -> list[Record] | None:
         """What the last pass of this thread did to its tokens; None if none came to its end yet.
@@ -100,4 +100,4 @@ class OnModel(Observer):
                 "the last pass was one of compiled code, which keeps no record of what became of "
                 "tokens: run the model itself, not what torch.compile has made of it"
             )
-        return self.passes.thread.last
+        return self.passes.here.last

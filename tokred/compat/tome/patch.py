@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from tokred.compat.tome.observer import OnModel
 from tokred.compat.tome.utils import parse_r
 from tokred.engine import Reduction
+from tokred.engine.graphs import compiling
 from tokred.host import UnsupportedModelError, module_of
 from tokred.patching import hang, reduction_for
 from tokred.schedule import removing
@@ -172,7 +172,7 @@ def _patch(model: nn.Module, trace_source: bool, prop_attn: bool) -> None:
     for name, value in {"trace_source": trace_source, "prop_attn": prop_attn}.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, not {value!r}")
-    if torch.compiler.is_compiling():
+    if compiling():
         raise RuntimeError("tome.patch cannot be compiled: call it outside torch.compile's code")
     model = module_of(model)
     # What torch.compile returns passes attributes on to the model inside.

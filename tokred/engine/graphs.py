@@ -1,0 +1,39 @@
+"""Whether code runs as it is, or becomes a graph.
+
+`torch.compiler.is_compiling()` is no answer: it is true of all threads while one of them compiles.
+(So is its word on exporting, of all threads while one of them exports.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def compiling() -> bool:
+    """Whether `torch.compile` is following this code. Nothing can ride on an activation there."""
+    return torch.compiler.is_dynamo_compiling()
+
+
+def exporting() -> bool:
+    """Whether code is being exported (torch.export, ONNX), rather than compiled to run here."""
+    if hasattr(torch.compiler, "is_exporting"):
+        return torch.compiler.is_exporting()
+    # torch 2.6 has no word for it; but its exporter is no part of the compiler, by default.
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
+def in_a_graph(x: Tensor) -> bool:
+    """Whether what is done to a tensor becomes a graph, of `torch.compile` or of `torch.export`, so
+    that nothing may depend on its values."""
+    if compiling():
+        return True
+    # Exporting runs this code as it is, on tensors without values.
+    return torch.compiler.is_compiling() and _without_values(x)
+
+
+def _without_values(x: Tensor) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    return isinstance(x, FakeTensor | FunctionalTensor)
