@@ -30,6 +30,7 @@ from tokred.host import (
     innermost_slot,
     module_of,
     tap_of,
+    unwrapped,
 )
 from tokred.patching.denoisers import HOOKS as DENOISING_HOOKS
 from tokred.patching.denoisers import hook_on, stand_ins
@@ -97,7 +98,8 @@ def hang(
             method = PatchedMethod(tower, original, call, reduction)
             vars(tower)[name] = method
             _mark(tower, name, method)
-    reduction.end = Tower(tower, reduction, found)
+    wrapped = any(block is not unwrapped(block) for block in found.blocks(tower))
+    reduction.end = Tower(tower, reduction, found, wrapped)
     if reduction.observer is not None:
         reduction.observer.hung()
 

@@ -28,7 +28,7 @@ from tokred.engine.reduction import Reduction
 from tokred.engine.state import State
 from tokred.engine.step import Step, enter
 from tokred.engine.windows import too_small
-from tokred.host import Denoiser, Host, Stage, find_host, hosts, is_a, submodule
+from tokred.host import Denoiser, Host, Stage, blocks_of, find_host, hosts, is_a, submodule
 from tokred.patching.tracers import as_node, refuse_fx, refuse_vmap, traced
 
 Checkpoint = Callable[[Any], Callable[..., Any] | None]
@@ -55,11 +55,13 @@ class Tower:
         model: the model.
         reduction: what is applied.
         host: its patch; None in a copy that was loaded from a file, until it is asked for.
+        wrapped: whether something was put around its blocks before they were patched.
     """
 
     model: nn.Module
     reduction: Reduction
     host: Host | Stage | None
+    wrapped: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "host": None}  # some of its functions cannot be pickled
@@ -71,10 +73,17 @@ class Tower:
         Raises:
             RuntimeError: there is another block among those that are patched, or none are left.
         """
+        if compiling() and self.wrapped:
+            # The compiler cannot follow how blocks that are compiled themselves are looked into.
+            why = "blocks were compiled one by one before tokred.apply"
+            return outside_of_the_graph(why, self._count)
+        return self._count()
+
+    def _count(self) -> int:
         if self.host is None:
             self.host = find_host(self.model)[0]
         last, strange = -1, -1
-        for at, block in enumerate(self.host.blocks(self.model)):
+        for at, block in enumerate(blocks_of(self.host, self.model)):
             layer = self._layer(block)
             if layer is None:
                 strange = at if strange < 0 else strange
