@@ -17,21 +17,13 @@ from torch.fx import Proxy
 
 from tokred.engine.graphs import compiling
 from tokred.engine.reduction import Reduction
-from tokred.schedule import plan
 
 
 def keeps_all(reduction: Any) -> bool:
     """Whether nothing is ever reduced, at the model's own image size and at larger ones."""
     if not isinstance(reduction, Reduction):
         return bool(reduction.around.keep_rate == 1)
-    layout = reduction.layout
-    try:
-        return reduction.gates is None and all(
-            min(plan(reduction.schedule, tokens, layout.layers)) == tokens
-            for tokens in (layout.patches, 4 * layout.patches)
-        )
-    except ValueError:  # a schedule for one number of tokens
-        return False
+    return reduction.keeps_all
 
 
 # torch.fx
