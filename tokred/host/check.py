@@ -192,7 +192,7 @@ def _check_own(what: str, module: nn.Module | None) -> None:
 
 def _check_library(what: str, attention: nn.Module, block: type) -> None:
     """Raises if an attention that is restated is not of the library of its block."""
-    forward = inspect.unwrap(type(attention).forward)  # type: ignore[attr-defined]
+    forward = inspect.unwrap(type(attention).forward)
     library = block.__module__.split(".")[0]
     if forward.__module__.split(".")[0] not in (library, "torch"):
         raise UnsupportedModelError(
