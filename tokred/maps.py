@@ -384,7 +384,7 @@ def refuse_onnx(name: str) -> None:
 def _recorded() -> bool:
     """Whether operators are written down for later, rather than run here and now."""
     # A trace that depends on gradients would not be what `torch.jit.trace` finds when it checks.
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
 def take(
