@@ -49,9 +49,7 @@ ROWS = table()
 def rows(column: str, works: bool, *fast: tuple[str, str]) -> list[Any]:
     """The rows in which a column says so; all are slow but those named."""
     return [
-        pytest.param(
-            *row, id=f"{row[0]}-{row[1]}", marks=() if row[1] in fast else pytest.mark.slow
-        )
+        pytest.param(*row, id=f"{row[0]}-{row[1]}", marks=() if row in fast else SLOW)
         for row, said in ROWS.items()
         if said[column] == works
     ]

@@ -269,12 +269,53 @@ def test_a_full_grid_may_enter_in_the_middle_and_nothing_else(plain: nn.Module) 
 def test_reentrant_checkpointing_is_refused_rather_than_wrong(
     plain: nn.Module, images: torch.Tensor
 ) -> None:
-    tokred.apply(plain, "tome", keep_rate=0.5)
+    tokred.apply(plain, "topk", keep_rate=0.5)
     x = plain._pos_embed(plain.patch_embed(images))
     for block in plain.blocks:
         x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=True)
     with pytest.raises(RuntimeError, match="use use_reentrant=False"):
         x.sum().backward()
+
+
+@pytest.mark.parametrize("method", ["tome", "pitome", "mutual", "atc", "random"])
+@pytest.mark.parametrize("tapped", [False, True])
+def test_reentrant_checkpointing_of_methods_that_merge(
+    plain: nn.Module, images: torch.Tensor, method: str, tapped: bool
+) -> None:
+    """Also where a block hands out the full grid: that it can be reduced again is not to be seen
+    of the grid alone."""
+    tokred.apply(plain, method, keep_rate=0.5)
+    if tapped:
+        plain.blocks[2].forward.always_full = True
+
+    def gradients(reentrant: bool) -> list[torch.Tensor]:
+        plain.zero_grad()
+        x = plain._pos_embed(plain.patch_embed(images))
+        for block in plain.blocks:
+            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=reentrant)
+        x.square().sum().backward()
+        return [p.grad.clone() for p in plain.blocks.parameters()]
+
+    torch.testing.assert_close(gradients(True), gradients(False), rtol=1e-3, atol=1e-2)
+
+
+def test_reentrant_checkpointing_on_a_part_of_the_patches(
+    plain: nn.Module, images: torch.Tensor
+) -> None:
+    """As masked autoencoders are pretrained. Nothing is reduced."""
+
+    def gradients() -> list[torch.Tensor]:
+        plain.zero_grad()
+        x = plain._pos_embed(plain.patch_embed(images))[:, :6]
+        for block in plain.blocks:
+            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=True)
+        x.square().sum().backward()
+        return [p.grad.clone() for p in plain.blocks.parameters()]
+
+    expected = gradients()
+    keep_all(plain, "topk")
+    for mine, theirs in zip(gradients(), expected, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 @every_lasting_method

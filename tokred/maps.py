@@ -103,7 +103,7 @@ class Clusters:
         share = self.share
         if share is None:
             share = size / self.total(size).gather(1, self.index)
-        if x.device.type == "cpu" and not x.requires_grad and not torch.compiler.is_compiling():
+        if x.device.type == "cpu" and not x.requires_grad and not _recorded():
             return self._sum_in_bags(x, share)
         if _ADDS_WRONGLY and x.device.type == "cpu" and torch.compiler.is_compiling():
             return self._sum_by_product(x, share)
@@ -409,6 +409,12 @@ def refuse_onnx(name: str) -> None:
             f"{name} takes as many turns as the images need, by an operator that ONNX does not "
             "have: the table under Export in docs/composition.md says which methods can become ONNX"
         )
+
+
+def _recorded() -> bool:
+    """Whether operators are written down for later, rather than run here and now."""
+    # A trace that depends on gradients would not be what `torch.jit.trace` finds when it checks.
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
 def take(

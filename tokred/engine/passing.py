@@ -10,6 +10,7 @@ if they are some of them, or in another order, so is the state. Else it is an er
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -79,7 +80,9 @@ def _check_extra(reduction: Reduction, tokens: int) -> None:
 
 def entering(reduction: Reduction, x: Float[Tensor, "batch tokens dim"], layer: int) -> State:
     """The state of the tokens that enter a block which is not the first."""
-    state = carried(reduction, x, layer) or _from_outside(reduction, x, layer)
+    state = carried(reduction, x, layer)
+    if state is None:
+        state = _run_again(reduction, x, layer) or _from_outside(reduction, x, layer)
     if not compiling():
         # For recomputation, if the host has changed the activation that the state rode on.
         reduction.memory.ride(x, state)
@@ -199,11 +202,46 @@ def _followed(reduction: Reduction, x: Tensor, state: State) -> State:
     return state if state.aside is None else state.but(expanded=True, aside=None)
 
 
+def _run_again(reduction: Reduction, x: Tensor, layer: int) -> State | None:
+    """The state of an activation that reentrant gradient checkpointing runs a block on once more:
+    it is detached from the first one, with whose memory it shares its values.
+
+    Raises:
+        RuntimeError: gradients would flow through the state. It is that of a pass without any.
+    """
+    if compiling() or not (torch.is_grad_enabled() and x.is_leaf and x.requires_grad):
+        return None
+    left = reduction.layout.layers - layer
+    state: State
+    # Both are alive, so that the memory cannot be that of another activation by now.
+    for first, state in list(reduction.memory._riding.items()):
+        if state.left != left or not _same_memory(first, x):
+            continue
+        if not state.constant:
+            raise RuntimeError(
+                f"{reduction.reducer} cannot be trained under reentrant gradient checkpointing, "
+                "which cuts the gradients of what goes from one block to the next beside the "
+                "tokens: use use_reentrant=False"
+            )
+        return state
+    return None
+
+
+def _same_memory(x: Tensor, y: Tensor) -> bool:
+    return (
+        x.data_ptr() == y.data_ptr()
+        and x.shape == y.shape
+        and x.stride() == y.stride()
+        and x.dtype == y.dtype
+        and x.device == y.device
+    )
+
+
 def _from_outside(reduction: Reduction, x: Float[Tensor, "batch tokens dim"], layer: int) -> State:
     """The state of tokens that come from outside into a later block: only a full grid can be told
     from tokens whose sizes were lost."""
     full = reduction.layout.others + reduction.layout.patches
-    if x.shape[1] != full:
+    if x.shape[1] != full and not reduction.keeps_all:
         raise RuntimeError(
             f"block {layer} got {x.shape[1]} tokens of which nothing is known; only a full "
             f"grid ({full} with prefix tokens) can enter in the middle. Under reentrant "

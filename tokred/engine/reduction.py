@@ -139,6 +139,18 @@ class Reduction:
         asked = plan(self.schedule, tokens, self.layout.layers)
         return tuple(fitted(self.traits, count, tokens, grid) for count in asked)
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing is ever reduced, at the model's own image size and at larger ones."""
+        layers, patches = self.layout.layers, self.layout.patches
+        try:
+            return self.gates is None and all(
+                min(plan(self.schedule, tokens, layers)) == tokens
+                for tokens in (patches, 4 * patches)
+            )
+        except ValueError:  # a schedule for one number of tokens
+            return False
+
     def ahead(
         self, tokens: int, grid: tuple[int, int] | None, lengths: tuple[int, ...] | None = None
     ) -> Ahead | None:

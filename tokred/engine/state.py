@@ -171,6 +171,19 @@ class State:
         return all(type(reduced.map) in (Clusters, Kept) for reduced in unrolled(self.trail))
 
     @property
+    def constant(self) -> bool:
+        """Whether no gradient flows through it: it says which tokens merged, and holds no token and
+        no weight that a model has computed."""
+        return (
+            self.aside is None
+            and self.kept is None
+            and all(
+                type(reduced.map) is Clusters and reduced.map.share is None
+                for reduced in unrolled(self.trail)
+            )
+        )
+
+    @property
     def ragged(self) -> bool:
         """Whether images differ in their number of tokens, and some are padded."""
         return not self.expanded and any(reduced.map.ragged for reduced in unrolled(self.trail))

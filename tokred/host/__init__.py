@@ -4,6 +4,7 @@ from tokred.engine.denoising import Place
 from tokred.engine.sampling import THOUSAND, Times
 from tokred.host.check import (
     ADDING_A_HOST,
+    blocks_of,
     check_host,
     class_name,
     forward_of,
@@ -14,6 +15,7 @@ from tokred.host.check import (
     named,
     submodule,
     tap_of,
+    unwrapped,
 )
 from tokred.host.find import (
     find_denoiser,
@@ -37,6 +39,7 @@ __all__ = [
     "Times",
     "UnsupportedModelError",
     "WindowedHost",
+    "blocks_of",
     "check_host",
     "class_name",
     "find_denoiser",
@@ -55,4 +58,5 @@ __all__ = [
     "stage_of",
     "submodule",
     "tap_of",
+    "unwrapped",
 ]

@@ -29,11 +29,12 @@ def check_host(host: Host | Stage, model: nn.Module, signals: frozenset[str]) ->
         raise UnsupportedModelError(
             f"{cls} is not a {' or a '.join(family.models)}, which was expected"
         )
-    blocks = host.blocks(model)
+    blocks = blocks_of(host, model)
     if not blocks:
         raise UnsupportedModelError(f"{cls} has no blocks to reduce tokens in")
     for layer, block in enumerate(blocks):
         if not is_a(block, family.forwards):
+            _check_not_wrapped(f"{cls}: block {layer}", block, family.forwards)
             raise UnsupportedModelError(
                 f"{cls}: block {layer} is a {class_name(type(block))}, but only "
                 f"{', '.join(family.forwards)} is supported here; {ADDING_A_HOST}"
@@ -43,9 +44,12 @@ def check_host(host: Host | Stage, model: nn.Module, signals: frozenset[str]) ->
         if family.attention is not None and family.attend is not None:
             part = family.attention(block)
             what = f"{cls}: the attention of block {layer}"
+            _check_library(what, part, theirs)
             _check_forward(what, part, type(part), family.attend)
         if isinstance(family, Host):
             _check_taps(f"{cls}: block {layer}", family, block, signals)
+            for path in _attentions(family):
+                _check_own(f"{cls}: {path} of block {layer}", submodule(block, path))
     if len({id(block) for block in blocks}) < len(blocks):
         raise UnsupportedModelError(f"{cls}: some blocks are one and the same module")
     unread = signals - (family.taps.keys() | family.shows if isinstance(family, Host) else set())
@@ -54,6 +58,26 @@ def check_host(host: Host | Stage, model: nn.Module, signals: frozenset[str]) ->
     reason = family.refuse(model, signals)
     if reason:
         raise UnsupportedModelError(f"{cls}: {reason}")
+
+
+def blocks_of(host: Host | Stage, model: nn.Module) -> list[nn.Module]:
+    """The blocks of a model, inside of what was put around each of them."""
+    return [unwrapped(block) for block in host.blocks(model)]
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside of `torch.compile` and of `checkpoint_wrapper`, which run it by calling
+    it."""
+    while True:
+        inside = (vars(module)["_modules"].get(name) for name in WRAPPED)
+        inner = next((found for found in inside if found is not None), None)
+        if inner is None:
+            return module
+        module = inner
+
+
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+"""Where wrappers keep the module that they call."""
 
 
 def forward_of(host: Host | Stage, block: nn.Module) -> Callable[..., Any]:
@@ -139,12 +163,7 @@ def _check_forward(what: str, module: nn.Module, cls: type, restated: Callable[.
             f"{what} is a {class_name(type(module))}, which has a forward of its own; only that of "
             f"{class_name(cls)} is supported; {ADDING_A_HOST}"
         )
-    there = innermost(module)
-    if there is not None and not getattr(there, "is_tokred", False):
-        raise UnsupportedModelError(
-            f"{what}: its forward was replaced, by {there!r}; undo that, and apply it again after "
-            "tokred if you need it"
-        )
+    _check_own(what, module)
     theirs = list(inspect.signature(cls.forward).parameters)[1:]  # type: ignore[attr-defined]
     ours = list(inspect.signature(restated).parameters)[2:]
     # Older versions of a library lack the last parameters; an unknown one we cannot honour.
@@ -159,6 +178,43 @@ def _check_forward(what: str, module: nn.Module, cls: type, restated: Callable[.
             f"{class_name(cls)}.forward takes {theirs} in the installed version of its library, "
             f"but the patch was written for {ours}"
         )
+
+
+def _check_own(what: str, module: nn.Module | None) -> None:
+    """Raises if the forward of this instance was replaced."""
+    there = None if module is None else innermost(module)
+    if there is not None and not getattr(there, "is_tokred", False):
+        raise UnsupportedModelError(
+            f"{what}: its forward was replaced, by {there!r}; undo that, and apply it again after "
+            "tokred if you need it"
+        )
+
+
+def _check_library(what: str, attention: nn.Module, block: type) -> None:
+    """Raises if an attention that is restated is not of the library of its block."""
+    forward = inspect.unwrap(type(attention).forward)
+    library = block.__module__.split(".")[0]
+    if forward.__module__.split(".")[0] not in (library, "torch"):
+        raise UnsupportedModelError(
+            f"{what} is a {class_name(type(attention))}, but only that of {library} is supported "
+            f"here, which the patch restates; {ADDING_A_HOST}"
+        )
+
+
+def _check_not_wrapped(what: str, block: nn.Module, known: Mapping[str, Any]) -> None:
+    """Raises if a block that we know is inside of something else."""
+    inside = [part for part in block.children() if is_a(part, known)]
+    if len(inside) == 1:
+        raise UnsupportedModelError(
+            f"{what} is a {class_name(type(inside[0]))} inside of a {class_name(type(block))}: "
+            "call tokred.apply first, and put that around the blocks afterwards"
+        )
+
+
+def _attentions(host: Host) -> list[str]:
+    """The paths of what signals are read off: the attention of a block, as it is called."""
+    paths = [path for signal in host.taps for path in _paths(host, signal)]
+    return list(dict.fromkeys(path.rpartition(".")[0] for path in paths if "." in path))
 
 
 def _check_taps(what: str, host: Host, block: nn.Module, signals: frozenset[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokred.host.check import ADDING_A_HOST, class_name, is_a, is_patched
+from tokred.host.check import ADDING_A_HOST, class_name, is_a, is_patched, unwrapped
 from tokred.host.host import Denoiser, Host, Stage, UnsupportedModelError, WindowedHost
 
 
@@ -132,7 +132,11 @@ def stage_of(host: Host | WindowedHost, model: nn.Module) -> int | None:
     if isinstance(host, Host):
         return None
     stages = host.stages(model)
-    at = (n for n, blocks in enumerate(stages) if any(is_patched(block) for block in blocks))
+    at = (
+        n
+        for n, blocks in enumerate(stages)
+        if any(is_patched(unwrapped(block)) for block in blocks)
+    )
     return next(at, None)
 
 

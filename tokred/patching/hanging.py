@@ -6,6 +6,7 @@ submodules whose output a method wants to see. Class, weights and state dict sta
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from types import MethodType
@@ -21,6 +22,7 @@ from tokred.host import (
     Host,
     Stage,
     WindowedHost,
+    blocks_of,
     find_denoiser,
     find_host,
     forward_of,
@@ -28,6 +30,7 @@ from tokred.host import (
     innermost_slot,
     module_of,
     tap_of,
+    unwrapped,
 )
 from tokred.patching.denoisers import HOOKS as DENOISING_HOOKS
 from tokred.patching.denoisers import hook_on, stand_ins
@@ -48,6 +51,7 @@ from tokred.patching.stand_ins import (
     Trim,
     hung_on,
 )
+from tokred.patching.tracers import Scripted
 
 
 def hang(
@@ -63,6 +67,7 @@ def hang(
         remove(model)
         for module, stand_in in replaced:
             _set_innermost(module, stand_in)
+            vars(module)[Scripted.NAME] = Scripted(module, reduction, without)
         hook_on(model, host, reduction)
         return
     assert isinstance(reduction, Reduction)
@@ -72,7 +77,7 @@ def hang(
     family = found.family
     attentions = []
     if family.attention is not None and family.attend is not None:
-        for block in found.blocks(tower):
+        for block in blocks_of(found, tower):
             attentions.append(PatchedAttention(family.attention(block), family.attend, reduction))
     hooks = _hooks(model, found, tower, reduction)
 
@@ -81,6 +86,9 @@ def hang(
         if isinstance(patched, Patched):
             patched.tap()
         _set_innermost(patched.block, patched)
+    # Of a model inside of another one, too: `torch.jit.script` asks every module, outermost first.
+    for module in (model, tower, *(patched.block for patched in made)):
+        vars(module)[Scripted.NAME] = Scripted(module, reduction, without)
     for attention in attentions:
         _set_innermost(attention.attention, attention)
     for register, hook, options in hooks:
@@ -91,7 +99,8 @@ def hang(
             method = PatchedMethod(tower, original, call, reduction)
             vars(tower)[name] = method
             _mark(tower, name, method)
-    reduction.end = Tower(tower, reduction, found)
+    wrapped = any(block is not unwrapped(block) for block in found.blocks(tower))
+    reduction.end = Tower(tower, reduction, found, wrapped)
     if reduction.observer is not None:
         reduction.observer.hung()
 
@@ -99,7 +108,7 @@ def hang(
 def stand_ins_for(host: Host | Stage, tower: nn.Module, reduction: Reduction) -> list[StandIn]:
     """What stands in for the forwards of a tower's blocks."""
     made: list[StandIn] = []
-    for layer, block in enumerate(host.blocks(tower)):
+    for layer, block in enumerate(blocks_of(host, tower)):
         common: dict[str, Any] = {
             "block": block,
             "call": forward_of(host, block),
@@ -147,7 +156,7 @@ def _hooks(
             found.append((module.register_forward_pre_hook, Pool(reduction), {}))
         if reduction.trims and reduction.traits.prunes:
             found.append((tower.register_forward_hook, Trim(reduction), {}))
-        patches = _convolution(model, host.blocks(tower)[0])
+        patches = _convolution(model, blocks_of(host, tower)[0])
         if patches is not None:
             found.append((patches.register_forward_hook, Grid(reduction), {}))
     if host.family.handed_out is not None:
@@ -164,23 +173,54 @@ def remove(model: Any) -> None:
     """
     observers: dict[int, Observer] = {}  # of all blocks, each once
     for module in module_of(model).modules():
-        patched = innermost(module)
-        if isinstance(patched, StandIn | PatchedAttention | AroundModule):
-            _set_innermost(module, None)
+        patched = _take_off(module)
         if isinstance(patched, StandIn) and patched.reduction.observer is not None:
             observers[id(patched.reduction.observer)] = patched.reduction.observer
-        for name, value in list(vars(module).items()):
-            if isinstance(value, PatchedMethod):
-                delattr(module, name)
-        for stand_in in vars(module).pop(MARK, {}).values():
-            stand_in.off = True
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key, hung in list(hooks.items()):
-                if isinstance(hung, (*HOOKS, *DENOISING_HOOKS)):
-                    del hooks[key]
-                    module._forward_pre_hooks_with_kwargs.pop(key, None)
     for observer in observers.values():
         observer.taken_away()
+
+
+def _take_off(module: nn.Module) -> Any:
+    """Takes what hangs on one module off; returns what was put in place of its forward."""
+    patched = innermost(module)
+    if isinstance(patched, StandIn | PatchedAttention | AroundModule):
+        _set_innermost(module, None)
+    for name, value in list(vars(module).items()):
+        if isinstance(value, PatchedMethod | Scripted):
+            del vars(module)[name]
+    for stand_in in vars(module).pop(MARK, {}).values():
+        stand_in.off = True
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key, hung in list(hooks.items()):
+            if isinstance(hung, (*HOOKS, *DENOISING_HOOKS)):
+                del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+    return patched
+
+
+def without(model: nn.Module) -> nn.Module:
+    """A copy of a patched model on which nothing of ours hangs, with the same parameters and
+    buffers.
+
+    Raises:
+        RuntimeError: hooks of diffusers hang around what is ours. A copy would share them.
+    """
+    twins: dict[int, nn.Module] = {}
+    for module in model.modules():
+        if innermost_slot(module)[0] is not vars(module):
+            raise RuntimeError("take the hooks of diffusers off the model first")
+        twin = twins[id(module)] = copy.copy(module)
+        for name in ("_modules", *_HOOKS):
+            vars(twin)[name] = vars(module)[name].copy()
+        vars(twin).pop(MARK, None)  # what stands in for the model's own goes on
+    for twin in twins.values():
+        for name, part in twin._modules.items():
+            twin._modules[name] = None if part is None else twins[id(part)]
+        _take_off(twin)
+    return twins[id(model)]
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 
 
 def reduction_of(model: Any) -> Any:

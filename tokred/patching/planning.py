@@ -15,7 +15,15 @@ from tokred.engine.denoising import Around
 from tokred.engine.layout import Layout
 from tokred.engine.reduction import Reduction, check_gates
 from tokred.engine.windows import why_not
-from tokred.host import Host, Stage, UnsupportedModelError, WindowedHost, check_host, find_host
+from tokred.host import (
+    Host,
+    Stage,
+    UnsupportedModelError,
+    WindowedHost,
+    blocks_of,
+    check_host,
+    find_host,
+)
 from tokred.patching.presets import Preset
 from tokred.reducers.protocol import Learned, Reconstruction, Reducer, Traits, learned, traits
 from tokred.reducers.registry import make
@@ -209,7 +217,7 @@ def _gates(
     layers = reducer.layers(shares)
     if not layers:
         return None
-    block = host.blocks(tower)[0]
+    block = blocks_of(host, tower)[0]
     width = weights.width_of(block)
     if width is None:
         raise UnsupportedModelError(

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from tokred.engine import passing
 from tokred.engine.gated import gather
@@ -27,7 +28,8 @@ from tokred.engine.reduction import Reduction
 from tokred.engine.state import State
 from tokred.engine.step import Step, enter
 from tokred.engine.windows import too_small
-from tokred.host import Denoiser, Host, Stage, find_host, hosts, is_a, submodule
+from tokred.host import Denoiser, Host, Stage, blocks_of, find_host, hosts, is_a, submodule
+from tokred.patching.tracers import as_node, refuse_fx, refuse_vmap, traced
 
 Checkpoint = Callable[[Any], Callable[..., Any] | None]
 Read = Callable[[Any, Tensor], Tensor]
@@ -53,11 +55,13 @@ class Tower:
         model: the model.
         reduction: what is applied.
         host: its patch; None in a copy that was loaded from a file, until it is asked for.
+        wrapped: whether something was put around its blocks before they were patched.
     """
 
     model: nn.Module
     reduction: Reduction
     host: Host | Stage | None
+    wrapped: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "host": None}  # some of its functions cannot be pickled
@@ -69,10 +73,17 @@ class Tower:
         Raises:
             RuntimeError: there is another block among those that are patched, or none are left.
         """
+        if compiling() and self.wrapped:
+            # The compiler cannot follow how blocks that are compiled themselves are looked into.
+            why = "blocks were compiled one by one before tokred.apply"
+            return outside_of_the_graph(why, self._count)
+        return self._count()
+
+    def _count(self) -> int:
         if self.host is None:
             self.host = find_host(self.model)[0]
         last, strange = -1, -1
-        for at, block in enumerate(self.host.blocks(self.model)):
+        for at, block in enumerate(blocks_of(self.host, self.model)):
             layer = self._layer(block)
             if layer is None:
                 strange = at if strange < 0 else strange
@@ -142,6 +153,13 @@ class StandIn:
     def __wrapped__(self) -> Callable[..., Any]:
         return MethodType(type(self.block).forward, self.block)  # for inspect.signature
 
+    def _as_node(self, proxy: Proxy, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """This block as one node of a graph of torch.fx."""
+        hooks = proxy.tracer.root._forward_pre_hooks.values()  # type: ignore[attr-defined]
+        if any(isinstance(hook, HandedOut) for hook in hooks):
+            refuse_fx(self.reduction, "which layers the model hands out")
+        return as_node(self.block, proxy, args, kwargs)
+
     def _hand_out(self, step: Step) -> None:
         """Lets the block put out the full grid, if the model looks at it in every call."""
         if self.always_full is None:
@@ -180,6 +198,9 @@ class Patched(StandIn):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.off:
             return self.__wrapped__(*args, **kwargs)
+        proxy = traced(args, kwargs)
+        if proxy is not None:
+            return self._as_node(proxy, args, kwargs)
         if torch.compiler.is_compiling() and self._in_a_graph(args, kwargs):
             why = self._varies(args, kwargs)
             if why is not None:
@@ -192,6 +213,7 @@ class Patched(StandIn):
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The block with fewer tokens, whatever it is called through."""
         x, *others = self._with_tokens(args, kwargs)
+        refuse_vmap(self.reduction, x)
         step = enter(
             self.reduction,
             x,
@@ -273,6 +295,9 @@ class PatchedInWindows(StandIn):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.off:
             return self.__wrapped__(*args, **kwargs)
+        proxy = traced(args, kwargs)
+        if proxy is not None:
+            return self._as_node(proxy, args, kwargs)
         through = None if self.checkpoint is None else self.checkpoint(self.block)
         if through is None:
             return self.run(*args, **kwargs)
@@ -284,6 +309,7 @@ class PatchedInWindows(StandIn):
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The block on smaller windows, whatever it is called through."""
         x, *others = self._with_tokens(args, kwargs)
+        refuse_vmap(self.reduction, x)
         if self.first:
             self._begin(self.grid(self.block, x, *others, **kwargs))
         reduction = self.reduction
@@ -375,6 +401,9 @@ class PatchedMethod:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.off:
             return self.__wrapped__(*args, **kwargs)
+        if traced(args, kwargs) is not None:
+            refuse_fx(self.reduction, f"how {type(self.model).__name__} pools them")
+            return self.original(self.model, *args, **kwargs)
         if (compiling() or exporting()) and self.reduction.traits.varies:
             return outside_of_the_graph(varying(self.reduction), self, *args, **kwargs)
         return self.call(self.reduction, self.original, self.model, *args, **kwargs)
@@ -402,11 +431,15 @@ class Carry:
 
     reduction: Reduction
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        proxy = traced(args, {})
+        if proxy is not None:  # a norm of a class of the model's library, which torch.fx opens
+            return as_node(module, proxy, args, {})
         if in_a_graph(args[0]) and self.reduction.traits.varies:
             outside_of_the_graph(varying(self.reduction), self, module, args, output)
         else:
             passing.pass_on(self.reduction, args[0], output)
+        return None
 
 
 @dataclass(eq=False)
@@ -416,9 +449,13 @@ class Grid:
 
     reduction: Reduction
 
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        proxy = traced(args, {})
+        if proxy is not None:
+            return as_node(module, proxy, args, {})
         *frames, rows, columns = output.shape[2:]
         self.reduction.set_grid((math.prod(frames) * rows, columns))
+        return None
 
 
 @dataclass(eq=False)
@@ -429,6 +466,9 @@ class HandedOut:
     layers: Callable[[Any, Any, Any], frozenset[int]]
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if traced(args, kwargs) is not None:
+            refuse_fx(self.reduction, "which layers the model hands out")
+            return
         self.reduction.set_tapped(self.layers(module, args, kwargs))
 
 
@@ -439,6 +479,9 @@ class Pool:
     reduction: Reduction
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if traced(args, {}) is not None:
+            refuse_fx(self.reduction, f"what {type(module).__name__} must know of them")
+            return None
         found = poolable(self.reduction, args[0])
         if found is None:
             return None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tokred.data.inputs import call
 from tokred.engine.layout import Layout
-from tokred.host import find_host
+from tokred.host import blocks_of, find_host
 from tokred.patching import remove
 from tokred.training.recipe import Recipe
 
@@ -77,7 +77,7 @@ def prepared(model: nn.Module, reduction: Any, recipe: Recipe) -> Iterator[Train
         if recipe.frozen:
             model.requires_grad_(False)
             host, tower = find_host(model)
-            blocks = host.blocks(tower)
+            blocks = blocks_of(host, tower)
         if recipe.distill:
             last = LastTokens(model, reduction.layout)
         yield Trained(model, reduction, recipe.frozen, blocks, last)
