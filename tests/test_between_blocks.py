@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import small
+from families._swin import FEW, SWIN, stage_of
+from families._swin import images as windowed_images
 from test_hosts import SMALL, answered
 from torch import Tensor, nn
 
 import tokred
 from tokred.engine.following import images_of, same_images
 from tokred.patching import reduction_of
+from tokred.schedule import Hourglass
 
 METHODS = (
     "tome",
@@ -368,6 +371,32 @@ def test_named_layers_hand_out_the_full_grid(method: str) -> None:
         looped_x = block(looped_x)
         shapes.append(looped_x.shape[1])
     assert shapes[1:] == [17, 17, 17]
+
+
+@pytest.mark.parametrize("name", sorted(SWIN))
+@torch.no_grad()
+def test_named_layers_of_a_windowed_model_hand_out_the_full_map(name: str) -> None:
+    model, x, seen = SWIN[name].build(), windowed_images(), []
+    few = Hourglass(grid=FEW, down=1)
+    for block in stage_of(model):
+        block.register_forward_hook(
+            lambda module, args, output: seen.append(
+                (output[0] if isinstance(output, tuple) else output).numel()
+            )
+        )
+
+    def sizes() -> list[int]:
+        seen.clear()
+        model(x)
+        return list(seen)
+
+    dense = sizes()
+    tokred.apply(model, "slic", few)
+    reduced = sizes()
+    # (MaskFormer's look at every layer anyway.)
+    named = next((layer for layer, now in enumerate(reduced) if now < dense[layer]), 0)
+    tokred.apply(model, "slic", few, hand_out=(named,))
+    assert sizes() == [*reduced[:named], dense[named], *reduced[named + 1 :]]
 
 
 def test_layers_that_are_not_there_are_refused() -> None:

@@ -293,6 +293,7 @@ def in_windows(reduction: Reduction, window: tuple[int, int]) -> Reduction:
         reconstruction=rebuilt
         and ReconstructedInWindows(rebuilt, window, few, reduction.traits.filling),
         windows=few,
+        hand_out=reduction.hand_out,
     )
 
 
@@ -315,6 +316,7 @@ def limit(reduction: Reduction) -> Reduction:
         reduction.layout,
         proportional_attention=False,
         windows=own.few,
+        hand_out=reduction.hand_out,
     )
 
 

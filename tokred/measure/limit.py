@@ -71,7 +71,12 @@ def cut_off(reduction: Reduction, counts: tuple[int, ...]) -> Reduction:
     cut = Truncate("between" if reduction.traits.place == "between" else "before")
     # Whoever reads features from layers in between gets full grids, also without `full_grid`.
     return Reduction(
-        cut, Exactly(counts), reduction.layout, full_grid=False, tapped_by=reduction.tapped_by
+        cut,
+        Exactly(counts),
+        reduction.layout,
+        full_grid=False,
+        tapped_by=reduction.tapped_by,
+        hand_out=reduction.hand_out,
     )
 
 

@@ -176,7 +176,7 @@ def inspect(model: Any, images: Inputs, host: Host | None = None) -> Trace | Den
     return Trace(
         method=_on(reduction.reducer, batch.device),
         grid=layout.grid,
-        prefix=layout.prefix,
+        prefix=reduction.layout.prefix,
         layers=layout.layers,
         stages=_stages(records, batch, layout.grid),
         rises=tuple((record.layer, record.after) for record in records if record.map is None),
