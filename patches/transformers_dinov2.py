@@ -164,7 +164,7 @@ HOST = Host(
     attend=attend,
     tapped=common.tapped,
     checkpoint=common.checkpoint,
-    averages=lambda root, encoder: common.contains(root, _AVERAGES),
+    averages_output=lambda root, encoder: common.contains(root, _AVERAGES),
     refuse=common.refuse,
     summary="DINOv2 (with registers), DINOv3, TIPSv2, RADIO, Sapiens2",
 )

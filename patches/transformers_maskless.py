@@ -73,6 +73,10 @@ def layout(model: Any, image_size: tuple[int, int] | None) -> Layout:
 _AVERAGES = ("transformers.models.videomae.modeling_videomae.VideoMAEForVideoClassification",)
 
 
+def averages_output(root: Any, model: Any) -> bool:
+    return common.contains(root, _AVERAGES) and bool(model.config.use_mean_pooling)
+
+
 def merges_only(root: Any, model: Any) -> str | None:
     if common.contains(root, _AVERAGES) and not model.config.use_mean_pooling:
         return (
@@ -106,7 +110,7 @@ HOST = Host(
     always_full=has_positions,
     tapped=common.tapped,
     checkpoint=common.checkpoint,
-    averages=lambda root, model: common.contains(root, _AVERAGES) and model.config.use_mean_pooling,
+    averages_output=averages_output,
     merges_only=merges_only,
     refuse=common.refuse,
     summary="YOLOS, VideoMAE, ViTPose, DPT",

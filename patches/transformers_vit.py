@@ -87,6 +87,6 @@ HOST = Host(
     tapped=common.tapped,
     checkpoint=common.checkpoint,
     refuse=common.refuse,
-    averages=lambda root, model: common.contains(root, _AVERAGES),
+    averages_output=lambda root, model: common.contains(root, _AVERAGES),
     summary="ViT, DeiT (distilled), ViT-MAE, ViT-MSN, I-JEPA, ViViT",
 )

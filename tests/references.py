@@ -103,11 +103,12 @@ def vit_logits(model: nn.Module, image: Tensor, counts: list[int], method: str) 
         return model.head(model.norm(x)[0]).numpy()
 
 
-def ats(significance: np.ndarray, num: int) -> list[int]:
+def ats(significance: np.ndarray, num: int, published: bool = False) -> list[int]:
     """ATS, section 3.2: the tokens whose entries in the cumulative sum are nearest to the fixed
-    points, each once, in order."""
+    points, each once, in order. Published: the points of one more, without the last."""
     cumulative = np.cumsum(significance / significance.sum())
-    points = [(2 * k - 1) / (2 * num) for k in range(1, num + 1)]
+    of = num + 1 if published else num
+    points = [(2 * k - 1) / (2 * of) for k in range(1, of + 1)][:num]
     return sorted({int(np.argmin(np.abs(cumulative - point))) for point in points})
 
 

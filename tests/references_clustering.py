@@ -12,7 +12,15 @@ from references import renumber
 
 
 def dpc_knn(x: np.ndarray, num_clusters: int, k: int = 5) -> list[int]:
-    """Density peaks (TCFormer, section 3.2); distances over the root of the dimension."""
+    """The clusters of `density_peaks`."""
+    return density_peaks(x, num_clusters, k)[0]
+
+
+def density_peaks(
+    x: np.ndarray, num_clusters: int, k: int = 5
+) -> tuple[list[int], list[int], list[float]]:
+    """Density peaks (TCFormer, section 3.2); distances over the root of the dimension. The cluster
+    of every token, the centre of every cluster, and the score of every token."""
     num, dim = x.shape
     distance = distances(x) / math.sqrt(dim)
     density = []
@@ -24,7 +32,8 @@ def dpc_knn(x: np.ndarray, num_clusters: int, k: int = 5) -> list[int]:
         to_denser = [distance[i, j] for j in range(num) if density[j] > density[i]]
         score.append(density[i] * min(to_denser, default=distance.max()))
     centres = sorted(sorted(range(num), key=lambda i: (-score[i], i))[:num_clusters])
-    return renumber(join(distance, centres))
+    joined = join(distance, centres)
+    return renumber(joined), list(dict.fromkeys(joined)), score
 
 
 def kmedoids(

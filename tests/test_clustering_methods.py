@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import references_clustering as slow
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from references import merge, renumber
 
 from tokred.maps import Clusters
-from tokred.reducers import Tokens, dpc_knn, kmedoids, mutual, pitome
+from tokred.reducers import Tokens, atc, dpc_knn, kmedoids, mutual, pitome, tome
 
 shapes = st.tuples(
     st.integers(1, 3), st.integers(1, 24), st.sampled_from([1, 2, 4, 8]), st.integers(0, 2**31)
@@ -112,15 +113,17 @@ def test_many_tokens_cluster_row_by_row_as_they_do_at_once(rows: int, rounded: b
     x = images(num=40, batch=3)
     x = x.round() if rounded else x  # with ties
     for k, keep in ((1, 1), (5, 10), (9, 40)):
-        by_rows = dpc_knn._cluster(x, keep, k, rows)
+        by_rows = dpc_knn._peaks(x, keep, k, rows).labels
         assert torch.equal(by_rows, dpc_knn.cluster(x, keep, k))
+        mask = torch.ones(3, 40, dtype=torch.bool)
+        assert torch.equal(dpc_knn._peaks(x, keep, k, rows, mask).labels, by_rows)
 
 
 @pytest.mark.slow
 def test_thousands_of_tokens_cluster_row_by_row() -> None:
     x = torch.randn(1, 4100, 2)
     labels = dpc_knn.cluster(x, 30)
-    assert torch.equal(labels, dpc_knn._cluster(x, 30, 5, rows=4100))
+    assert torch.equal(labels, dpc_knn._peaks(x, 30, 5, rows=4100).labels)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -178,9 +181,60 @@ def test_dpc_knn_gives_ties_to_the_lowest_index() -> None:
     assert dpc_knn.cluster(same, 4).tolist() == [[0, 1, 2, 3, 0, 0]]
 
 
-def test_dpc_knn_takes_a_weighted_or_a_plain_mean() -> None:
-    tokens = Tokens(torch.randn(2, 20, 6).double(), torch.randint(1, 5, (2, 20)).float())
-    weighted, plain = dpc_knn.DPCKNN()(tokens, 6), dpc_knn.DPCKNN(weighted=False)(tokens, 6)
+@given(shapes, st.integers(1, 8), st.floats(0, 1), st.sampled_from([2, 2**12]))
+def test_dpc_knn_with_a_mask_is_dpc_knn_without_those_tokens(
+    shape: tuple[int, int, int, int], k: int, share: float, steps: int
+) -> None:
+    x = features(shape, steps)
+    generator = torch.Generator().manual_seed(shape[3])
+    mask = torch.rand(x.shape[:2], generator=generator) < 0.6
+    mask[:, -1] = True
+    keep = 1 + round(share * (int(mask.sum(1).min()) - 1))
+    odd = torch.where(mask[..., None], x, torch.tensor([torch.nan, 1e30, 0.0])[shape[3] % 3])
+    found = dpc_knn.peaks(odd, keep, k, mask)
+    assert torch.equal(dpc_knn.cluster(odd, keep, k, mask), found.labels)
+    for rows in (1, 3):
+        by_rows = dpc_knn._peaks(odd, keep, k, rows, mask)
+        assert torch.equal(by_rows.labels, found.labels)
+    for b, there in enumerate(mask):
+        alone = dpc_knn.peaks(x[b : b + 1, there], keep, k)
+        assert torch.equal(found.labels[b, there], alone.labels[0])
+        assert torch.equal(found.centres[b], there.nonzero()[:, 0][alone.centres[0]])
+        assert torch.equal(found.log_score[b, there], alone.log_score[0])
+        assert (found.log_score[b, ~there] == -torch.inf).all()
+        assert (found.labels[b, ~there] == found.labels[b, there][0]).all()
+
+
+def test_dpc_knn_tells_its_centres_and_scores() -> None:
+    x = features((3, 24, 4, 0), clustered=True)
+    found = dpc_knn.peaks(x, 7)
+    for b, sample in enumerate(x.numpy()):
+        labels, centres, score = slow.density_peaks(sample, 7)
+        assert (found.labels[b].tolist(), found.centres[b].tolist()) == (labels, centres)
+        np.testing.assert_allclose(found.log_score[b].exp().numpy(), score, rtol=1e-9)
+    assert torch.equal(found.labels.gather(1, found.centres), torch.arange(7).expand(3, 7))
+
+
+def test_dpc_knn_says_what_a_mask_cannot_be() -> None:
+    x, mask = torch.randn(2, 6, 4), torch.ones(2, 6, dtype=torch.bool)
+    mask[1, :4] = False
+    with pytest.raises(ValueError, match="num_clusters must be at most 2, not 3: in one sample"):
+        dpc_knn.cluster(x, 3, mask=mask)
+    for bad in (mask[:, :5], mask.float()):
+        with pytest.raises(ValueError, match=r"mask must be bool, \[2, 6\], not"):
+            dpc_knn.cluster(x, 2, mask=bad)
+    assert dpc_knn.peaks(x[:0], 2).centres.shape == (0, 2)
+
+
+METHODS = {"dpc_knn": dpc_knn.DPCKNN, "atc": atc.ATC, "tome": tome.ToMe}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_means_are_weighted_or_plain(name: str) -> None:
+    x, key = torch.randn(2, 20, 6).double(), torch.randn(2, 2, 20, 3)
+    tokens = Tokens(x, torch.randint(1, 5, (2, 20)).float(), key=key)
+    make = METHODS[name]
+    weighted, plain = make()(tokens, 10), make(weighted=False)(tokens, 10)
     assert torch.equal(weighted.labels(), plain.labels())
     for small, counted in ((weighted, tokens.size), (plain, torch.ones(2, 20))):
         down, total = small.down(tokens.x, tokens.size), small.total(tokens.size)
@@ -194,6 +248,27 @@ def test_dpc_knn_takes_a_weighted_or_a_plain_mean() -> None:
             torch.testing.assert_close(down[b], expected, rtol=1e-6, atol=1e-6)
             assert total[b].tolist() == merge(x, size, labels)[1].tolist()
         torch.testing.assert_close(small.down(small.up(down), tokens.size), down)
+
+
+def test_plain_means_of_several_rounds_and_of_padded_images() -> None:
+    """With equal sizes, plain and weighted are the same, in rounds, too; and padding counts for
+    nothing."""
+    x, key = torch.randn(2, 20, 6).double(), torch.randn(2, 2, 20, 3)
+    equal = Tokens(x, torch.ones(2, 20), key=key)
+    for options in ({}, {"threshold": 0.3}):
+        weighted = tome.ToMe(**options)(equal, 3)
+        plain = tome.ToMe(weighted=False, **options)(Tokens(x, 2 * equal.size, key=key), 3)
+        assert torch.equal(weighted.labels(), plain.labels())
+        ours, expected = plain.down(x, equal.size), weighted.down(x, equal.size)
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
+    size = (torch.arange(20) < 15).float().expand(2, -1)
+    ragged = tome.ToMe(threshold=-1, weighted=False)(Tokens(x, size, key=key), 3)
+    whole = tome.ToMe(threshold=-1, weighted=False)(
+        Tokens(x[:, :15], size[:, :15], key=key[:, :, :15]), 3
+    )
+    torch.testing.assert_close(
+        ragged.down(x, size)[:, :3], whole.down(x[:, :15], size[:, :15])[:, :3]
+    )
 
 
 def test_dpc_knn_needs_a_neighbour() -> None:

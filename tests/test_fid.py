@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -223,7 +223,8 @@ def test_more_images_methods_and_keep_rates_may_be_added(tmp_path: Path) -> None
     pipe = Pipe()
     wider = replace(SWEEP, images=8, methods=("tome", "random"), keep_rates=(0.5, 0.7))
     fid.generate(pipe, wider, tmp_path, batch=4)
-    assert len(pipe.drawn) == 1 + (1 + 8) + (8 + 8)
+    # Of a batch that has one image more, all are drawn; those that are there stay.
+    assert len(pipe.drawn) == 4 + (4 + 8) + (8 + 8)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +266,7 @@ def test_a_sweep_of_a_former_version_is_refused_for_its_version(tmp_path: Path) 
     fid.generate(Pipe(), SWEEP, tmp_path)
     file = tmp_path / "sweep.json"
     pinned = json.loads(file.read_text())
-    assert pinned["weights"]["denoiser"].startswith("2:")
+    assert pinned["weights"]["denoiser"].startswith("3:")
     pinned["versions"]["tokred"] = "0.7.0"
     pinned["weights"]["denoiser"] = "0123456789abcdef"  # which cannot be compared
     file.write_text(json.dumps(pinned))
@@ -379,6 +380,107 @@ def test_features_are_kept_until_files_or_the_extractor_change(
     assert [now == was for now, was in zip(changed.rows, first.rows, strict=True)] == [
         True, False, True
     ]  # fmt: skip
+
+
+def cut(file: Path, kept: int | None = None) -> None:
+    """Leaves the beginning of a file, as a full disk does."""
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2 if kept is None else kept])
+
+
+def middle_of(file: Path) -> None:
+    """Changes a byte in the middle of a file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 255
+    file.write_bytes(content)
+
+
+REMADE: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "an image": (f"{FOLDERS[1]}/000003.png", cut, "000003.png is broken: it is drawn again"),
+    "an empty image": (f"{FOLDERS[0]}/000000.png", lambda file: cut(file, 0), "it is drawn again"),
+    "a byte of an image": (f"{FOLDERS[1]}/000006.png", middle_of, "it is drawn again"),
+    "times": ("times/*.jsonl", lambda file: cut(file, -20), r"last line of .*jsonl is cut off"),
+    "features": ("features/reference.npz", cut, r"reference.npz is broken: its features are"),
+    "no features": ("features/reference.npz", lambda file: cut(file, 0), "are extracted again"),
+    "a byte of features": (f"features/{FOLDERS[0]}.npz", middle_of, "are extracted again"),
+}
+
+
+@pytest.mark.parametrize("what", REMADE)
+def test_broken_files_that_can_be_made_again_are(
+    what: str, tmp_path: Path, reference: Path
+) -> None:
+    def figures() -> list[fid.Score]:
+        rows = scored(SWEEP, out, reference).rows
+        fid.report(SWEEP, out, scored(SWEEP, out, reference))
+        return [replace(row, images_per_second=0, timed_images=0) for row in rows]
+
+    out = tmp_path / "out"
+    fid.generate(Pipe(), SWEEP, out, batch=2)
+    whole, before = contents(out), figures()
+    name, change, told = REMADE[what]
+    (file,) = out.glob(name)
+    change(file)
+    with pytest.warns(UserWarning, match=told):
+        fid.generate(Pipe(), SWEEP, out, batch=2)
+        again = figures()
+    assert (contents(out), again) == (whole, before)
+
+
+def test_broken_files_that_cannot_be_made_again_are_named(tmp_path: Path, reference: Path) -> None:
+    out = tmp_path / "out"
+    fid.generate(Pipe(), SWEEP, out)
+    picture = sorted(reference.rglob("*.png"))[3]
+    kept = picture.read_bytes()
+    cut(picture)
+    with pytest.raises(ValueError, match=r"a/3\.png cannot be read .*: replace it, or"):
+        scored(SWEEP, out, reference)
+    picture.write_bytes(kept)
+    for number in (0, 2):  # the first of all tells the size
+        image = out / FOLDERS[0] / f"00000{number}.png"
+        kept = image.read_bytes()
+        cut(image)
+        with pytest.raises(ValueError, match=rf"{number}\.png cannot be .*: generate again, which"):
+            scored(SWEEP, out, reference)
+        image.write_bytes(kept)
+    (times,) = (out / "times").iterdir()
+    kept = times.read_bytes()
+    times.write_bytes(b"{" + kept)
+    with pytest.raises(ValueError, match=r"line 1 of .*\.jsonl is broken .*: delete the line or"):
+        scored(SWEEP, out, reference)
+    times.write_bytes(kept)
+    file = out / "sweep.json"
+    for change in (cut, lambda file: cut(file, 0), lambda file: file.write_text("[]")):
+        change(file)
+        for call in (
+            lambda: fid.generate(Pipe(), SWEEP, out),
+            lambda: fid.report(SWEEP, out, scored(SWEEP, out, reference)),
+        ):
+            with pytest.raises(ValueError, match=r"sweep\.json is broken .*Put a copy of it back"):
+                call()
+    file.unlink()
+    with pytest.raises(ValueError, match=r"holds images, and no sweep\.json that says what they"):
+        fid.generate(Pipe(), SWEEP, out)
+
+
+def killed(out: Path, kills: int) -> None:
+    program = str(Path(__file__).with_name("killed_sweep.py"))
+    path = os.pathsep.join(filter(None, sys.path))
+    run = subprocess.run(
+        [sys.executable, program, str(out), str(kills), "0"],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.stdout.split("\n")[-2:] == ["the same", ""], run.stderr[-2000:]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="each run is forked")
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_sweep_that_was_killed_ends_in_the_same_figures(kills: int, tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    killed(tmp_path, kills)
 
 
 def test_a_reference_of_other_sizes_is_cut_and_resized(tmp_path: Path, reference: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from families import Small, _swin
 from test_patching import traces
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import tokred
 from tokred import reducers
@@ -175,10 +176,6 @@ def test_intermediate_features_are_full_grids_in_order(small: Small) -> None:
                 if labels is not None:
                     onward = torch.where(labels >= 0, onward.gather(1, labels.clamp(min=0)), -1)
                 labels = onward
-            last = layer == layout.layers - 1
-            if last and reduction.averages and method == "topk":
-                assert got.shape[1] == asked[-1] + layout.others
-                continue
             assert got.shape == want.shape, (method, layer)
             if labels is None:
                 assert torch.equal(got, want)
@@ -202,6 +199,54 @@ def test_tapping_does_not_change_the_answer(small: Small) -> None:
         plain = answered(small, model, inputs)
         small.features(model, inputs)
         assert torch.equal(answered(small, model, inputs), plain)
+        if isinstance(model, PreTrainedModel):  # both in one call
+            outputs = call(model, {**inputs, "output_hidden_states": True})
+            torch.testing.assert_close(small.answer(outputs), plain)
+
+
+AVERAGING = [
+    "transformers_clip-clip-averaging",
+    "transformers_clip-siglip-averaging",
+    "transformers_dinov2-dinov2-classifier",
+    "transformers_dinov2-dinov2-registers-classifier",
+    "transformers_maskless-videomae-averaging",
+    "transformers_vit-ijepa-averaging",
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", AVERAGING)
+@pytest.mark.parametrize("full_grid", [True, False])
+def test_models_that_average_leave_dropped_tokens_out_of_that_alone(
+    name: str, full_grid: bool
+) -> None:
+    """All hidden states are full grids, and scores are those of a pass where nobody sees them."""
+    torch.manual_seed(0)
+    model, inputs = SMALL[name].build(), SMALL[name].inputs(3)
+    asking = {**inputs, "output_hidden_states": True}
+    dense = model(**asking)
+    for method in ("topk", "divprune", "random", "tome", "slic"):
+        reduction = tokred.apply(model, method, 0.5, full_grid=full_grid)
+        scores = model(**inputs).logits
+        assert not torch.allclose(scores, dense.logits, atol=1e-4)
+        seen = model(**asking)
+        assert reduction.averages
+        assert [one.shape for one in seen.hidden_states] == [
+            one.shape for one in dense.hidden_states
+        ], method
+        torch.testing.assert_close(seen.logits, scores)
+        assert torch.equal(model(**inputs).logits, scores)
+        as_tuple = model(**asking, return_dict=False)
+        torch.testing.assert_close(as_tuple[0], scores)
+        for image in range(3):
+            one = {key: value[image : image + 1] for key, value in asking.items() if key in inputs}
+            alone = model(**one, output_hidden_states=True)
+            torch.testing.assert_close(alone.logits, scores[image : image + 1])
+            torch.testing.assert_close(
+                alone.hidden_states[-1], seen.hidden_states[-1][image : image + 1]
+            )
+    tokred.remove(model)
+    assert torch.equal(model(**inputs).logits, dense.logits)
 
 
 def test_what_is_refused_says_why(small: Small) -> None:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 
 import pytest
+import references_slic as slow_slic
 import timm
 import torch
 from conftest import images_for, small
@@ -132,6 +133,39 @@ def test_the_middle_is_undone_as_the_reconstruction_says(method: str) -> None:
     torch.testing.assert_close(full[0][:, 0], few[0][:, 0])
 
 
+@pytest.mark.parametrize("copies", ["nearest", "assigned"])
+def test_copies_of_soft_clusters_are_of_the_nearest_centre_or_of_the_last_round(
+    copies: str,
+) -> None:
+    model = small("vit")
+    images = images_for(model)
+    slic = SLIC(iterations=1, tau=50.0, copies=copies)
+    tokred.apply(model, slic, Hourglass(grid=(3, 3), down=1, up=3), reconstruction="copy")
+    seen: dict[str, Tensor] = {}
+    for name, block in {"before": model.blocks[0], "few": model.blocks[2]}.items():
+        block.register_forward_hook(lambda _m, _a, out, name=name: seen.update({name: out[:, 1:]}))
+    model.blocks[3].norm1.register_forward_pre_hook(
+        lambda _m, args: seen.update(full=args[0][:, 1:])
+    )
+    with torch.no_grad():
+        labels = tokred.inspect(model, images).stages[0].map.labels()
+    nearest = []
+    for tokens in seen["before"]:
+        centres = slow_slic.cluster(tokens.view(4, 4, -1).double().numpy(), (3, 3), 5, 1, 50.0)
+        distance = (tokens[:, None].double() - torch.from_numpy(centres)).square().sum(-1)
+        nearest.append(distance.argmin(1))
+    assert not torch.equal(torch.stack(nearest), labels)  # or this test could not fail
+    wanted = torch.stack(nearest) if copies == "nearest" else labels
+    copied = torch.stack([few[index] for few, index in zip(seen["few"], wanted, strict=True)])
+    assert torch.equal(seen["full"], copied)
+
+
+def test_which_copies_there_are_is_named() -> None:
+    with pytest.raises(ValueError, match="copies must be 'nearest' or 'assigned', not 'first'"):
+        SLIC(copies="first")
+    assert tokred.reducers.traits(SLIC(iterations=0)).copying is None  # pooling has cells
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["vit", "mae, average pooling", "siglip, attention pooling"])
 def test_keeping_everything_is_the_dense_model(name: str, method: str) -> None:
@@ -246,7 +280,11 @@ def test_reconstructions_by_name_and_by_value(
     chosen: object, plain: nn.Module, images: Tensor
 ) -> None:
     reduction = tokred.apply(plain, "slic", 0.5, reconstruction=chosen)  # type: ignore[arg-type]
-    assert (reduction.reconstruction is None) == (chosen == "copy")
+    assert isinstance(reduction.reconstruction, Nearest | Bilinear)
+    assert (reduction.reconstruction == Nearest(k=1)) == (chosen == "copy")
+    merging = tokred.apply(plain, "tome", 0.5, reconstruction=chosen)  # type: ignore[arg-type]
+    assert (merging.reconstruction is None) == (chosen == "copy")
+    tokred.apply(plain, "slic", 0.5, reconstruction=chosen)  # type: ignore[arg-type]
     with torch.no_grad():
         assert plain.forward_features(images).shape == (2, 17, 192)
 

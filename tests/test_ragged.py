@@ -13,8 +13,8 @@ from torch import nn
 import tokred
 from tokred import ATS, Exactly, ToMe
 from tokred.engine.attention import mean_attention
-from tokred.maps import Clusters, Kept
-from tokred.reducers import Reducer, ats, tome
+from tokred.maps import Clusters, Kept, kept_where
+from tokred.reducers import Reducer, Tokens, ats, tome
 
 METHODS = [ATS(), ToMe(threshold=0.6), ToMe(threshold=-1.0), ToMe(threshold=1.0)]
 HOSTS = ["vit", "distilled", "mae, average pooling", "no class token", "siglip, attention pooling",
@@ -74,6 +74,19 @@ def test_images_do_differ_and_the_trace_says_so(reducer: Reducer, digits: Digits
         assert seen == list(stage.counts)
 
 
+def test_every_stage_runs_however_few_tokens_are_left(digits: Digits) -> None:
+    """Also where no image has more than the stage asks for: sampling drops tokens nevertheless."""
+    model, images, _ = digits()
+    tokred.apply(model, "ats", 0.7)
+    for batch in (images[:8], images[:1]):
+        trace = tokred.inspect(model, batch)
+        asked = tokred.Stages(0.7)(196, 12)
+        assert [stage.layer for stage in trace.stages] == [3, 6, 9]
+        before, after = trace.stages[0].counts, trace.stages[1].counts
+        assert max(before) <= asked[6], "else this tries nothing"
+        assert all(b < a for a, b in zip(before, after, strict=True))
+
+
 def test_reduced_features_end_with_zeros(digits: Digits) -> None:
     model, images, _ = digits()
     images = images[:8]
@@ -116,15 +129,25 @@ def test_bench_cuts_off_to_what_came_of_it() -> None:
 
 @pytest.mark.parametrize("num", [1, 2, 5, 16, 40])
 @pytest.mark.parametrize("peaked", [False, True])
-def test_ats_samples_the_nearest_entries(num: int, peaked: bool) -> None:
+@pytest.mark.parametrize("published", [False, True])
+def test_ats_samples_the_nearest_entries(num: int, peaked: bool, published: bool) -> None:
     significance = torch.rand(20, 30, dtype=torch.float64)
     if peaked:
         significance = significance**12
         significance[:, ::3] = 0
-    drawn = ats.sample(significance, num)
+    drawn = ats.sample(significance, num, published)
     for row, ours in zip(significance.numpy(), drawn.tolist(), strict=True):
-        assert [n for n, chosen in enumerate(ours) if chosen] == slow_ats(row, num)
+        assert [n for n, chosen in enumerate(ours) if chosen] == slow_ats(row, num, published)
     assert (drawn.sum(1) <= num).all()
+
+
+def test_ats_published_is_heard_by_the_method() -> None:
+    """Of three points at 1/6, 3/6 and 5/6, the published ones are 1/8, 3/8 and 5/8."""
+    attention = torch.full((1, 1, 6), 1 / 6)
+    tokens = Tokens(torch.randn(1, 6, 4), torch.ones(1, 6), value=torch.ones(1, 1, 6, 4),
+                    class_attention=attention)  # fmt: skip
+    assert ats.ATS()(tokens, 3).index.tolist() == [[0, 2, 4]]
+    assert ats.ATS(published=True)(tokens, 3).index.tolist() == [[0, 1, 3]]
 
 
 def test_ats_draws_the_first_token_where_none_matters() -> None:
@@ -208,3 +231,29 @@ def test_ragged_maps_go_down_and_up() -> None:
     clusters = Clusters(torch.tensor([[0, 0, 1, 2], [0, 0, 0, 0]]), 3, ragged=True)
     assert clusters.total(size).tolist() == [[2, 2, 1], [3, 0, 0]]
     assert clusters.down(x, size).flatten(1).tolist() == [[0.5, 2, 3], [5, 0, 0]]
+
+
+def test_padding_is_the_first_token_that_is_kept() -> None:
+    """A token that is dropped alone, but stays in a batch as padding, might overflow there."""
+    chosen = torch.tensor([[False, True, True, False, True], [False, False, False, True, False]])
+    kept = kept_where(chosen)
+    assert kept.index.tolist() == [[1, 2, 4], [3, 3, 3]]
+    assert kept.counts is not None and kept.counts.tolist() == [3, 1]
+    assert kept.labels().tolist() == [[-1, 0, 1, -1, 2], [-1, -1, -1, 0, -1]]
+    assert kept_where(chosen & False).index.shape == (2, 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vit", "no class token"])
+def test_padding_becomes_what_the_first_token_becomes(name: str) -> None:
+    model = small(name)
+    images = varied(model)
+    reduction = tokred.apply(model, "ats", Exactly((16, 15, 15, 15)))
+    seen = []
+    model.blocks[3].mlp.register_forward_hook(lambda _, args, out: seen.append(out))
+    with reduction.recording() as records:
+        model.forward_features(images)
+    counts = records[-1].map.counts.tolist()
+    assert len(set(counts)) > 1
+    for row, count in zip(seen[0][:, model.num_prefix_tokens :], counts, strict=True):
+        torch.testing.assert_close(row[count:], row[:1].expand_as(row[count:]))

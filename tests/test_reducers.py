@@ -284,6 +284,18 @@ def test_the_defaults_of_traits_are_those_of_a_method_that_says_nothing() -> Non
     assert not said.own_schedule and not said.drops
 
 
+def test_options_that_came_later_are_told_where_they_are_set() -> None:
+    """Files of former versions name methods as they were written then."""
+    assert repr(tome.ToMe()) == "ToMe(threshold=None)"
+    assert repr(tome.ToMe(weighted=False)) == "ToMe(threshold=None, weighted=False)"
+    assert repr(atc.ATC()) == "ATC(linkage='average', backend='auto')"
+    assert repr(reducers.make("ats")) == "ATS()"
+    assert repr(slic.SLIC()).endswith("k=20)")
+    assert repr(slic.SLIC(copies="assigned")).endswith("k=20, copies='assigned')")
+    for written in (tome.ToMe(weighted=False), slic.SLIC(copies="assigned"), tome.ToMe(0.5)):
+        assert eval(repr(written), vars(tome) | vars(slic)) == written
+
+
 def test_traits_are_read_off_options_too() -> None:
     assert reducers.traits(svit.SViT()).place == "around"
     dropping = reducers.traits(svit.SViT(reactivate=False, preserve=False, fixed=True))

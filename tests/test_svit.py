@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import io
 import json
 import re
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -565,6 +567,93 @@ def test_missing_and_broken_files_are_errors(tmp_path: Path) -> None:
         tokred.apply(model, SViT(gates=file), Shares((1, 0.5, 0.5, 0.2)))
     fixed = tokred.apply(model, SViT(gates=file, fixed=True), Shares((1, 0.5, 0.5, 0.2)))
     assert [fixed.counts(16, (4, 4))] == [(16, 8, 8, 3)]
+
+
+def released_like(
+    numbers: Sequence[int], dim: int = 16, names: Sequence[str] = ("ln", "mlp.0", "mlp.2")
+) -> tuple[dict[str, Tensor], nn.ModuleDict]:
+    """A checkpoint with gates by number, and other weights; and the gates of a model of 4 layers
+    that are the same."""
+    torch.manual_seed(5)
+    gates = nn.ModuleDict({str(layer): Gate(dim) for layer in (1, 2, 3)})
+    tensors = {"blocks.0.norm1.weight": torch.ones(dim)}
+    for number, gate in zip(numbers, gates.values(), strict=True):
+        for own, theirs in zip(("norm", "fc1", "fc2"), names, strict=True):
+            for part in ("weight", "bias"):
+                value = gate.get_parameter(f"{own}.{part}")
+                nn.init.normal_(value)
+                tensors[f"selective_modules.{number}.{theirs}.{part}"] = value.detach()
+    return tensors, gates
+
+
+@pytest.mark.parametrize("numbers", [(0, 1, 2), (1, 2, 3)])
+@pytest.mark.parametrize("form", ["state dict", "pth", "whole model", "safetensors"])
+def test_released_gates_are_read_by_their_names(
+    numbers: tuple[int, ...], form: str, tmp_path: Path
+) -> None:
+    tensors, gates = released_like(numbers)
+    model, images = vit(2), torch.randn(2, 3, 32, 32)
+    schedule = Shares((1, 0.75, 0.5, 0.25))
+    tokred.apply(model, SViT(gates=gates), schedule)
+    expected = outputs(model, images)
+    source: Any = tensors
+    if form == "safetensors":
+        source = tmp_path / "svit.safetensors"
+        save_file(tensors, source)
+    elif form != "state dict":
+        source = tmp_path / "svit.pth"
+        prefix = "module.backbone." if form == "whole model" else ""
+        content = {prefix + name: value for name, value in tensors.items()}
+        torch.save({"model": content, "epoch": 5, "args": argparse.Namespace(lr=1e-5)}, source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reduction = tokred.apply(model, SViT(gates=source), schedule)
+    assert reduction.gates is not None and list(reduction.gates) == ["1", "2", "3"]
+    assert torch.equal(outputs(model, images), expected)
+    reduction.save(tmp_path / "own.safetensors")
+    tokred.apply(model, SViT(gates=tmp_path / "own.safetensors"))
+    assert torch.equal(outputs(model, images), expected)
+
+
+def test_released_gates_are_read_strictly(tmp_path: Path) -> None:
+    tensors, _ = released_like((0, 1, 2))
+    model, schedule = vit(2), Shares((1, 0.75, 0.5, 0.25))
+    for more, message in (
+        (
+            {"selective_modules.1.mlp.4.weight": torch.ones(2, 2)},
+            r"selective_modules\.1 is no Layer",
+        ),
+        ({"selective_modules.temperature": torch.ones(1)}, "temperature is no weight of a gate"),
+        ({"selective_modules.2.mlp.0.weight": torch.ones(5, 16)}, r"\[5, 16\]"),
+        ({"selective_modules.0.ln.bias": torch.full((16,), torch.nan)}, "not finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SViT(gates=tensors | more)
+    missing = {name: value for name, value in tensors.items() if not name.endswith("1.mlp.2.bias")}
+    with pytest.raises(ValueError, match="is no LayerNorm of C"):
+        SViT(gates=missing)
+    with pytest.raises(ValueError, match=r"must hold weights named selective_modules"):
+        SViT(gates={"head.weight": torch.ones(2)})
+    # Gates for other layers, or another width.
+    with pytest.raises(ValueError, match=r"layers \[0, 1, 2\], but \[2, 3\]"):
+        tokred.apply(model, SViT(gates=tensors), Shares((1, 1, 0.5, 0.25)))
+    wide, _ = released_like((0, 1, 2), dim=32)
+    with pytest.raises(ValueError, match=r"has the shape \(32,\), but this model needs \(16,\)"):
+        tokred.apply(model, SViT(gates=wide), schedule)
+    file = tmp_path / "svit.pth"
+    torch.save({"state_dict": {"head.weight": torch.ones(2)}}, file)
+    with pytest.raises(ValueError, match="does not say what it is for"):
+        tokred.apply(model, SViT(gates=file), schedule)
+    torch.save(tensors, file)
+    with pytest.raises(ValueError, match="does not say what it is for"):
+        tokred.apply(model, DynamicViT(gates=file), schedule)
+    file.write_bytes(b"not weights")
+    with pytest.raises(ValueError, match="cannot be read as weights"):
+        tokred.apply(model, SViT(gates=file), schedule)
+    for odd in (5, [1]):  # taken for no gates at all, up to now
+        for method in (SViT, DynamicViT):
+            with pytest.raises(TypeError, match="gates must be a file, or modules by layer"):
+                tokred.apply(model, method(gates=odd), schedule)
 
 
 def test_random_gates_are_warned_of() -> None:

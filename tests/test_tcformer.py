@@ -819,25 +819,58 @@ def test_a_published_classifier_loads_and_is_the_same_again(
     assert [block.attn.heads for block in model.block3] == [5, 5]
 
 
-@pytest.mark.parametrize("strided", [False, True])
-def test_a_published_pose_estimator_loads(strided: bool, tmp_path: Path) -> None:
+NECKS = [("mta", {}), ("mta_pool", {"neck": "mta_pool"}),
+         ("cr_mta", {"neck": "cr_mta", "parts": LOCAL})]  # fmt: skip
+
+
+@pytest.mark.parametrize(("neck", "said"), NECKS)
+def test_a_published_pose_estimator_loads(neck: str, said: dict[str, Any], tmp_path: Path) -> None:
     inside = {name: shape for name, shape in released_shapes((2, 2, 2, 2), 9).items()
               if not name.startswith("head.")}  # fmt: skip
-    shapes = {f"backbone.{name}": shape for name, shape in inside.items()} | neck_shapes(strided)
+    shapes = {f"backbone.{name}": shape for name, shape in inside.items()}
+    shapes |= neck_shapes(neck == "mta")
     weights = drawn(shapes)
     torch.save({"state_dict": weights, "meta": {"epoch": 210}}, tmp_path / "pose.pth")
-    pyramid = load_released(tmp_path / "pose.pth")
+    pyramid = load_released(tmp_path / "pose.pth", **said)
     assert type(pyramid) is Pyramid and pyramid.state_dict().keys() == weights.keys()
+    twin = Pyramid(TCFormer((2, 2, 2, 2), parts=said.get("parts", GLOBAL)), neck).eval()
+    twin.load_state_dict(weights)
+    picture = torch.randn(1, 3, 64, 48)
+    with torch.no_grad():
+        assert all(map(torch.equal, pyramid(picture), twin(picture)))
     alone = load_released(tmp_path / "pose.pth", copy.deepcopy(pyramid))
     assert torch.equal(alone.neck.lateral_convs[0]["conv"].weight,
                        weights["neck.lateral_convs.0.conv.weight"])  # fmt: skip
     head = {"keypoint_head.final_layer.weight": (133, 256, 1, 1),
             "keypoint_head.final_layer.bias": (133,)}  # fmt: skip
     torch.save({"state_dict": weights | drawn(head)}, tmp_path / "whole.pth")
-    pose = load_released(tmp_path / "whole.pth")
+    pose = load_released(tmp_path / "whole.pth", **said)
     assert isinstance(pose, PoseEstimator)
     with torch.no_grad():
-        assert pose(torch.randn(1, 3, 64, 48)).shape == (1, 133, 16, 12)
+        assert pose(picture).shape == (1, 133, 16, 12)
+
+
+def test_what_no_weight_tells_is_asked_for(tmp_path: Path) -> None:
+    """The averaging neck and that of TCFormerV2 have the same weights, by name and shape."""
+    pyramid = Pyramid(backbone.tcformerv2_tiny(), "cr_mta")
+    path = tmp_path / "pyramid.pth"
+    torch.save(pyramid.state_dict(), path)
+    with pytest.raises(ValueError, match=r'neck must be given: .*"mta_pool" .* neck="cr_mta"'):
+        load_released(path)
+    with pytest.raises(ValueError, match=r"parts must be given .* parts=LOCAL .* parts=GLOBAL"):
+        load_released(path, neck="cr_mta")
+    loaded = load_released(path, neck="cr_mta", parts=LOCAL)
+    assert loaded.backbone.parts == LOCAL
+    with pytest.raises(ValueError, match="neck must be one of mta, mta_pool, cr_mta, not 'fpn'"):
+        load_released(path, neck="fpn")
+    with pytest.raises(ValueError, match=r"missing: neck\.merge_blocks\.0\.attn\.norm\.bias"):
+        load_released(path, neck="mta")
+    with pytest.raises(ValueError, match="must not be given with a model"):
+        load_released(path, pyramid, neck="cr_mta")
+    alone = tmp_path / "backbone.pth"
+    torch.save(pyramid.backbone.state_dict(), alone)
+    with pytest.raises(ValueError, match=r"neck must not be given: .* has no weights of one"):
+        load_released(alone, neck="mta")
 
 
 def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:

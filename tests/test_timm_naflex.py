@@ -57,6 +57,28 @@ def test_a_padded_batch_gives_for_every_image_what_it_gives_alone(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("method", [*METHODS, "ats", tokred.ToMe(threshold=0.3)])
+def test_an_image_is_reduced_where_its_own_number_falls(method: Any) -> None:
+    """Of 11 tokens, 9, 8 and 8 are kept; but of 10, 9, 8 and 7."""
+    model = make(class_token=True, rope_type="mixed").double()
+    batch = padded([(1, 11), (2, 5)])
+    batch["patches"] = batch["patches"].double()
+    tokred.apply(model, method, tokred.Stages(0.9, layers=(1, 2, 3)))
+    torch.testing.assert_close(model(batch), one_by_one(model, batch), rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", METHODS)
+def test_an_image_of_padding_alone_takes_no_other_with_it(method: str) -> None:
+    model, batch = make(class_token=True, rope_type="mixed"), padded(GRIDS)
+    batch["patch_valid"][1] = False
+    tokred.apply(model, method, 0.5)
+    others = torch.tensor([0, 2, 3])
+    alone = one_by_one(model, {name: tensor[others] for name, tensor in batch.items()})
+    torch.testing.assert_close(model(batch)[others], alone, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", SMALL)
 def test_keeping_everything_changes_no_bit_of_a_padded_batch(name: str) -> None:
     model, batch = SMALL[name].build(), padded(GRIDS)

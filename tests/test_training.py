@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -499,10 +500,48 @@ def test_a_training_that_version_0_7_began_goes_on(tmp_path: Path) -> None:
     file.write_text(json.dumps({**pinned, "weights": "0123456789abcdef"}))
     other = reduced("svit")
     changes = recipe("svit", frozen=True, epochs=1)
-    fails("weights was '0123456789abcdef', and is '2:", other, Digits(), changes, tmp_path)
+    fails("weights was '0123456789abcdef', and is '3:", other, Digits(), changes, tmp_path)
     file.write_text(json.dumps(pinned))
     other.pos_embed.data[0, -1, -1] += 1e-6
-    fails("weights was '2:", other, Digits(), changes, tmp_path)
+    fails("weights was '3:", other, Digits(), changes, tmp_path)
+
+
+def test_broken_files_of_a_training_are_passed_over_or_named(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"method": "tome", "every": 2}
+    run(tmp_path / "whole", **options)
+    out = tmp_path / "parts"
+    shutil.copytree(tmp_path / "whole", out)
+    older, last = sorted((out / "checkpoint").iterdir())
+    assert (older.stem, last.stem) == ("step-00000004", "step-00000006")
+    last.write_bytes(last.read_bytes()[:-200])
+    (out / "log.csv.1.part").write_text("left by a process that was killed")
+    with (out / "log.csv").open("a") as log:
+        log.write("7,1,0.0")  # cut off
+    assert len(training.read_table(out / "log.csv")) == 6
+    with pytest.warns(UserWarning, match=r"step-00000006\.pt is broken: the steps since"):
+        assert run(out, **options).resumed == 4
+    assert curve(out) == curve(tmp_path / "whole")
+    weights = [load_file(at / "model.safetensors") for at in (out, tmp_path / "whole")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not [*out.rglob("*.part")]
+    log_text = (out / "log.csv").read_text()
+    (out / "log.csv").write_text(log_text.replace("\n2,", "\n2x,"))
+    with pytest.raises(ValueError, match=r"line 3 of .*log\.csv is broken"):
+        run(out, **options)
+    (out / "log.csv").write_text(log_text)
+    pinned = (out / "recipe.json").read_text()
+    (out / "recipe.json").write_text(pinned[:50])
+    with pytest.raises(ValueError, match=r"recipe\.json is broken .* Put a copy of it back"):
+        run(out, **options)
+    (out / "recipe.json").write_text(pinned)
+    for file in (out / "checkpoint").iterdir():
+        file.write_bytes(b"")
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(ValueError, match=r"all checkpoints in .* broken"),
+    ):
+        run(out, **options)
+    assert run(out, **options, fresh=True).resumed == 0
 
 
 def test_labels_out_of_range_are_named(tmp_path: Path) -> None:
@@ -524,7 +563,8 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(tmp_path: Path) ->
     assert len(curve(tmp_path)) == 3
     assert training.latest(tmp_path) == tmp_path / "checkpoint" / "step-00000003.pt"
     assert all(p.isfinite().all() for p in model.parameters())
-    assert run(tmp_path, "tome").resumed == 3  # with what is right, it goes on
+    with pytest.warns(UserWarning, match="not all is as it was: data: the samples"):
+        assert run(tmp_path, "tome").resumed == 3  # with what is right, it goes on
 
 
 # Processes

@@ -97,14 +97,17 @@ def test_reduced_maps_are_what_lies_in_the_image(
 
 
 @settings(max_examples=10, deadline=None)
-@given(grids, st.tuples(sides, sides), st.data())
+@given(grids, st.tuples(sides, sides), st.sampled_from(["border", "zeros"]), st.data())
 def test_a_feature_map_is_mapped_window_by_window(
-    grid: tuple[int, int], window: tuple[int, int], data: st.DataObject
+    grid: tuple[int, int], window: tuple[int, int], filling: Any, data: st.DataObject
 ) -> None:
     few = tuple(data.draw(st.integers(1, side)) for side in window)
     x = torch.randn(2, grid[0] * grid[1], 4)
-    reducer = windows.InWindows(SLIC(few, iterations=2), window, few)
-    rows, columns = windows.reduced(grid, window, few)
+    reducer = windows.InWindows(SLIC(few, iterations=2, filling=filling), window, few)
+    rows, columns = windows.reduced(grid, window, few, filling)
+    if filling == "zeros":  # all windows are full ones
+        assert rows == -(-grid[0] // window[0]) * few[0]
+        assert columns == -(-grid[1] // window[1]) * few[1]
     token_map = reducer(Tokens(x, torch.ones(x.shape[:2]), grid=grid), rows * columns)
     assert token_map.grid == (rows, columns)
     assert token_map.num_coarse == rows * columns == reducer.fit(1, grid)
@@ -112,13 +115,13 @@ def test_a_feature_map_is_mapped_window_by_window(
     coarse = token_map.down(x, ones)
     assert coarse.shape == (2, rows * columns, 4)
     assert coarse.isfinite().all()
-    # Each window as if it were an image, cut out by hand and filled up with its border.
+    # Each window as if it were an image, cut out by hand and filled up.
     labels, middles = token_map.labels(), token_map.representatives()
     for image in range(2):
         padded = F.pad(
             x[image].view(1, *grid, 4).permute(0, 3, 1, 2),
             (0, -grid[1] % window[1], 0, -grid[0] % window[0]),
-            mode="replicate",
+            mode="replicate" if filling == "border" else "constant",
         )[0].permute(1, 2, 0)
         for top in range(0, grid[0], window[0]):
             for left in range(0, grid[1], window[1]):
@@ -292,7 +295,7 @@ def test_full_maps_are_made_as_is_asked_for() -> None:
     model, x = host.build(), images()
     answers = {}
     for name in ("nearest", "bilinear", "copy"):
-        tokred.apply(model, "slic", MIDDLE, reconstruction=name)
+        tokred.apply(model, tokred.SLIC(copies="assigned"), MIDDLE, reconstruction=name)
         seen = Watched(host, model, x)
         answers[name] = seen.behind[3]
     labels = tokred.inspect(model, x).stages[0].labels
@@ -302,6 +305,38 @@ def test_full_maps_are_made_as_is_asked_for() -> None:
     torch.testing.assert_close(stage_of(model)[3](full), answers["copy"])
     assert not torch.allclose(answers["copy"], answers["nearest"])
     assert not torch.allclose(answers["nearest"], answers["bilinear"])
+
+
+@torch.no_grad()
+def test_windows_are_filled_up_with_zeros_if_that_is_asked_for(host: Swin) -> None:
+    """As in the published code: the reduced map is one of full windows, whose tokens go through the
+    blocks, and what they were filled up with is cut off at the end."""
+    model, x = host.build(), images()
+    dense = answered(host, model, x)
+    answers, maps = {}, {}
+    for filling in ("border", "zeros"):
+        tokred.apply(model, SLIC(filling=filling), MIDDLE)
+        seen = Watched(host, model, x)
+        answers[filling] = answered(host, model, x)
+        maps[filling] = host.tokens(seen.behind[1]).shape[1]
+        alone = answered(host, model, x[1:])
+        torch.testing.assert_close(alone, answers[filling][1:], rtol=1e-4, atol=1e-4)
+    assert maps == {"border": math.prod(REDUCED), "zeros": 8 * 8}
+    assert answers["zeros"].shape == dense.shape and answers["zeros"].isfinite().all()
+    assert not torch.allclose(answers["zeros"], answers["border"], rtol=1e-4, atol=1e-5)
+    if host is SWIN["timm-static"]:  # which takes images of one size
+        return
+    # Where the windows divide the map, both are the same.
+    even = images(size=(48, 48))
+    for filling in ("border", "zeros"):
+        tokred.apply(model, SLIC(filling=filling), MIDDLE)
+        answers[filling] = answered(host, model, even)
+    assert torch.equal(answers["zeros"], answers["border"])
+
+
+def test_what_windows_are_filled_up_with_is_named() -> None:
+    with pytest.raises(ValueError, match="filling must be 'border' or 'zeros', not 'mirror'"):
+        SLIC(filling="mirror")  # type: ignore[arg-type]
 
 
 class Watched:
@@ -548,6 +583,11 @@ def test_the_limit_has_as_many_tokens_in_the_same_blocks() -> None:
     assert torch.equal(back[:, :2, :3], x.view(2, 3, 4, 5)[:, :2, :3])
     assert not back[:, 2].any() and not back[:, :, 3].any()
     assert torch.equal(few, torch.stack([x[:, n] for n in corner.representatives()[0]], 1))
+    longer = windows.Corner((3, 4), (4, 2))
+    assert longer.down(x, torch.ones(2, 12)).shape == (2, 8, 5)
+    assert torch.equal(longer.up(longer.down(x, torch.ones(2, 12))).view(2, 3, 4, 5)[:, :, :2],
+                       x.view(2, 3, 4, 5)[:, :, :2])  # fmt: skip
+    assert longer.labels().tolist() == [[0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1]]
 
 
 # Options and refusals

@@ -343,7 +343,7 @@ OF_OTHERS = {
     ),
     "does not say that tokens are averaged": wrong(
         hf_vit.SMALL["ijepa, averaging"], HF, "dropped tokens", "full_grid=False",
-        averages=lambda root, model: False,
+        averages_output=lambda root, model: False,
     ),
     "does not name what pools": wrong(
         clip.SMALL["siglip"], CLIP, "dropped tokens", "full_grid=False", pools=lambda model: ()

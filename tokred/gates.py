@@ -7,7 +7,9 @@ stays what it was.
 
 from __future__ import annotations
 
+import argparse
 import json
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,21 @@ from tokred.optional import require
 
 Gates = str | Path | nn.ModuleDict
 """Where the weights of a learned method come from: a file, or the modules themselves."""
+
+
+class Numbered(nn.ModuleDict):
+    """Modules of a learned method that are numbered one by one, rather than by layer, as in files
+    of others."""
+
+    def at(self, layers: Sequence[int]) -> nn.ModuleDict:
+        """The same, by the layers that are to have one: in their order, from 0 on; or by number, if
+        the numbers are those of the layers. (Itself, if they are neither.)"""
+        numbers = sorted(int(number) for number in self)
+        if numbers not in (list(range(len(layers))), sorted(layers)):
+            return self
+        pairs = zip(numbers, sorted(layers), strict=True)
+        return nn.ModuleDict({str(layer): self[str(number)] for number, layer in pairs})
+
 
 TINY = 1e-30
 """The weight of a pruned key in `log_mask`, in place of 0."""
@@ -120,18 +137,20 @@ def write(
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The weights in a file that `write` has written, and what they are for: "method", "shares"
-    and "width".
+    and "width". Of other files, the weights alone.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no file of gates.
+        ValueError: it is no file of weights.
     """
-    require("safetensors", "train")
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"gates must be a file of weights: there is none at {path}")
+    if path.suffix in (".pth", ".pt", ".bin"):
+        return _pickled(path), {}
+    require("safetensors", "train")
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, "pt") as file:
             about: dict[str, Any] = dict(file.metadata() or {})
@@ -139,12 +158,27 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except SafetensorError as error:
         raise ValueError(f"gates: {path} is not a safetensors file ({error})") from error
     if not {"method", "shares", "width"} <= about.keys():
-        raise ValueError(
-            f"gates: {path} does not say what it is for; Reduction.save writes files that do"
-        )
+        return tensors, {}
     about["shares"] = tuple(json.loads(about["shares"]))
     about["width"] = int(about["width"])
     return tensors, about
+
+
+def _pickled(path: Path) -> dict[str, Tensor]:
+    """The weights in a file that torch has written, at the top or under "model" or "state_dict". Of
+    it nothing but tensors and plain values is read."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # of the training script
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"gates: {path} cannot be read as weights ({error})") from error
+    for key in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping):
+        raise ValueError(f"gates: {path} holds no weights, but {type(content).__name__}")
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
 
 
 def fill(

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from tokred.maps import take, wide
+from tokred.maps import deciding, take, wide
 
 
 def nearest_grid(num: int, grid: tuple[int, int]) -> tuple[int, int]:
@@ -157,7 +157,8 @@ class Superpixels:
 
     def labels(self) -> Int[Tensor, "batch fine"]:
         candidate = self._tiles().candidate.expand(self.log_parts.shape[0], -1, -1)
-        return candidate.gather(2, self.log_parts.argmax(-1, keepdim=True)).squeeze(2)
+        most = deciding(self.log_parts).argmax(-1, keepdim=True)
+        return candidate.gather(2, most).squeeze(2)
 
     def representatives(self) -> Int[Tensor, "batch coarse"]:
         """The tokens in the middle of the clusters' cells."""

@@ -163,6 +163,13 @@ class Clusters:
         position = torch.arange(last + 1, device=self.index.device).expand_as(self.index)
         return first.scatter_reduce(1, self.index, position, "amin")
 
+    def alike(self, size: Float[Tensor, "batch fine"]) -> Clusters:
+        """The same clusters, in whose means all members count alike, however many tokens they stand
+        for. `size` tells which of them are padding (0), and count for nothing."""
+        there = (size > 0).to(size.dtype)
+        share = there / self.total(there).clamp(min=1).gather(1, self.index)
+        return Clusters(self.index, self.num_coarse, share, self.ragged)
+
     def then(self, other: Clusters) -> Clusters:
         """This map, and then `other`, as one map (without shares)."""
         index = other.index.gather(1, self.index)
@@ -176,7 +183,8 @@ class Kept:
     Attributes:
         index: `index[b, m]` is the fine token that coarse token `m` of sample `b` is; rising.
         counts: the number of tokens that each sample keeps, if samples differ: that many entries at
-            the start of its row of `index` are kept, the others are padding.
+            the start of its row of `index` are kept, the others are padding. (Best, the first of
+            them again, see `kept_where`.)
     """
 
     merges: ClassVar[bool] = False
@@ -327,10 +335,25 @@ def _kept_side_by_side(
     counts = torch.zeros(batch, dtype=torch.long, device=size.device)
     for rows, columns, part in parts:
         chosen = columns if part is None else columns.gather(1, part.representatives())
+        if chosen.shape[1]:
+            index[rows] = chosen[:, :1]
         index[rows, : chosen.shape[1]] = chosen
         own = part.counts if isinstance(part, Kept) else None
         counts[rows] = chosen.shape[1] if own is None else own
     return Kept(index, num_fine, counts)
+
+
+def kept_where(chosen: Bool[Tensor, "batch tokens"]) -> Kept:
+    """Keeps the tokens that are chosen, in their order; samples may differ in how many that are.
+
+    Padding is the first of them again, so that it becomes what that one becomes: a token of another
+    kind might overflow on the way, and a sample be NaN in a batch that is not alone.
+    """
+    counts = chosen.sum(1)
+    most = int(counts.max()) if len(counts) > 0 else 0
+    order = ranked(chosen.int())[:, :most]
+    meant = torch.arange(most, device=chosen.device) < counts[:, None]
+    return Kept(torch.where(meant, order, order[:, :1]), chosen.shape[1], counts)
 
 
 def _counted(like: Int[Tensor, "rows tokens"]) -> Int[Tensor, "rows tokens"]:
@@ -340,6 +363,13 @@ def _counted(like: Int[Tensor, "rows tokens"]) -> Int[Tensor, "rows tokens"]:
 def wide(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """The same in at least float32: squares of float16 overflow, and its long sums are inexact."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def deciding(score: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Numbers by which something is decided, in float32: float64 has digits in which equal tokens
+    differ, because sums are rounded, and not in a batch as they are alone. Without these digits
+    they are equal, and the lower index wins."""
+    return score.to(torch.float32)
 
 
 def in_order_of_first_member(labels: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:

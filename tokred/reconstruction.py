@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tokred.grids import between, crossed
-from tokred.maps import blend, wide
+from tokred.maps import blend, deciding, wide
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def nearest(
         before: the tokens before they were clustered.
         centres: the clusters as they were formed.
         k: how many clusters, at least 1; all of them if there are fewer. If several are equally
-            near, any of them may be taken.
+            near, any of them may be taken (the first, if k is 1).
         tau: the weight of a cluster is proportional to exp(-squared distance / tau). If None, it is
             chosen for each image: a quarter of the mean squared distance of a token from its
             nearest cluster.
@@ -128,15 +128,18 @@ def nearest(
         # |z|^2 is the same for all clusters, and cancels in the softmax.
         length = s.square().sum(-1)[:, None, :]
         near = torch.baddbmm(length, z, s.transpose(1, 2), beta=-1, alpha=2)
-        closest = near.topk(min(k, s.shape[1]), dim=-1)
-        logits = closest.values
+        if k == 1:  # copies
+            index = deciding(near).argmax(-1, keepdim=True)
+            return index, torch.ones_like(index, dtype=near.dtype)
+        closest = deciding(near).topk(min(k, s.shape[1]), dim=-1).indices
+        logits = near.gather(-1, closest)
         scale: Tensor | float
         if tau is None:
             apart = z.square().sum(-1) - logits[..., 0]
             scale = temperature(apart, z)
         else:
             scale = tau
-        return closest.indices, (logits / scale).softmax(-1)
+        return closest, (logits / scale).softmax(-1)
 
 
 def temperature(

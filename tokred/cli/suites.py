@@ -12,6 +12,7 @@ import torch
 
 from tokred import reducers
 from tokred.cli.shared import bar
+from tokred.data.writing import write_text
 from tokred.measure.suites import clustering, dense, diffusion, gates, vit
 
 Results: TypeAlias = dict[str, Any]
@@ -32,7 +33,7 @@ def run(options: argparse.Namespace) -> None:
         stem += "-compiled" if options.compile else ""
         for suffix, content in (("json", whole), ("md", text)):
             path = options.out / f"{stem}.{suffix}"
-            path.write_text(content)
+            write_text(path, content)
             print(f"wrote {path}", file=sys.stderr)
 
 

@@ -16,6 +16,7 @@ import tokred
 from tokred import reducers, training
 from tokred.cli.shared import Commands, command, note_random_weights
 from tokred.data import pictures, zoo
+from tokred.data.writing import write_text
 from tokred.optional import require
 from tokred.reducers import Reducer
 
@@ -140,7 +141,7 @@ def run(options: argparse.Namespace) -> None:
     )
     state = require("accelerate", "train").PartialState()
     if state.is_main_process:
-        (options.out / "classes.json").write_text(json.dumps(data.classes, indent=1))
+        write_text(options.out / "classes.json", json.dumps(data.classes, indent=1))
         _tell(options, recipe, fitted, len(held_out or ()))
     state.destroy_process_group()
 

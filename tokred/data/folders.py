@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,9 +122,9 @@ class Files:
     def __getitem__(self, index: int) -> tuple[Any, None]:
         return reading.picture(self.files[index]), None
 
-    def stamp(self) -> str:
-        """See `stamp_of`."""
-        return stamp_of_files(self.files)
+    def identity(self, numbers: Sequence[int]) -> str:
+        """See `tokred.data.fingerprint.identity_of`."""
+        return stamp_of_files([self.files[i] for i in numbers])
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,9 @@ class _Labelled:
     def __getitem__(self, index: int) -> tuple[Any, int]:
         return reading.picture(self.files[index]), self.labels[index]
 
-    def stamp(self) -> str:
-        return f"{stamp_of_files(self.files)} {self.labels}"
+    def identity(self, numbers: Sequence[int]) -> str:
+        files = stamp_of_files([self.files[i] for i in numbers])
+        return f"{files} {[self.labels[i] for i in numbers]}"
 
 
 @dataclass(frozen=True)
@@ -168,8 +170,9 @@ class _Maps:
             )
         return picture, pixels
 
-    def stamp(self) -> str:
-        return f"{stamp_of_files(self.files)} {stamp_of_files(self.targets)}"
+    def identity(self, numbers: Sequence[int]) -> str:
+        both = (stamp_of_files([of[i] for i in numbers]) for of in (self.files, self.targets))
+        return f"{' '.join(both)} {self.depth}"
 
 
 def _alike(size: tuple[int, int], other: tuple[int, int]) -> bool:

@@ -183,8 +183,3 @@ class _Rows:
         several = torch.zeros(count, dtype=torch.long)
         several[[int(number) for number in label]] = 1
         return several
-
-    def stamp(self) -> str:
-        if self.label is None or type(self.rows.features[self.label]).__name__ == "Image":
-            return ""
-        return str(list(self.rows[self.label]))

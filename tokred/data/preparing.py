@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from tokred.data import reading
-from tokred.data.fingerprint import stamp_of
+from tokred.data.code import version_of
+from tokred.data.digest import NoFingerprintError, digest_of, told
+from tokred.data.fingerprint import identity_of
 from tokred.data.parts import WITHOUT, is_picture, parted
 from tokred.data.reading import IGNORED
 from tokred.data.transforms import Processed, Transform, own_transform
@@ -102,9 +104,19 @@ class Prepare:
             target = torch.where((target == 0) | (target == IGNORED), IGNORED, target - 1)
         return target
 
-    def stamp(self) -> str:
-        """See `stamp_of`."""
-        return stamp_of(self.items)
+    def identity(self, numbers: Sequence[int]) -> str | None:
+        """See `tokred.data.fingerprint.identity_of`: what the items are, and how they are prepared.
+        None if either cannot be told without preparing them."""
+        items = identity_of(self.items, numbers)
+        if items is None:
+            return None
+        try:
+            if self._own is None and len(self):
+                self[0]  # only then is it known how pictures are prepared
+            how, versions = told([self._own, input_name(self.model), self.labelled])
+        except NoFingerprintError:
+            return None
+        return digest_of(items, how, versions, version_of("PIL"))
 
 
 def _one(inputs: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from tokred.data.fingerprint import samples_fingerprint, stamp_of
+from tokred.data.fingerprint import identity_of, samples_fingerprint
 from tokred.data.inputs import Inputs
 from tokred.data.parts import WITHOUT
 from tokred.data.preparing import Prepare, Sample, input_name
@@ -92,9 +92,9 @@ class Samples:
             _Batches(self, wanted), batch_size=None, num_workers=workers, collate_fn=_as_it_is
         )
 
-    def fingerprint(self, looked_at: int = 16) -> str:
+    def fingerprint(self) -> str:
         """A text that tells these samples from others, see `tokred.data.fingerprint`."""
-        return samples_fingerprint(self, looked_at)
+        return samples_fingerprint(self)
 
 
 def of(
@@ -190,9 +190,9 @@ class _Chosen:
         sample: Sample = self.items[self.numbers[index]]
         return sample
 
-    def stamp(self) -> str:
-        """See `stamp_of`."""
-        return f"{self.numbers} {stamp_of(self.items)}"
+    def identity(self, numbers: Sequence[int]) -> str | None:
+        """See `tokred.data.fingerprint.identity_of`."""
+        return identity_of(self.items, [self.numbers[i] for i in numbers])
 
 
 def sent(inputs: Inputs, device: torch.device, dtype: torch.dtype) -> Inputs:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,10 +134,6 @@ class _HeldOut:
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return normalise(self.held_out.images[index]), self.held_out.labels[index]
-
-    def stamp(self) -> str:
-        """See `stamp_of`."""
-        return hashlib.sha256(self.held_out.labels.numpy().tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)

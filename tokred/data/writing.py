@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+PART = ".part"
+"""What the names of files end in that are being written."""
 
 
 @contextmanager
 def whole(file: Path) -> Iterator[Path]:
     """Gives another path to write to, which becomes `file` when the block ends.
 
-    The other path ends in `.part`. If the block raises, `file` stays as it was.
+    The other path ends in `.part`, and is another one in every process. If the block raises, `file`
+    stays as it was.
     """
-    part = file.with_suffix(".part")
-    yield part
-    part.replace(file)
+    part = file.with_name(f"{file.name}.{os.getpid()}{PART}")
+    try:
+        yield part
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_text(file: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
+    """Writes a text file in UTF-8, whole or not at all."""
     with whole(file) as part:
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8")
+
+
+def clear_parts(folder: Path) -> None:
+    """Removes what processes that were killed have left in a folder. Nobody else may be writing
+    there."""
+    for part in folder.glob(f"*{PART}"):
+        part.unlink(missing_ok=True)

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tokred.maps import wide
+
 
 def mean_attention(
     query: Float[Tensor, "batch heads rows head_dim"],
@@ -15,8 +17,8 @@ def mean_attention(
     asking: Float[Tensor, "batch rows"] | None = None,
 ) -> Float[Tensor, "batch heads tokens"]:
     """The attention that each key gets from the given queries: softmax(scale * q k^T + bias), mean
-    over the queries, float32. Head by head if the queries are many, so that the whole map of all
-    heads never exists.
+    over the queries, at least float32. Head by head if the queries are many, so that the whole map
+    of all heads never exists.
 
     Args:
         query: of whom.
@@ -26,9 +28,9 @@ def mean_attention(
             rows or 1, tokens].
         asking: the weight of each query in the mean; all alike if not given.
     """
-    query, key = query.float(), key.float()
+    query, key = wide(query), wide(key)
     if bias is not None and bias.dtype == torch.bool:
-        bias = torch.zeros_like(bias, dtype=torch.float32).masked_fill(~bias, -torch.inf)
+        bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill(~bias, -torch.inf)
     if query.shape[2] == 1:
         logits = (query @ key.transpose(2, 3)) * scale
         return (logits if bias is None else logits + bias).softmax(-1).squeeze(2)

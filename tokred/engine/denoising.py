@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tokred.engine.graphs import compiling, exporting
 from tokred.engine.memory import Memory
 from tokred.engine.sampling import THOUSAND, Call, Times, alike, progress_by, time_of
-from tokred.maps import TokenMap
+from tokred.maps import TokenMap, wide
 from tokred.reducers.protocol import Reducer, Tokens, Traits, check_map, traits
 from tokred.reducers.truncate import Truncate
 from tokred.schedule import check_keep_rate, ratio_of
@@ -430,7 +430,7 @@ class Denoising:
 
 
 def _ones(x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens"]:
-    return torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
+    return wide(x[:0]).new_ones(x.shape[:2])
 
 
 # What is hung on the model. Objects rather than closures, so that a copied or pickled model takes

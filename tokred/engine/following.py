@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tokred.engine.state import Reduced, State, unrolled
+from tokred.engine.state import Ahead, Reduced, State, unrolled
 from tokred.maps import TokenMap
 
 
@@ -78,6 +78,9 @@ def images_of(state: State, images: Int[Tensor, " chosen"], batch: int) -> State
     def chosen(x: Tensor | None) -> Tensor | None:
         return None if x is None else x[images.to(x.device)]
 
+    def counts(each: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        return None if each is None else tuple(each[n] for n in images.tolist())
+
     trail: Reduced | None = None
     for reduced in unrolled(state.trail):
         trail = Reduced(
@@ -89,18 +92,31 @@ def images_of(state: State, images: Int[Tensor, " chosen"], batch: int) -> State
             grid=reduced.grid,
             stale=chosen(reduced.stale),
             former=trail,
+            each=counts(reduced.each),
         )
-    lengths = state.lengths
+    ahead: Ahead | None = None
+    for link in _links(state.ahead):
+        ahead = Ahead(link.keep, link.tapped, link.left, ahead, counts(link.each))
     return state.but(
+        ahead=ahead,
         trail=trail,
         size=chosen(state.size),
         bias=chosen(state.bias),
         received=chosen(state.received),
         index=chosen(state.index),
-        lengths=None if lengths is None else tuple(lengths[n] for n in images.tolist()),
+        each=counts(state.each),
         aside=chosen(state.aside),
         kept=chosen(state.kept),
     )
+
+
+def _links(ahead: Ahead | None) -> list[Ahead]:
+    """What a pass still has to do, the last block first."""
+    found: list[Ahead] = []
+    while ahead is not None:
+        found.insert(0, ahead)
+        ahead = ahead.rest
+    return found
 
 
 def map_of(token_map: TokenMap, images: Int[Tensor, " chosen"], batch: int) -> TokenMap:

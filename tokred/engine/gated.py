@@ -20,7 +20,7 @@ from tokred.engine.observing import Record
 from tokred.engine.sequence import between, ones, up
 from tokred.engine.state import State, unrolled
 from tokred.kernels.varlen import NotPerImageError, PerImage
-from tokred.maps import Kept, ranked
+from tokred.maps import Kept, kept_where
 from tokred.reducers.protocol import learned
 
 if TYPE_CHECKING:
@@ -115,9 +115,7 @@ def _chosen(step: Step, x: Tensor, size: Float[Tensor, "batch patches"]) -> Kept
     reduction, state = step.reduction, step.state
     if step.gate is None:
         assert state.kept is not None
-        counts = (state.kept > 0).sum(1)
-        most = int(counts.max()) if len(counts) > 0 else 0
-        return Kept(ranked((state.kept > 0).int())[:, :most], state.kept.shape[1], counts)
+        return kept_where(state.kept > 0)
     assert state.ahead is not None
     with torch.autocast(x.device.type, enabled=False), step.reduction.part("matching"):
         view = step.tokens(reduction.layout.patch_tokens(x), size)

@@ -19,6 +19,7 @@ from tokred.engine.following import images_of, same_images
 from tokred.engine.graphs import compiling, in_a_graph
 from tokred.engine.leaving import outside_of_the_graph
 from tokred.engine.reduction import Reduction
+from tokred.engine.sequence import ones
 from tokred.engine.state import State
 
 
@@ -42,18 +43,18 @@ def start(
     _check_extra(reduction, tokens)
     grid = reduction.grid_of(tokens)
     if mask is None or in_a_graph(x):
-        return State(ahead=reduction.ahead(tokens, tokens, grid), full=tokens, grid=grid)
+        return State(ahead=reduction.ahead(tokens, grid), full=tokens, grid=grid)
     valid = visible(mask, x.shape[0])[:, layout.prefix : x.shape[1] - layout.suffix]
     if bool(valid.all()):
-        return State(ahead=reduction.ahead(tokens, tokens, grid), full=tokens, grid=grid)
+        return State(ahead=reduction.ahead(tokens, grid), full=tokens, grid=grid)
     if reduction.reconstruction is not None or reduction.gates is not None:
         raise ValueError(
             f"{reduction.reconstruction or reduction.reducer} needs images that are not padded: "
             "give them one by one"
         )
     lengths = tuple(valid.sum(1).tolist())
-    ahead = reduction.ahead(tokens, max(lengths), None)
-    return State(ahead=ahead, full=tokens, size=valid.float(), lengths=lengths)
+    ahead = reduction.ahead(tokens, None, lengths)
+    return State(ahead=ahead, full=tokens, size=valid.to(ones(layout, x)), each=lengths)
 
 
 def _check_extra(reduction: Reduction, tokens: int) -> None:
@@ -99,6 +100,13 @@ def carry(reduction: Reduction, x: Tensor, state: State) -> None:
         memory.here.last = x
 
 
+def remember(reduction: Reduction, state: State) -> None:
+    """Keeps the state of what leaves the last block for whatever the model makes of that, which it
+    does image by image: it is to be asked for once more in this pass."""
+    reduction.memory.here.state = state
+    reduction.memory.here.last = None
+
+
 def carried(reduction: Reduction, x: Tensor, layer: int | None = None) -> State | None:
     """The state of an activation; None if nothing is known of it.
 
@@ -114,7 +122,7 @@ def carried(reduction: Reduction, x: Tensor, layer: int | None = None) -> State 
     memory = reduction.memory
     here = memory.here
     if compiling():
-        if here.state is None or here.last is x:
+        if here.state is None or here.last is x or here.last is None:
             return here.state
         # Images cannot be compared in a graph.
         why = "something between two blocks changes the tokens, whose images must be compared"
@@ -123,7 +131,8 @@ def carried(reduction: Reduction, x: Tensor, layer: int | None = None) -> State 
     state = memory.ridden(x)
     if state is None and here.state is not None and here.state.left == left:
         # Nothing rides on what leaves compiled code.
-        state = here.state if here.last is x else _followed(reduction, x, here.state)
+        known = here.last is x or here.last is None
+        state = here.state if known else _followed(reduction, x, here.state)
     if state is not None:
         _check_tokens(reduction, x, state)
     if state is not None and layer is not None and state.left != left:
@@ -172,15 +181,15 @@ def _followed(reduction: Reduction, x: Tensor, state: State) -> State:
     if not state.by_image:
         return state
     last = reduction.memory.here.last
-    images = None if last is None else same_images(last, x)
+    assert last is not None
+    images = same_images(last, x)
     if images is None:
         raise RuntimeError(
-            f"between two patched blocks, {0 if last is None else len(last)} images became "
-            f"{len(x)}, and which ones cannot be told: images may be left out or put into another "
-            "order there, or their tokens may be changed, but not both at a time. "
-            "tokred.remove(model) takes the reduction out"
+            f"between two patched blocks, {len(last)} images became {len(x)}, and which ones "
+            "cannot be told: images may be left out or put into another order there, or their "
+            "tokens may be changed, but not both at a time. tokred.remove(model) takes the "
+            "reduction out"
         )
-    assert last is not None
     if images.tolist() != list(range(len(last))):
         try:
             state = images_of(state, images, len(last))

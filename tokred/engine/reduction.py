@@ -63,6 +63,8 @@ class Reduction:
         tapped_by: the host's own word on which layers are seen during the running call.
         averages: whether the model averages the patch tokens that leave its last block, where it
             cannot be told which of them were dropped.
+        trims: whether dropped tokens can be left out of what the model averages behind the last
+            block, so that they need not be left out of what is handed out there.
         reconstruction: what the full grid is made of; None: of copies.
         gates: of a learned method, its modules, by layer. They are no part of the model.
         noise: what is added to the logits of gates in training, `noise(layer, logits)`; Gumbel
@@ -90,6 +92,7 @@ class Reduction:
     windows: tuple[int, int] | None = None
     observer: Observer | None = None
     hand_out: frozenset[int] = frozenset()
+    trims: bool = False
     end: Callable[[], int] | None = field(init=False, repr=False, default=None)
     traits: Traits = field(init=False, repr=False)
     memory: Memory[Running, State] = field(
@@ -148,18 +151,30 @@ class Reduction:
         except ValueError:  # a schedule for one number of tokens
             return False
 
-    def ahead(self, tokens: int, longest: int, grid: tuple[int, int] | None) -> Ahead | None:
-        """What a pass has to do, where the longest image has `longest` of the tokens.
+    def ahead(
+        self, tokens: int, grid: tuple[int, int] | None, lengths: tuple[int, ...] | None = None
+    ) -> Ahead | None:
+        """What a pass has to do.
+
+        Args:
+            tokens: how many patch tokens there are.
+            grid: the one that they stand on.
+            lengths: where the images of a batch came padded: how many tokens each has.
 
         Raises:
             RuntimeError: blocks were replaced since the reduction was applied.
         """
+        longest = tokens if lengths is None else max(lengths)
         counts, tapped = self.counts(longest, grid), self.tapped()
+        # Of every image what it would be asked for alone; of one that is nothing but padding, none.
+        plans = {0: (0,) * self.layout.layers}
+        plans.update((n, self.counts(n, grid)) for n in set(lengths or ()) - {0})
         ahead: Ahead | None = None
         for layer in reversed(range(self.layout.layers if self.end is None else self.end())):
             # Padding alone is no reason to reduce.
             keep = counts[layer] if counts[layer] < longest else tokens
-            ahead = Ahead(keep, layer in tapped, self.layout.layers - layer, ahead)
+            each = None if lengths is None else tuple(plans[length][layer] for length in lengths)
+            ahead = Ahead(keep, layer in tapped, self.layout.layers - layer, ahead, each)
         return ahead
 
     # What a host says during a pass
@@ -280,6 +295,10 @@ class Reduction:
         """
         gates = self._gates()
         tensors, about = weights.read(path)
+        if not about:
+            raise ValueError(
+                f"{path} does not say what it is for; Reduction.save writes files that do"
+            )
         check_gates(self.reducer, about, self.layout.layers, str(path))
         weights.fill(gates, tensors, str(path))
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tokred.engine.layout import Layout
 from tokred.engine.state import Reduced, State, unrolled
-from tokred.maps import Clusters, take
+from tokred.maps import Clusters, take, wide
 
 
 def between(
@@ -21,9 +21,9 @@ def between(
 
 
 def ones(layout: Layout, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch patches"]:
-    """The sizes of patch tokens of which each stands for itself, float32."""
+    """The sizes of patch tokens of which each stands for itself, at least float32."""
     patch_tokens = x.shape[1] - layout.others
-    return torch.ones(x.shape[0], patch_tokens, dtype=torch.float32, device=x.device)
+    return wide(x[:0]).new_ones(x.shape[0], patch_tokens)
 
 
 def expand(

@@ -19,16 +19,20 @@ class Ahead:
     compiled one by one can share their code.
 
     Attributes:
-        keep: number of patch tokens that leave this block.
+        keep: number of patch tokens that leave this block; of a padded batch, those of its longest
+            image.
         tapped: whether somebody is going to see what this block puts out.
         left: number of blocks from this one on.
         rest: the blocks behind this one; None at the last.
+        each: where the images of a batch came padded: number of patch tokens of each that leave
+            this block.
     """
 
     keep: int
     tapped: bool
     left: int
     rest: Ahead | None
+    each: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Reduced:
     Attributes:
         map: how the tokens became fewer.
         asked: how many tokens the schedule asked for.
-        size, bias, index, grid: those of the `State` before the reduction.
+        size, bias, index, grid, each: those of the `State` before the reduction.
         stale: the tokens before the reduction, if the map needs them to make the full grid.
         former: the reduction before this one; None at the first.
     """
@@ -51,6 +55,7 @@ class Reduced:
     grid: tuple[int, int] | None
     stale: Float[Tensor, "batch fine dim"] | None
     former: Reduced | None
+    each: tuple[int, ...] | None = None
 
     def but(self, stale: Tensor | None, former: Reduced | None) -> Reduced:
         """The same reduction with other stale tokens, behind another former one."""
@@ -63,6 +68,7 @@ class Reduced:
             grid=self.grid,
             stale=stale,
             former=former,
+            each=self.each,
         )
 
 
@@ -83,7 +89,8 @@ class State:
             before the next block and needs it.
         index: where on the full grid each patch token stands (a merged one: its first member);
             None if all stand in their places, or if nobody asks.
-        lengths: where the images of a batch came padded: how many patch tokens each has.
+        each: where the images of a batch came padded: how many patch tokens were asked for of
+            each, at first those that it has.
         grid: rows and columns of the reduced tokens, where they are known to stand on a grid.
         aside: the reduced tokens themselves, where the activation is expanded and they could not
             be recovered from it (see `Weighted`).
@@ -99,7 +106,7 @@ class State:
     expanded: bool = False
     received: Float[Tensor, "batch tokens"] | None = None
     index: Int[Tensor, "batch tokens"] | None = None
-    lengths: tuple[int, ...] | None = None
+    each: tuple[int, ...] | None = None
     grid: tuple[int, int] | None = None
     aside: Tensor | None = None
     kept: Float[Tensor, "batch full"] | None = None
@@ -116,7 +123,7 @@ class State:
             expanded=changes.get("expanded", self.expanded),
             received=changes.get("received", self.received),
             index=changes.get("index", self.index),
-            lengths=changes.get("lengths", self.lengths),
+            each=changes.get("each", self.each),
             grid=changes.get("grid", self.grid),
             aside=changes.get("aside", self.aside),
             kept=changes.get("kept", self.kept),
@@ -132,6 +139,16 @@ class State:
         """Number of patch tokens of the activation."""
         return self.full if self.expanded else self.few
 
+    def falls(self, ahead: Ahead) -> bool:
+        """Whether a block asks for fewer tokens than were asked for so far.
+
+        How many there are makes no difference: where images vary, an image would be reduced or not
+        according to the longest of its batch.
+        """
+        if self.each is None or ahead.each is None:
+            return ahead.keep < (self.full if self.trail is None else self.trail.asked)
+        return any(fewer < now for fewer, now in zip(ahead.each, self.each, strict=True))
+
     @property
     def left(self) -> int:
         """Number of blocks that the pass still has to run."""
@@ -140,7 +157,7 @@ class State:
     @property
     def by_image(self) -> bool:
         """Whether anything of it belongs to single images: not before the first reduction."""
-        known = (self.trail, self.size, self.received, self.lengths, self.kept)
+        known = (self.trail, self.size, self.received, self.each, self.kept)
         return any(value is not None for value in known)
 
     @property

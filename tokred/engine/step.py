@@ -22,7 +22,6 @@ from tokred.engine.state import Reduced, State, unrolled
 from tokred.kernels.varlen import NotPerImageError
 from tokred.maps import TokenMap, Weighted, ranked, side_by_side, take
 from tokred.reducers.protocol import Tokens, check_map
-from tokred.schedule import plan
 
 
 @dataclass
@@ -74,8 +73,8 @@ class Step:
         if not found.needs or ahead is None:
             return False
         if found.place == "before":
-            return ahead.rest is not None and ahead.rest.keep < ahead.keep
-        return ahead.keep < self.state.few
+            return ahead.rest is not None and self.state.falls(ahead.rest)
+        return self.state.falls(ahead)
 
     def wants(self, signal: str) -> bool:
         """Whether the method needs this signal ("key", "query", "value") of this block."""
@@ -211,7 +210,8 @@ class Step:
         """Says that what this block puts out is going to be seen, on the full grid."""
         ahead = self.state.ahead
         assert ahead is not None
-        self.state = self.state.but(ahead=type(ahead)(ahead.keep, True, ahead.left, ahead.rest))
+        shown = type(ahead)(ahead.keep, True, ahead.left, ahead.rest, ahead.each)
+        self.state = self.state.but(ahead=shown)
 
     @property
     def last(self) -> bool:
@@ -244,6 +244,7 @@ class Step:
         assert ahead is not None
         last = ahead.rest is None
         averaged = last and reduction.averages and self._pools_what_is_left()
+        averaged = averaged and not (ahead.tapped and reduction.trims)
         full = ahead.tapped or (last and (reduction.full_grid or reduction.averages))
         if full and not averaged:
             aside = None if last or state.exact else x
@@ -264,6 +265,9 @@ class Step:
             reduction.observer.ends()
         if needs_to_know(reduction) or needed_for_pooling(state):
             passing.carry(reduction, x, state.without_stale())
+            if reduction.trims and state.expanded:
+                # The model is going to average it, whatever it passes on the way.
+                passing.remember(reduction, state.without_stale())
         return x
 
     def _pools_what_is_left(self) -> bool:
@@ -350,8 +354,11 @@ class Step:
             grid=state.grid,
             stale=None if token_map.merges else tokens,
             former=state.trail,
+            each=state.each,
         )
-        new, bias, index = None, None, None
+        new, bias, index, each = None, None, None, state.each
+        if each is not None and state.ahead is not None and state.ahead.each is not None:
+            each = tuple(map(min, each, state.ahead.each))
         if token_map.merges or token_map.ragged or state.size is not None:
             new = token_map.total(size)
             bias = self._bias_of(new, token_map.ragged)
@@ -365,25 +372,21 @@ class Step:
             bias=bias,
             index=index,
             grid=grid,
+            each=each,
             expanded=False,
             received=None,
             aside=None,
         )
 
     def _change(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch kept dim"]:
-        """Reduces the tokens, if the schedule asks for fewer than there are."""
-        reduction, state, layout = self.reduction, self.state, self.reduction.layout
+        """Reduces the tokens, if the schedule asks for fewer than before."""
+        reduction, state = self.reduction, self.state
         assert state.ahead is not None
-        num, keep = x.shape[1] - layout.others, state.ahead.keep
-        # What there should be. A method whose images vary may have left more or fewer.
-        exact = not reduction.traits.varies and state.lengths is None
-        asked = num
-        if not exact:
-            asked = state.full if state.trail is None else state.trail.asked
-        if self.gate is None and (reduction.gates is not None or keep >= min(asked, num)):
+        if self.gate is None and (reduction.gates is not None or not state.falls(state.ahead)):
             return x
+        exact = not reduction.traits.varies and state.each is None
         with self.reduction.part("merging"):
-            return self._reduce(x, keep, exact)
+            return self._reduce(x, state.ahead.keep, exact)
 
     def _reduce(
         self, x: Float[Tensor, "batch tokens dim"], keep: int, exact: bool
@@ -396,10 +399,10 @@ class Step:
         # Autocast would compare tokens in half precision.
         with torch.autocast(x.device.type, enabled=False):
             with self.reduction.part("matching"):
-                if state.lengths is None:
+                if state.each is None:
                     token_map = self._chosen(view, keep)
                 else:
-                    token_map = self._apart(view, state.lengths)
+                    token_map = self._apart(view, state.each)
             if exact and token_map.num_coarse != keep:
                 raise ValueError(
                     f"{reduction.reducer} returned {token_map.num_coarse} tokens of {len(size[0])} "
@@ -426,22 +429,27 @@ class Step:
             check_map(reducer, token_map)  # which raises
         return token_map
 
-    def _apart(self, view: Tokens, lengths: tuple[int, ...]) -> TokenMap:
+    def _apart(self, view: Tokens, before: tuple[int, ...]) -> TokenMap:
         """The map of a batch whose images were padded to the same length: every image is reduced
-        as if it came alone, and padding is left out."""
-        reduction = self.reduction
+        as if it came alone, and padding is left out.
+
+        Args:
+            view: the tokens.
+            before: how many were asked for of each image so far.
+        """
+        assert self.state.ahead is not None and self.state.ahead.each is not None
         valid = view.size > 0
         there = valid.sum(1).tolist()
         order = ranked(valid.int())  # padding last
-        alike: dict[tuple[int, int], list[int]] = {}
-        for sample, (length, now) in enumerate(zip(lengths, there, strict=True)):
-            keep = plan(reduction.schedule, length, reduction.layout.layers)[self.layer]
-            alike.setdefault((now, min(keep, now)), []).append(sample)
+        alike: dict[tuple[int, int | None], list[int]] = {}
+        for sample, asked in enumerate(self.state.ahead.each):
+            fewer = asked if asked < before[sample] else None
+            alike.setdefault((there[sample], fewer), []).append(sample)
         parts: list[tuple[Tensor, Tensor, TokenMap | None]] = []
         for (now, keep), samples in alike.items():
             rows = torch.tensor(samples, device=order.device)
             columns = order[rows, :now]
-            part = None if keep == now else self._chosen(view.part(rows, columns), keep)
+            part = None if keep is None else self._chosen(view.part(rows, columns), keep)
             parts.append((rows, columns, part))
         return side_by_side(parts, view.size)
 
@@ -451,9 +459,11 @@ class Step:
         trail = state.trail
         undone: list[Reduced] = []
         size, bias, index, grid = state.size, state.bias, state.index, state.grid
+        each = state.each
         while trail is not None and trail.asked < to:
             undone.insert(0, trail)
             size, bias, index, grid = trail.size, trail.bias, trail.index, trail.grid
+            each = trail.each
             trail = trail.former
         self.reduction.record(Record(self.layer, state.few, to, None, len(undone)))
         if not state.expanded:  # else it is the full grid already
@@ -464,6 +474,7 @@ class Step:
             bias=bias,
             index=index,
             grid=grid,
+            each=each,
             expanded=False,
             received=None,
             aside=None,
@@ -553,7 +564,7 @@ class Step:
         """Which of the queries at `rows` are tokens (1), and which padding (0), that asks for
         nothing; None if all are tokens."""
         state = self.state
-        if state.size is None or (state.lengths is None and not state.ragged):
+        if state.size is None or (state.each is None and not state.ragged):
             return None
         return self.around((state.size > 0).float(), 1.0)[:, rows]
 

@@ -5,12 +5,13 @@ Liang et al., "Expediting Large-Scale Vision Transformer for Dense Prediction wi
 NeurIPS 2022, https://arxiv.org/abs/2210.01035, section 3, for Swin Transformers (Liu et al., ICCV
 2021, https://arxiv.org/abs/2103.14030; version 2: CVPR 2022, https://arxiv.org/abs/2111.09883).
 The published code leaves the attention mask of shifted windows as it was; here it is made for the
-windows that there are.
+windows that there are. Windows that a feature map does not fill are filled up by one of two rules,
+`Filling`; the published one is "zeros".
 
 To the engine, the image is the feature map of the stage, and what is done to it is one method:
-`InWindows`. What is padding to the host is padding to the smaller windows too: it is never among
-the reduced tokens, but added by the host's own forward, to which the block is shown with another
-window (`Seen`).
+`InWindows`. With the rule "border", what is padding to the host is padding to the smaller windows
+too: it is never among the reduced tokens, but added by the host's own forward, to which the block
+is shown with another window (`Seen`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from tokred.engine.reduction import Reduction, fitted
 from tokred.engine.step import Step
 from tokred.maps import TokenMap, take
-from tokred.reducers.protocol import Reconstruction, Reducer, Tokens, traits
+from tokred.reducers.protocol import Filling, Reconstruction, Reducer, Tokens, traits
 from tokred.schedule import Schedule, plan
 
 
@@ -38,11 +39,12 @@ class InWindows:
     """A method, applied to every window of a feature map by itself.
 
     Windows begin at the upper left corner, without any shift. Those at the lower and the right edge
-    that are not full are filled up with copies of the border, so that no reduced token is a mean of
-    something and nothing; reduced tokens that have no part in the image are left out.
+    that are not full are filled up. With copies of the border ("border"), no reduced token is a
+    mean of something and nothing, and reduced tokens that have no part in the image are left out.
+    With zeros ("zeros"), all reduced windows are full ones, whose tokens may be means of zeros.
 
     Attributes:
-        reducer: the method.
+        reducer: the method, whose trait `filling` is "border" or "zeros".
         window: rows and columns of a window.
         few: rows and columns of a reduced window.
     """
@@ -63,22 +65,28 @@ class InWindows:
     def __post_init__(self) -> None:
         object.__setattr__(self, "bibtex", self.reducer.bibtex)
 
+    @property
+    def filling(self) -> Filling:
+        """What windows are filled up with."""
+        return traits(self.reducer).filling
+
     def fit(self, keep: int, grid: tuple[int, int]) -> int:
         """The number of tokens that are left of a feature map, whatever `keep` is."""
-        return math.prod(reduced(grid, self.window, self.few))
+        return math.prod(reduced(grid, self.window, self.few, self.filling))
 
     def __call__(self, tokens: Tokens, keep: int) -> TokenMap:
         if tokens.grid is None:
             raise ValueError("grid must be known: tokens that stand on none have no windows")
-        x = split(tokens.x, tokens.grid, self.window)
+        x = split(tokens.x, tokens.grid, self.window, self.filling)
         view = Tokens(
             x=x,
-            size=x.new_ones(x.shape[:2], dtype=torch.float32),
+            size=x.new_ones(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32)),
             grid=self.window,
             layer=tokens.layer,
             layers=tokens.layers,
         )
-        return Windowed(self.reducer(view, math.prod(self.few)), tokens.grid, self.window, self.few)
+        parts = self.reducer(view, math.prod(self.few))
+        return Windowed(parts, tokens.grid, self.window, self.few, self.filling)
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,7 @@ class Windowed:
         fine: rows and columns of the feature map before it.
         window: rows and columns of a window before it.
         few: rows and columns of a reduced window.
+        filling: what windows are filled up with, see `InWindows`.
     """
 
     merges: ClassVar[bool] = True
@@ -99,11 +108,12 @@ class Windowed:
     fine: tuple[int, int]
     window: tuple[int, int]
     few: tuple[int, int]
+    filling: Filling = "border"
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the reduced feature map."""
-        return reduced(self.fine, self.window, self.few)
+        return reduced(self.fine, self.window, self.few, self.filling)
 
     @property
     def num_coarse(self) -> int:
@@ -112,7 +122,7 @@ class Windowed:
     def down(
         self, x: Float[Tensor, "batch fine dim"], size: Float[Tensor, "batch fine"]
     ) -> Float[Tensor, "batch coarse dim"]:
-        windows = split(x, self.fine, self.window)
+        windows = split(x, self.fine, self.window, self.filling)
         sizes = split(size[..., None], self.fine, self.window)[..., 0]
         return join(self.parts.down(windows, sizes), self.grid, self.few)
 
@@ -146,6 +156,7 @@ class ReconstructedInWindows:
     reconstruction: Reconstruction
     window: tuple[int, int]
     few: tuple[int, int]
+    filling: Filling = "border"
 
     def __call__(
         self,
@@ -155,7 +166,7 @@ class ReconstructedInWindows:
         coarse_grid: tuple[int, int] | None,
     ) -> tuple[Int[Tensor, "batch fine nearest"], Float[Tensor, "batch fine nearest"]]:
         assert grid is not None and coarse_grid is not None
-        fine = split(before, grid, self.window)
+        fine = split(before, grid, self.window, self.filling)
         index, weight = self.reconstruction(
             fine, split(coarse, coarse_grid, self.few), self.window, self.few
         )
@@ -171,7 +182,7 @@ class Cut(InWindows):
 
     def __call__(self, tokens: Tokens, keep: int) -> TokenMap:
         assert tokens.grid is not None
-        return Corner(tokens.grid, reduced(tokens.grid, self.window, self.few))
+        return Corner(tokens.grid, reduced(tokens.grid, self.window, self.few, self.filling))
 
 
 @dataclass(frozen=True)
@@ -197,8 +208,11 @@ class Corner:
         self, x: Float[Tensor, "batch fine dim"], size: Float[Tensor, "batch fine"]
     ) -> Float[Tensor, "batch coarse dim"]:
         rows, columns = self.grid
-        cells: Tensor = x.unflatten(1, self.fine)
-        return cells[:, :rows, :columns].flatten(1, 2)
+        cells: Tensor = x.unflatten(1, self.fine)[:, :rows, :columns]
+        more = (rows - cells.shape[1], columns - cells.shape[2])
+        if any(more):  # windows that were filled up may be longer than the map along one side
+            cells = F.pad(cells, (0, 0, 0, more[1], 0, more[0]))
+        return cells.flatten(1, 2)
 
     def up(
         self,
@@ -213,8 +227,10 @@ class Corner:
         return self.down(size[..., None], size)[..., 0]
 
     def labels(self) -> Int[Tensor, "batch fine"]:
+        rows, columns = (min(pair) for pair in zip(self.fine, self.grid, strict=True))
         cells = torch.full((1, *self.fine), -1)
-        cells[0, : self.grid[0], : self.grid[1]] = torch.arange(self.num_coarse).view(self.grid)
+        few = torch.arange(self.num_coarse).view(self.grid)
+        cells[0, :rows, :columns] = few[:rows, :columns]
         return cells.flatten(1)
 
     def representatives(self) -> Int[Tensor, "batch coarse"]:
@@ -274,7 +290,8 @@ def in_windows(reduction: Reduction, window: tuple[int, int]) -> Reduction:
         reduction.layout,
         proportional_attention=False,
         tapped_by=reduction.tapped_by,
-        reconstruction=rebuilt and ReconstructedInWindows(rebuilt, window, few),
+        reconstruction=rebuilt
+        and ReconstructedInWindows(rebuilt, window, few, reduction.traits.filling),
         windows=few,
     )
 
@@ -284,9 +301,7 @@ def too_small(reduction: Reduction, grid: tuple[int, int]) -> bool:
     windows, leaves all of them."""
     own = reduction.reducer
     return (
-        isinstance(own, InWindows)
-        and own.few != own.window
-        and reduced(grid, own.window, own.few) == grid
+        isinstance(own, InWindows) and own.few != own.window and own.fit(0, grid) >= math.prod(grid)
     )
 
 
@@ -324,10 +339,17 @@ def why_not(reducer: Reducer, proportional_attention: bool | None, full_grid: bo
 
 
 def reduced(
-    grid: tuple[int, int], window: tuple[int, int], few: tuple[int, int]
+    grid: tuple[int, int],
+    window: tuple[int, int],
+    few: tuple[int, int],
+    filling: Filling = "border",
 ) -> tuple[int, int]:
     """Rows and columns that are left of a feature map: of every window that is not full, those
-    cells of the reduced one that some of its rows and columns fall into."""
+    cells of the reduced one that some of its rows and columns fall into; or, filled up with zeros,
+    all cells."""
+    if filling == "zeros":
+        down, across = (-(-side // wide) for side, wide in zip(grid, window, strict=True))
+        return down * few[0], across * few[1]
     rows, columns = (
         side // wide * narrow + -(-(side % wide) * narrow // wide)
         for side, wide, narrow in zip(grid, window, few, strict=True)
@@ -336,12 +358,19 @@ def reduced(
 
 
 def split(
-    x: Shaped[Tensor, "batch tokens dim"], grid: tuple[int, int], window: tuple[int, int]
+    x: Shaped[Tensor, "batch tokens dim"],
+    grid: tuple[int, int],
+    window: tuple[int, int],
+    filling: Filling = "border",
 ) -> Shaped[Tensor, "windows area dim"]:
-    """The windows of all images, image by image, row by row; filled up with copies of the
-    border."""
+    """The windows of all images, image by image, row by row; filled up with copies of the border,
+    or with zeros."""
     cells = _cells(grid, window, x.device)
-    return x.index_select(1, cells.flatten()).view(-1, cells.shape[1], x.shape[2])
+    cut = x.index_select(1, cells.flatten())
+    if filling == "zeros" and any(side % wide for side, wide in zip(grid, window, strict=True)):
+        inside = _inside(grid, window, x.device).flatten()
+        cut = cut * inside.to(cut.dtype)[:, None]
+    return cut.view(-1, cells.shape[1], x.shape[2])
 
 
 def join(

@@ -91,6 +91,10 @@ class Host(Family):
             tokens as often as what they stand for, and no dropped ones.
         averages: * `averages(root, model)`: whether the patch tokens that leave the last block are
             pooled elsewhere, where dropped ones could not be told apart. They are left out then.
+        averages_output: * `averages_output(root, model)`: the same, where what is pooled is what
+            the model's own forward puts out: a tensor, the first of a tuple, or
+            `last_hidden_state`. Dropped tokens are left out of that alone, so that hidden states
+            are full grids. (Modules in between are among `passes`.)
         merges_only: * `merges_only(root, model)`: why no tokens may be dropped in a model in which
             they may be merged; None if they may.
         full_grid_only: * `full_grid_only(root, model)`: why features cannot be handed out reduced,
@@ -107,6 +111,7 @@ class Host(Family):
     passes: Callable[[Any], Sequence[nn.Module]] = lambda model: ()
     pools: Callable[[Any], Sequence[nn.Module]] = lambda model: ()
     averages: Callable[[Any, Any], bool] = lambda root, model: False
+    averages_output: Callable[[Any, Any], bool] = lambda root, model: False
     merges_only: Callable[[Any, Any], str | None] = lambda root, model: None
     full_grid_only: Callable[[Any, Any], str | None] = lambda root, model: None
     pads: bool = False

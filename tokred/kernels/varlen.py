@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -147,9 +147,8 @@ def _padded(
     **options: Any,
 ) -> Tensor:
     """The same attention, with images padded to the longest."""
-    there = _places(lengths, query.device)
-    mask = there >= 0
-    index = there.clamp(min=0).flatten()
+    there, mask = _places(lengths, query.device)
+    index = there.flatten()
 
     def apart(x: Tensor) -> Tensor:
         chosen = x[0].index_select(1, index)
@@ -163,9 +162,14 @@ def _padded(
     return rows[None].transpose(1, 2)
 
 
-def _places(lengths: Sequence[int], device: torch.device) -> Int[Tensor, "images longest"]:
-    """The positions of the tokens of each image in the long sequence; -1 for padding."""
+def _places(
+    lengths: Sequence[int], device: torch.device
+) -> tuple[Int[Tensor, "images longest"], Bool[Tensor, "images longest"]]:
+    """The positions of the tokens of each image in the long sequence, and which of them are not
+    padding. Padding is the image's own first token: no weight is so small that NaN, were it in
+    another image, would not come through."""
     counts = torch.tensor(lengths, device=device)[:, None]
     column = torch.arange(max(lengths), device=device)
     start = counts.cumsum(0) - counts
-    return torch.where(column < counts, start + column, -1)
+    mask = column < counts
+    return torch.where(mask, start + column, start), mask

@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from tokred.data.digest import digest_of
+from tokred.data.fingerprint import identity_of
 from tokred.data.inputs import Inputs
 from tokred.data.processes import Processes
 from tokred.data.samples import Samples, sent
@@ -66,14 +68,27 @@ class Batches:
         few = min(-(-images // self.size), max(1, HELD // max(1, answers)), len(self))
         return [i * len(self) // few for i in range(few)]
 
+    def fingerprint(self) -> str:
+        """The fingerprint of the images, see `tokred.data.fingerprint`. All processes must call it:
+        unless images are files, each reads its share, of which the first stays in memory."""
+        known = self.processes.by_main(lambda: identity_of(self.samples.items))
+        if known is not None:
+            return known
+        mine = [(number, digest_of(groups)) for number, groups in self._read(range(len(self)))]
+        return digest_of(sorted(self.processes.gathered(mine)))
+
     def of(self, numbers: Sequence[int] | None = None) -> Iterator[tuple[int, list[Group]]]:
         """This process's share of the batches.
 
         Args:
             numbers: of the batches that all processes share; all of them, if not given.
         """
+        for number, groups in self._read(range(len(self)) if numbers is None else numbers):
+            yield number, [(sent(x, self.device, self.dtype), labels) for x, labels in groups]
+
+    def _read(self, every: Sequence[int]) -> Iterator[tuple[int, list[Group]]]:
+        """This process's share of the batches, as they are read."""
         size, many = self.size, len(self.samples)
-        every = range(len(self)) if numbers is None else numbers
         mine = [n for n in every if n % self.processes.number == self.processes.index]
         wanted = [range(n * size, min(many, (n + 1) * size)) for n in mine if n not in self._held]
         fresh = self.samples.batches(wanted, self._workers)
@@ -85,7 +100,7 @@ class Batches:
                 self._room -= sum(_bytes(inputs) for inputs, _ in groups)
                 if self._room >= 0:
                     self._held[number] = groups
-            yield number, [(sent(x, self.device, self.dtype), labels) for x, labels in groups]
+            yield number, groups
 
 
 def _bytes(inputs: Inputs) -> int:

@@ -19,7 +19,7 @@ from tokred.host import Host, module_of
 from tokred.measure.evaluation import Evaluation, Row
 from tokred.measure.progress import Progress
 from tokred.measure.settings import DENSE_METHODS, KEEP_RATES, METHODS, Setting, settings_of
-from tokred.measure.store import Store
+from tokred.measure.store import Store, folder_of
 from tokred.measure.subject import put_back
 from tokred.measure.work import Work
 from tokred.patching import remove, uncompiled
@@ -116,8 +116,9 @@ def evaluate(
         work = Work(model, samples, host, task, batch, compared, seconds, workers)
         if methods is None and work.answers.everywhere:
             wanted = settings_of(DENSE_METHODS, rates, schedule)
-        several = work.several
-        store = Store(cache, fresh, work) if several.main else None
+        folder = folder_of(cache)
+        data_is = "" if folder is None else work.batches.fingerprint()
+        store = Store(folder, fresh, work, data_is) if work.several.main else None
         return _run(work, wanted, store, name or type(model).__name__, progress, on_row)
 
 

@@ -41,6 +41,7 @@ class Work:
     Attributes:
         model: in which nothing is compiled, and which has no reduction between two calls.
         host: as for `tokred.apply`.
+        patch: how the model is patched.
         batches: the images.
         answers: the model's answers to them.
         inputs: the batch on which speed is measured.
@@ -70,7 +71,7 @@ class Work:
             raise ValueError("model must be in evaluation mode: call model.eval()")
         parameter = next(p for p in model.parameters() if p.is_floating_point())
         device, dtype = parameter.device, parameter.dtype
-        self.model, self.host, self._patch = model, host, patch
+        self.model, self.host, self.patch = model, host, patch
         if batch is None:
             batch = 64 if device.type == "cuda" else _fitting(model, samples, device, dtype)
         _check(task, batch, compared, seconds, workers)
@@ -164,12 +165,12 @@ class Work:
         """Patch tokens after each layer."""
         if reduction is None:
             return (self.tokens,) * self.layout.layers
-        return counts_of(self.model, self._patch, self.inputs, reduction, self.layout.grid)
+        return counts_of(self.model, self.patch, self.inputs, reduction, self.layout.grid)
 
     def free_limit(self, reduction: Reduction) -> Any:
         """The reduction that cuts tokens off to the same numbers, at no cost."""
         one = first_of(self.inputs)
-        return free_limit_of(self.model, self._patch, one, reduction, self.counts(reduction))
+        return free_limit_of(self.model, self.patch, one, reduction, self.counts(reduction))
 
     def speeds(self, arms: Mapping[str, Any], seconds: float) -> dict[str, Speed]:
         """What several reductions cost to run (None: the dense model, which is called "dense")."""
@@ -182,7 +183,7 @@ class Work:
             for arm, reduction in arms.items():
                 remove(self.model)
                 if reduction is not None:
-                    hang(self.model, self._patch, reduction)
+                    hang(self.model, self.patch, reduction)
                 found[arm] = Speed(
                     images_per_second=len(pixels(whole)) / many[arm].seconds,
                     latency=single[arm].seconds,
@@ -199,7 +200,7 @@ class Work:
     ) -> dict[str, Pace]:
         """How long several reductions take for a batch, in turns (None: the dense model, which is
         called "dense"); see `tokred.measure.race.paces`."""
-        racing = sides(self.model, self._patch, arms, compile=False)
+        racing = sides(self.model, self.patch, arms, compile=False)
         try:
             return paces(racing, inputs, seconds, patience)
         finally:

@@ -48,6 +48,7 @@ from tokred.patching.stand_ins import (
     Pool,
     StandIn,
     Tower,
+    Trim,
     hung_on,
 )
 from tokred.patching.tracers import Scripted
@@ -153,6 +154,8 @@ def _hooks(
             found.append((module.register_forward_hook, Carry(reduction), {}))
         for module in host.pools(tower):
             found.append((module.register_forward_pre_hook, Pool(reduction), {}))
+        if reduction.trims and reduction.traits.prunes:
+            found.append((tower.register_forward_hook, Trim(reduction), {}))
         patches = _convolution(model, blocks_of(host, tower)[0])
         if patches is not None:
             found.append((patches.register_forward_hook, Grid(reduction), {}))

@@ -80,6 +80,7 @@ def reduction_for(
         if reason:
             raise UnsupportedModelError(f"{cls}: {reason}")
     layout = _layout(found, tower, prefix)
+    trims = isinstance(found, Host) and found.averages_output(model, tower)
     reduction = Reduction(
         reducer,
         chosen,
@@ -88,7 +89,8 @@ def reduction_for(
         full_grid,
         attention,
         tapped_by=found.family.tapped,
-        averages=isinstance(found, Host) and found.averages(model, tower),
+        averages=trims or (isinstance(found, Host) and found.averages(model, tower)),
+        trims=trims,
         reconstruction=rebuilt,
         hand_out=_layers(hand_out, layout.layers),
     )
@@ -158,12 +160,29 @@ def _method(
     gated = None
     if learned(reducer) and isinstance(reducer.gates, str | Path):
         gated = weights.read(reducer.gates)
-        if keep_rate is None and schedule is None:
+        if not gated[1]:
+            reducer, gated = _of_others(reducer, gated[0]), None
+        elif keep_rate is None and schedule is None:
             schedule = Shares(gated[1]["shares"])
     chosen = _schedule(reducer, keep_rate, schedule)
     if isinstance(chosen, Hourglass) and chosen.grid and traits(reducer).open_grid:
         reducer = replace(reducer, grid=chosen.grid)  # type: ignore[type-var]
     return reducer, chosen, gated
+
+
+def _of_others(reducer: Learned, tensors: dict[str, Tensor]) -> Learned:
+    """The method, with weights from a file that is not one of tokred's.
+
+    Raises:
+        ValueError: they are not of this method, or it can read tokred's files alone.
+    """
+    if reducer.learned != "svit" or not any("selective_modules." in name for name in tensors):
+        raise ValueError(
+            f"gates: {reducer.gates} does not say what it is for (Reduction.save writes files that "
+            "do), and is no released checkpoint of SViT with selective_modules.* in it"
+        )
+    changed: Learned = replace(reducer, gates=tensors)  # type: ignore[type-var]
+    return changed
 
 
 def signals_of(said: Traits) -> frozenset[str]:
@@ -216,8 +235,15 @@ def _gates(
     if read is not None:
         _fill(gates, reducer, reduction, read, width, type(tower).__qualname__)
     elif isinstance(reducer.gates, nn.ModuleDict):
-        weights.fill(gates, reducer.gates.state_dict(), "gates")
-        gates = reducer.gates
+        given = reducer.gates
+        if isinstance(given, weights.Numbered):
+            given = given.at(layers)
+        weights.fill(gates, given.state_dict(), "gates")
+        gates = given
+    elif reducer.gates is not None:
+        raise TypeError(
+            f"gates must be a file, or modules by layer, not {type(reducer.gates).__name__}"
+        )
     elif not tower.training:
         warnings.warn(
             f"the gates of {reducer} are random, and so is what it leaves out: train them "
@@ -273,10 +299,11 @@ def _schedule(
 
 
 def _reconstruction(reducer: Reducer, chosen: str | Reconstruction | None) -> Reconstruction | None:
+    said = traits(reducer)
     if chosen is None:
-        chosen = traits(reducer).reconstruction
+        chosen = said.reconstruction
     named: dict[str, Callable[[], Reconstruction | None]] = {
-        "copy": lambda: None,
+        "copy": lambda: said.copying,
         "nearest": Nearest,
         "bilinear": Bilinear,
     }
@@ -289,7 +316,7 @@ def _reconstruction(reducer: Reducer, chosen: str | Reconstruction | None) -> Re
             f"reconstruction must be one of {sorted(named)} or a value such as tokred.Nearest(), "
             f"not {chosen!r}"
         )
-    if chosen is not None and traits(reducer).varies:
+    if chosen is not None and said.varies:
         raise ValueError(
             f"{reducer} keeps different numbers of tokens in different images: reconstruction "
             "must be 'copy'"

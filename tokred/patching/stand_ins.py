@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -158,6 +158,9 @@ class StandIn:
         hooks = proxy.tracer.root._forward_pre_hooks.values()  # type: ignore[attr-defined]
         if any(isinstance(hook, HandedOut) for hook in hooks):
             refuse_fx(self.reduction, "which layers the model hands out")
+        hooks = proxy.tracer.root._forward_hooks.values()  # type: ignore[attr-defined]
+        if any(isinstance(hook, Trim) for hook in hooks):
+            refuse_fx(self.reduction, "which of them were dropped")
         return as_node(self.block, proxy, args, kwargs)
 
     def _hand_out(self, step: Step) -> None:
@@ -505,7 +508,33 @@ class Pool:
         return (seen, left.to(mask.dtype), *args[2:])
 
 
-HOOKS = (Tap, Carry, Pool, Grid, HandedOut)
+@dataclass(eq=False)
+class Trim:
+    """A forward hook of a model whose output is averaged elsewhere: leaves the dropped tokens out
+    of it."""
+
+    reduction: Reduction
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        by_name = isinstance(output, Mapping)
+        if by_name:
+            features = output["last_hidden_state"]
+        else:
+            features = output[0] if isinstance(output, tuple) else output
+        if traced((features,), {}) is not None:
+            refuse_fx(self.reduction, "which of them were dropped")
+            return output
+        found = poolable(self.reduction, features)
+        passing.forget(self.reduction)
+        if found is None or found[0] is features:
+            return output
+        # Images that keep different numbers of tokens were refused when they left the last block.
+        if by_name:
+            return type(output)(**{**output, "last_hidden_state": found[0]})
+        return (found[0], *output[1:]) if isinstance(output, tuple) else found[0]
+
+
+HOOKS = (Tap, Carry, Pool, Grid, HandedOut, Trim)
 
 
 def varying(reduction: Reduction) -> str:

@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
 from types import ModuleType
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokred.maps import Clusters, refuse_onnx
 from tokred.optional import installed, require
-from tokred.reducers.protocol import Tokens
+from tokred.reducers.protocol import ADDED, Tokens, brief
 from tokred.reducers.registry import register
 from tokred.reducers.tome import mean_over_heads
 
@@ -45,10 +45,13 @@ class ATC:
         linkage: how far apart two clusters are: as their closest members ("single", equation 1),
             their furthest members ("complete", equation 2), or on average ("average", equation 3).
         backend: see `cluster`.
+        weighted: whether the mean of a cluster weighs its members by the number of original tokens
+            that they stand for, or all alike.
     """
 
     linkage: str = "average"
     backend: str = "auto"
+    weighted: bool = field(default=True, metadata=ADDED)
 
     needs: ClassVar[frozenset[str]] = frozenset({"key"})
     variants: ClassVar[tuple[str, ...]] = ("complete",)
@@ -60,6 +63,8 @@ class ATC:
   year      = {2024}
 }"""
 
+    __repr__ = brief
+
     def __post_init__(self) -> None:
         _check_options(self.linkage, self.backend)
 
@@ -70,7 +75,8 @@ class ATC:
     def __call__(self, tokens: Tokens, keep: int) -> Clusters:
         assert tokens.key is not None
         labels = cluster(mean_over_heads(tokens.key), keep, self.linkage, self.backend)
-        return Clusters(labels, keep)
+        clusters = Clusters(labels, keep)
+        return clusters if self.weighted else clusters.alike(tokens.size)
 
 
 def cluster(
@@ -89,9 +95,8 @@ def cluster(
     distance 1 to every other row.
 
     Args:
-        features: what tokens are compared by, any floating dtype; need not be normalised. NaN and
-            infinity are refused on the CPU. On other devices, looking for them would mean waiting
-            for the device; such tokens get distance 2 to all others there.
+        features: what tokens are compared by, any floating dtype; need not be normalised. Tokens
+            with NaN or infinity have distance 2, the largest, to all others.
         num_clusters: in [1, tokens].
         linkage: "single", "complete" or "average".
         backend: "numba" and "scipy" run on the CPU (features elsewhere are copied there and the
@@ -99,8 +104,8 @@ def cluster(
             says.
 
     Raises:
-        ValueError: an argument is out of range, a feature on the CPU is NaN or infinite, or
-            "triton" is asked for on the CPU without its interpreter (`TRITON_INTERPRET=1`).
+        ValueError: an argument is out of range, or "triton" is asked for on the CPU without its
+            interpreter (`TRITON_INTERPRET=1`).
         ModuleNotFoundError: the backend is not installed; the message says how to get it.
     """
     _check_options(linkage, backend)
@@ -162,18 +167,18 @@ def cosine_distance(
     """1 - cos of all pairs of tokens, float32, in [0, 2].
 
     Tokens are normalised, and multiplied, in at least float32, also under autocast. A token of
-    zeros is at distance 1 to all others; one with NaN or infinity is refused on the CPU and at
-    distance 2 elsewhere. Results are multiples of 2**-24, so that float64 sums of them are exact.
-    The diagonal means nothing. Entries below it may differ from those above in the last bit.
-
-    Raises:
-        ValueError: a feature on the CPU is NaN or infinite.
+    zeros is at distance 1 to all others; one with NaN or infinity at distance 2. Results are
+    multiples of 2**-24, so that float64 sums of them are exact. The diagonal means nothing. Entries
+    below it may differ from those above in the last bit.
     """
-    return _distance(_unit(features))
+    return _distance(*_unit(features))
 
 
-def _unit(features: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
-    """Tokens of length 1, in at least float32; zeros stay zeros."""
+def _unit(
+    features: Float[Tensor, "batch tokens dim"],
+) -> tuple[Float[Tensor, "batch tokens dim"], Bool[Tensor, "batch tokens"] | None]:
+    """Tokens of length 1, in at least float32; zeros stay zeros, and tokens with NaN or infinity
+    become zeros. And which tokens have neither; None if no token has."""
     x = features.detach()
     # The lengths of rows whose entries are not contiguous take eight times as long.
     x = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
@@ -181,40 +186,46 @@ def _unit(features: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch t
     if x.device.type == "cpu" and x.numel() > 0:
         shortest, longest = torch.aminmax(length)
         if shortest > 2**-40 and longest < 2**40:
-            unit: Tensor = x / length
-            return unit
-        if not x.isfinite().all():
-            raise ValueError("features must be finite, but some are NaN or infinite")
+            return x / length, None
     # The squares of some features overflow or vanish, so tokens are scaled first. On the CPU, by a
     # power of two, which changes no bit of the result: so a token does not depend on whether other
     # tokens of its batch need scaling.
     scale = x.abs().amax(-1, keepdim=True)
     if x.device.type == "cpu":
         scale = torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent.clamp(-100, 100))
-    x = x / torch.where(scale == 0, 1, scale)
+    finite = x.isfinite().all(-1)
+    x = torch.where(finite[..., None], x / torch.where(scale == 0, 1, scale), 0)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / torch.where(length == 0, 1, length)
+    return x / torch.where(length == 0, 1, length), finite
 
 
 def _distance(
-    unit: Float[Tensor, "batch tokens dim"],
+    unit: Float[Tensor, "batch tokens dim"], finite: Bool[Tensor, "batch tokens"] | None
 ) -> Float[Tensor, "batch tokens tokens"]:
+    """The distances of what `_unit` gives."""
     # The product is rounded before it is subtracted from 1: results of a single operation
     # (`baddbmm`) need not be multiples of 2**-24. Equal tokens get equal products, because the
     # libraries that we know sum every entry in the same order. Products in float64 would guarantee
     # it, but take two to three times as long.
-    finite = unit.isfinite().all(-1)
-    unit = torch.where(finite[..., None], unit, 0)
     with torch.autocast(unit.device.type, enabled=False):
         distance = _one_minus((unit @ unit.mT).float())
+    return _apart(distance, finite)
+
+
+def _apart(
+    distance: Float[Tensor, "batch tokens tokens"], finite: Bool[Tensor, "batch tokens"] | None
+) -> Float[Tensor, "batch tokens tokens"]:
+    """Puts tokens that are not finite as far as can be from all others, in place."""
+    if finite is None:
+        return distance
     return distance.masked_fill_(~(finite[:, None] & finite[..., None]), 2)
 
 
 def _upper_distance(
     unit: Float[Tensor, "batch tokens dim"], distance: Float[Tensor, "batch tokens tokens"]
 ) -> Float[Tensor, "batch tokens tokens"]:
-    """The same, written to `distance`, for finite tokens on the CPU. Only entries above the
-    diagonal are right."""
+    """The same for tokens on the CPU, all of them finite, written to `distance`. Only entries above
+    the diagonal are right."""
     batch, num, _ = unit.shape
     # A few rows at a time, from the diagonal on. That is half of the work, and the result is still
     # in the cache when it is subtracted from 1. With fewer rows, products would be small and slow.
@@ -267,21 +278,23 @@ def _cluster(features: Tensor, num_clusters: int, linkage: str, backend: str) ->
     chosen = choose(features.device, backend)
     x = features.cpu() if chosen in ("numba", "scipy") else features
     kernel = _kernel(chosen)
-    unit = _unit(x)
+    unit, finite = _unit(x)
     if unit.device.type != "cpu":
-        there: Tensor = kernel.cluster(_distance(unit), num_clusters, linkage)
+        there: Tensor = kernel.cluster(_distance(unit, finite), num_clusters, linkage)
         return there
     # As many samples at once as there are threads, or more if they fit into the cache.
     num = unit.shape[1]
     at_once = max(torch.get_num_threads(), _AT_ONCE // max(1, num) ** 2)
+    parts = unit.split(at_once)
+    known = [None] * len(parts) if finite is None else finite.split(at_once)
     labels = []
-    for part in unit.split(max(1, at_once)):
+    for part, good in zip(parts, known, strict=True):
         if chosen == "numba":
-            distance = _upper_distance(part, kernel.workspace(len(part), num))
+            distance = _apart(_upper_distance(part, kernel.workspace(len(part), num)), good)
             labels.append(kernel.cluster(distance, num_clusters, linkage, overwrite=True))
         else:
             fresh = part.new_empty((len(part), num, num), dtype=torch.float32)
-            distance = _upper_distance(part, fresh)
+            distance = _apart(_upper_distance(part, fresh), good)
             labels.append(kernel.cluster(distance, num_clusters, linkage))
     return (labels[0] if len(labels) == 1 else torch.cat(labels)).to(features.device)
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tokred.maps import Kept, wide
+from tokred.maps import Kept, deciding, wide
 from tokred.reducers.protocol import Tokens
 from tokred.reducers.registry import register
 
@@ -57,7 +57,8 @@ def select(x: Float[Tensor, "batch tokens dim"], num: int) -> Int[Tensor, "batch
 
     Args:
         x: what tokens are compared by, in any floating-point dtype; need not be normalised. A row
-            of zeros, or one with NaN, is as far from every token as an orthogonal one.
+            of zeros is as far from every token as an orthogonal one. A row with NaN or infinity is
+            farther from every token than any other: it is taken, so that it does not vanish.
         num: how many to take, in [1, tokens].
 
     Raises:
@@ -84,13 +85,13 @@ def _(x: Tensor, num: int) -> Tensor:
 
 
 def _in_parts(x: Float[Tensor, "batch tokens dim"], num: int) -> Int[Tensor, "batch num"]:
-    unit = F.normalize(wide(x.detach()), dim=-1).nan_to_num()
+    unit = F.normalize(wide(x.detach()), dim=-1)
     samples = max(1, _AT_ONCE // x.shape[1] ** 2)
     return torch.cat([_greedily(part, num) for part in unit.split(samples)])
 
 
 def _greedily(unit: Float[Tensor, "batch tokens dim"], num: int) -> Int[Tensor, "batch num"]:
-    similarity = unit @ unit.transpose(1, 2)
+    similarity = deciding(unit @ unit.transpose(1, 2)).nan_to_num(-2.0)
     similarity = _with_diagonal(similarity, -torch.inf)
     # The first token. (A matrix product is not always symmetric to the last bit. If two tokens are
     # each other's most similar one, they have to be equally far.)

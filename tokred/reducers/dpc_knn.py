@@ -8,19 +8,20 @@ ICCVW 2023, https://arxiv.org/abs/2308.04657, put it into ViTs. Distances are di
 root of their dimension, as in the published code (but not in the paper's equation 1). The densest
 token has no denser one; its distance to one is set to the longest distance in the image, as in the
 published code. Differs from that code in that no noise is added to the densities: ties go to the
-lower index.
+lower index; and in that means weigh tokens by what they stand for (`weighted`).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokred.maps import Clusters, in_order_of_first_member, ranked, take
+from tokred.maps import Clusters, deciding, in_order_of_first_member, ranked, take
 from tokred.optional import installed
 from tokred.reducers.protocol import Tokens
 from tokred.reducers.registry import register
@@ -36,7 +37,8 @@ class DPCKNN:
     Args:
         k: the number of nearest neighbours for a density, the token itself included.
         weighted: whether the mean of a cluster weighs its members by the number of original tokens
-            that they stand for, or all alike.
+            that they stand for, or all alike, as Haurum et al. do. Features are closer to those of
+            the dense model if it does (docs/dense.md has figures).
     """
 
     k: int = 5
@@ -59,14 +61,29 @@ class DPCKNN:
 
     def __call__(self, tokens: Tokens, keep: int) -> Clusters:
         clusters = Clusters(cluster(tokens.x, keep, self.k), keep)
-        if self.weighted:
-            return clusters
-        members = clusters.total(torch.ones_like(tokens.size))
-        return Clusters(clusters.index, keep, share=1 / members.gather(1, clusters.index))
+        return clusters if self.weighted else clusters.alike(tokens.size)
+
+
+class Peaks(NamedTuple):
+    """What `peaks` finds.
+
+    Attributes:
+        labels: the cluster of every token, numbered in the order of their first tokens.
+        centres: the token in the middle of each cluster, in the order of the clusters.
+        log_score: the logarithm of the density of each token times its distance to a denser one;
+            the tokens with the highest are centres. -inf for tokens that are not there.
+    """
+
+    labels: Int[Tensor, "batch tokens"]
+    centres: Int[Tensor, "batch clusters"]
+    log_score: Float[Tensor, "batch tokens"]
 
 
 def cluster(
-    x: Float[Tensor, "batch tokens dim"], num_clusters: int, k: int = 5
+    x: Float[Tensor, "batch tokens dim"],
+    num_clusters: int,
+    k: int = 5,
+    mask: Bool[Tensor, "batch tokens"] | None = None,
 ) -> Int[Tensor, "batch tokens"]:
     """Clusters every sample around its density peaks; returns the cluster of every token.
 
@@ -76,12 +93,42 @@ def cluster(
         x: what tokens are compared by, in any floating-point dtype; see `squared_distances`.
         num_clusters: in [1, tokens].
         k: at least 1; all tokens are neighbours if there are fewer.
+        mask: True for tokens that are there. The others make no difference to these: they are
+            nobody's neighbours and no centres, and join the cluster of the first token that is
+            there. (The mask is looked at on the host, so that a device must be waited for.)
 
     Raises:
-        ValueError: `num_clusters` or `k` is out of range.
+        ValueError: `num_clusters` or `k` is out of range, or fewer tokens of a sample are there
+            than clusters are asked for.
     """
+    return _in_parts(x, num_clusters, k, mask).labels
+
+
+def peaks(
+    x: Float[Tensor, "batch tokens dim"],
+    num_clusters: int,
+    k: int = 5,
+    mask: Bool[Tensor, "batch tokens"] | None = None,
+) -> Peaks:
+    """`cluster`, with the centres of the clusters and the score of every token. Arguments and
+    errors are those of `cluster`."""
+    found = _in_parts(x, num_clusters, k, mask)
+    number = found.labels.gather(1, found.centres)
+    centres = torch.empty_like(found.centres).scatter(1, number, found.centres)
+    return Peaks(found.labels, centres, found.log_score - math.log(x.shape[2]) / 2)
+
+
+def _in_parts(
+    x: Float[Tensor, "batch tokens dim"],
+    num_clusters: int,
+    k: int,
+    mask: Bool[Tensor, "batch tokens"] | None,
+) -> Peaks:
+    """The peaks of a batch, some samples at a time; centres in the order of their tokens."""
     _check_k(k)
     check_number(num_clusters, x.shape[1])
+    if mask is not None:
+        _check_mask(mask, x, num_clusters)
     num = x.shape[1]
     # As many samples at a time as fit into memory; on the CPU, into the cache.
     at_once, rows = samples_at_once(num), num
@@ -89,19 +136,34 @@ def cluster(
         at_once = min(at_once, max(1, 2**18 // num**2))
     if num**2 > 2**24:
         rows = 2 ** (20 if x.device.type == "cpu" else 24) // num + 1
-    return torch.cat([_cluster(part, num_clusters, k, rows) for part in x.split(at_once)])
+    some = x.split(at_once)
+    masks = [None] * len(some) if mask is None else mask.split(at_once)
+    parts = [
+        _peaks(part, num_clusters, k, rows, there) for part, there in zip(some, masks, strict=True)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return Peaks(*(torch.cat(of_parts) for of_parts in zip(*parts, strict=True)))
 
 
-def _cluster(
-    x: Float[Tensor, "batch tokens dim"], num_clusters: int, k: int, rows: int
-) -> Int[Tensor, "batch tokens"]:
+def _peaks(
+    x: Float[Tensor, "batch tokens dim"],
+    num_clusters: int,
+    k: int,
+    rows: int,
+    mask: Bool[Tensor, "batch tokens"] | None = None,
+) -> Peaks:
     """`rows` is the number of tokens of a sample whose distances to all others are held at a time.
     If it is less than all tokens, distances are computed again for each step."""
+    if mask is not None:
+        # They become copies of the first token that is there, so that no rounding depends on them.
+        first = take(x, mask.int().argmax(1, keepdim=True))
+        x = torch.where(mask[..., None], x, first)
     whole, half, unit = _whole_numbers(x)
     num, dim = x.shape[1:]
     every = (whole, half)
     neighbours = min(k, num)
-    if rows >= num and _by_numba(whole, neighbours):
+    if rows >= num and mask is None and _by_numba(whole, neighbours):
         from tokred.kernels import density_numba
 
         halved = _halved(every, every)
@@ -109,20 +171,32 @@ def _cluster(
         spread, separation = density_numba.spread_and_separation(
             halved, unit[:, 0], neighbours, dim
         )
-        centres = _centres(spread, separation, unit, num_clusters)
-        return in_order_of_first_member(join_nearest(halved, centres))
+        score = _scores(spread, separation, unit)
+        centres = _best(score, num_clusters)
+        return Peaks(in_order_of_first_member(join_nearest(halved, centres)), centres, score)
     parts = list(zip(whole.split(rows, 1), half.split(rows, 1), strict=True))
 
     # Equation 1, density = exp(-spread). The density itself is never formed: beyond a spread of
     # 745 it is 0 even in float64, and all such tokens would be equally dense. (Half squares and
     # logarithms decide the same as distances and densities, and cost less.)
     spreads, longest = [], torch.zeros_like(half[:, 0])
+    counted = neighbours if mask is None else mask.sum(1, keepdim=True).clamp(max=neighbours)
     for number, part in enumerate(parts):
         halved = _halved(part, every)
         longest = torch.maximum(longest, halved.flatten(1).amax(1))
         # The nearest neighbour is the token itself, at distance 0: no need to search for it.
-        others = _smallest_others(halved, number * rows, min(k, num) - 1).sum(-1)
-        spreads.append(others / min(k, num) * unit[:, 0] / dim)
+        if mask is None:
+            others = _smallest_others(halved, number * rows, neighbours - 1).sum(-1)
+        else:
+            there = halved.masked_fill(~mask[:, None], torch.inf)
+            least = _smallest_others(there, number * rows, neighbours - 1)
+            others = least.masked_fill(least == torch.inf, 0).sum(-1)
+        spreads.append(others / counted * unit[:, 0] / dim)
+    if mask is not None:  # as if infinitely far from all others: denser than nobody
+        hidden = (~mask).split(rows, 1)
+        spreads = [
+            own.masked_fill(out, torch.inf) for own, out in zip(spreads, hidden, strict=True)
+        ]
     spread = torch.cat(spreads, 1)
 
     # Equation 2: how far the next denser token is; for the densest, the longest distance there is.
@@ -135,23 +209,37 @@ def _cluster(
     separation = torch.minimum(torch.cat(nearest, 1), longest[:, None])
 
     # The centres are the tokens with the highest density * separation, here its logarithm.
-    centres = _centres(spread, separation, unit[:, 0], num_clusters)
+    score = _scores(spread, separation, unit[:, 0])
+    if mask is None:
+        centres = _best(score, num_clusters)
+    else:
+        # Of tokens that are there, some may have a score of -inf, too: those that equal others.
+        lowest = torch.finfo(score.dtype).min
+        centres = _best(score.clamp_min(lowest).masked_fill(~mask, -torch.inf), num_clusters)
     if len(parts) == 1:
-        return in_order_of_first_member(join_nearest(halved, centres))
-    chosen = (take(whole, centres), half.gather(1, centres))
-    label = torch.cat([_first_least(_halved(part, chosen), -1) for part in parts], 1)
-    return in_order_of_first_member(_own(label, centres))
+        label = join_nearest(halved, centres)
+    else:
+        chosen = (take(whole, centres), half.gather(1, centres))
+        label = torch.cat([_first_least(_halved(part, chosen), -1) for part in parts], 1)
+        label = _own(label, centres)
+    if mask is not None:
+        of_first = label.gather(1, mask.int().argmax(1, keepdim=True))
+        label = torch.where(mask, label, of_first)
+    return Peaks(in_order_of_first_member(label), centres, score)
 
 
-def _centres(
+def _scores(
     spread: Float[Tensor, "batch tokens"],
     separation: Float[Tensor, "batch tokens"],
     unit: Float[Tensor, "batch 1"],
-    num_clusters: int,
-) -> Int[Tensor, "batch clusters"]:
-    """The tokens with the highest density * separation, here its logarithm, in their order."""
-    score = (separation * unit).sqrt().log() - spread
-    return ranked(score)[:, :num_clusters].sort(-1).values
+) -> Float[Tensor, "batch tokens"]:
+    """The logarithm of density * separation, of distances that are not divided by anything."""
+    return (separation * unit).sqrt().log() - spread
+
+
+def _best(score: Float[Tensor, "batch tokens"], num: int) -> Int[Tensor, "batch num"]:
+    """The tokens with the highest scores, in their order."""
+    return ranked(score)[:, :num].sort(-1).values
 
 
 def _by_numba(x: Tensor, k: int) -> bool:
@@ -162,8 +250,8 @@ def _by_numba(x: Tensor, k: int) -> bool:
 def squared_distances(x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens tokens"]:
     """The squared Euclidean distances of all pairs of tokens in a sample, float64.
 
-    Tokens are rounded first, by at most 3e-8 of the distance between the first token and the token
-    farthest from it (or to float32, if that is coarser). After that, nothing is rounded. So the
+    Tokens are rounded first, to float32 and by at most 3e-8 of the distance between the first token
+    and the token farthest from it. After that, nothing is rounded. So the
     result is symmetric; equal tokens have distance 0 and are equally far from any other token; and
     the order of summation, which depends on the device and the batch, makes no difference.
     Differences in float32, squared and summed, are no more exact, and take much longer, because
@@ -180,7 +268,7 @@ def _whole_numbers(
 ]:
     """The tokens as vectors of whole numbers, in some unit; half of their squared lengths; and
     twice the square of the unit."""
-    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    x = deciding(x.detach())
     # Distances do not depend on the origin; but what all tokens have in common costs digits.
     x = x - x[:, :1]
     # To vectors of integers, 2^25 long at most (the scale is a power of two). By Cauchy and Schwarz
@@ -280,6 +368,21 @@ def check_number(num_clusters: int, num: int) -> None:
     """Raises a ValueError unless `num` tokens can form so many clusters."""
     if not 1 <= num_clusters <= num:
         raise ValueError(f"num_clusters must be in [1, {num}] for {num} tokens, not {num_clusters}")
+
+
+def _check_mask(
+    mask: Bool[Tensor, "batch tokens"], x: Float[Tensor, "batch tokens dim"], num_clusters: int
+) -> None:
+    if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
+        raise ValueError(
+            f"mask must be bool, {list(x.shape[:2])}, not {mask.dtype}, {list(mask.shape)}"
+        )
+    fewest = int(mask.sum(1).min()) if len(mask) > 0 else num_clusters
+    if fewest < num_clusters:
+        raise ValueError(
+            f"num_clusters must be at most {fewest}, not {num_clusters}: in one sample, mask says "
+            f"that no more than {fewest} tokens are there"
+        )
 
 
 def _check_k(k: int) -> None:

@@ -100,6 +100,9 @@ class Predictor(nn.Module):
         """
         local, every = self.local(x.to(self.fc1.weight.dtype)).chunk(2, -1)
         there = there.to(every.dtype)[..., None]
+        # What is not finite has no part in the mean: the scores of all tokens would be NaN, and not
+        # those of the token alone that must not vanish.
+        every = every.nan_to_num(0, 0, 0)
         mean = (every * there).sum(1, keepdim=True) / there.sum(1, keepdim=True).clamp_min(1)
         both = torch.cat([local, mean.expand_as(local)], -1)
         scores: Tensor = self.fc3(self.act(self.fc2(self.act(self.fc1(both)))))

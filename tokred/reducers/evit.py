@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokred.maps import Clusters, in_order_of_first_member, ranked, take
+from tokred.maps import Clusters, deciding, in_order_of_first_member, ranked, take
 from tokred.reducers.protocol import Tokens
 from tokred.reducers.registry import register
 
@@ -90,6 +90,6 @@ class Summed(Clusters):
 
 def least(score: Float[Tensor, "batch tokens"], num: int) -> Bool[Tensor, "batch tokens"]:
     """The `num` tokens with the lowest scores; of equal ones, those with the higher index."""
-    order = ranked(score)
+    order = ranked(deciding(score))
     chosen = torch.zeros_like(score, dtype=torch.bool)
     return chosen.scatter(1, order[:, score.shape[1] - num :], True)

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tokred.maps import Clusters, in_order_of_first_member, ranked
+from tokred.maps import Clusters, deciding, in_order_of_first_member, ranked
 from tokred.reducers.dpc_knn import (
     check_number,
     join_nearest,
@@ -68,6 +68,7 @@ class KMedoids:
                 f"first block (this is layer {tokens.layer}) has nothing before it: reduce from "
                 "layer 1 on, as Stages(keep_rate, layers=(1, 2, 3)) does"
             )
+        weight = deciding(weight)
         labels, medoids = cluster(tokens.x, weight, keep, self.iterations, self.published)
         return Clusters(labels, keep, share=torch.zeros_like(tokens.size).scatter(1, medoids, 1.0))
 

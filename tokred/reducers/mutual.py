@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from tokred.maps import Clusters, in_order_of_first_member, ranked, refuse_onnx
+from tokred.maps import Clusters, deciding, in_order_of_first_member, ranked, refuse_onnx
 from tokred.reducers.protocol import Tokens
 from tokred.reducers.registry import register
 from tokred.reducers.tome import mean_over_heads
@@ -110,8 +110,10 @@ def _merge_once(
     """
     padding = _padding(mean[..., 0], groups)
     itself = torch.eye(mean.shape[1], dtype=torch.bool, device=mean.device)
-    unit = F.normalize(mean, dim=-1)
-    similarity = unit @ unit.transpose(1, 2)
+    # NaN becomes 0: it is no more similar to anything than anything else, and so no number of
+    # rounds would be enough.
+    unit = F.normalize(mean, dim=-1).nan_to_num_()
+    similarity = deciding(unit @ unit.transpose(1, 2))
     # A matrix product is not always symmetric to the last bit. Once it is made symmetric, there is
     # always a mutual pair: the two most similar tokens (of equals, the first).
     similarity = torch.maximum(similarity, similarity.transpose(1, 2))

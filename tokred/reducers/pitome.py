@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tokred.maps import Clusters, in_order_of_first_member, ranked, take
+from tokred.maps import Clusters, deciding, in_order_of_first_member, ranked, take
 from tokred.reducers.protocol import Tokens
 from tokred.reducers.registry import register
 from tokred.reducers.tome import mean_over_heads
@@ -100,7 +100,7 @@ def match(
 
     # Step 1: the 2 * merges tokens with the highest energy may merge; the others are protected.
     unit = F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
-    order = ranked(energy(unit, margin, alpha))
+    order = ranked(deciding(energy(unit, margin, alpha)))
 
     # Step 2: in the order of their energy they alternate between sets A and B. (B is sorted again,
     # so that the first of equals is the one with the lowest index.)
@@ -108,7 +108,7 @@ def match(
     b = order[:, 1 : 2 * merges : 2].sort(-1).values
 
     # Step 3: every token of A merges with its most similar token of B.
-    partner = (take(unit, a) @ take(unit, b).transpose(1, 2)).argmax(-1)
+    partner = deciding(take(unit, a) @ take(unit, b).transpose(1, 2)).argmax(-1)
     return in_order_of_first_member(label.scatter(1, a, b.gather(1, partner)))
 
 

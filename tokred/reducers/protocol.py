@@ -6,8 +6,10 @@ measures or lists methods.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar, Literal, Protocol, TypeGuard, get_args, runtime_checkable
 
 import torch
@@ -20,6 +22,9 @@ from tokred.schedule import Schedule, Stages
 
 Place = Literal["between", "before", "around"]
 """Where a method stands in a block, see `Traits`."""
+
+Filling = Literal["border", "zeros"]
+"""What windows that a feature map does not fill are filled up with, see `Traits`."""
 
 SIGNALS = frozenset({"key", "value", "class_attention", "attention_received", "grid"})
 """What a method may list in `needs`."""
@@ -34,16 +39,16 @@ class Tokens:
 
     Attributes:
         x: the tokens themselves, in the model's dtype.
-        size: how many original tokens each one stands for, float32. 0 marks padding: only methods
-            that leave some samples with fewer tokens than others (`varies`) meet it, always at
-            the end.
+        size: how many original tokens each one stands for, at least float32. 0 marks padding: only
+            methods that leave some samples with fewer tokens than others (`varies`) meet it,
+            always at the end.
         key: the keys as attention compares them (after any key normalisation), without gradient.
         value: the values, without gradient.
         class_attention: how much attention each token gets from the class token in each head,
-            after softmax, float32; higher = more important. In a model without a class token, the
-            mean attention it gets from all tokens.
+            after softmax, at least float32; higher = more important. In a model without a class
+            token, the mean attention it gets from all tokens.
         attention_received: how much attention each token got in the block before, the sum over
-            heads and queries, float32. None in front of the first block.
+            heads and queries, at least float32. None in front of the first block.
         grid: rows and columns of the tokens, where they stand row by row on a grid; None where
             they do not.
         layer: the layer we are in, from 0.
@@ -199,6 +204,11 @@ class Traits:
             False.
         gates: of a learned method, where its weights come from. Default: None, random ones.
         reconstruction: what the full grid is made of. Default: None, copies.
+        copying: what makes the full grid of copies, where the maps' own `up` is not what does.
+            Default: None, it is.
+        filling: where blocks attend in windows, what the windows at the edges of a feature map that
+            are not full are filled up with before they are reduced: copies of the "border" (the
+            default), or "zeros".
         schedule: what a bare keep rate means. Default: `Stages`.
         fit: `fit(keep, grid)`, the number of tokens nearest to `keep` that it can make of a grid.
             Default: None, any number.
@@ -227,6 +237,8 @@ class Traits:
     remembers: bool = False
     gates: Gates | None = None
     reconstruction: Reconstruction | None = None
+    copying: Reconstruction | None = None
+    filling: Filling = "border"
     schedule: Callable[[float], Schedule] = Stages
     fit: Callable[[int, tuple[int, int]], int] | None = None
     keys_only: bool = False
@@ -268,6 +280,8 @@ def traits(reducer: Reducer) -> Traits:
         remembers=getattr(reducer, "remembers", False),
         gates=getattr(reducer, "gates", None),
         reconstruction=getattr(reducer, "reconstruction", None),
+        copying=getattr(reducer, "copying", None),
+        filling=getattr(reducer, "filling", "border"),
         schedule=getattr(reducer, "schedule", Stages),
         fit=getattr(reducer, "fit", None),
         keys_only=getattr(reducer, "keys_only", False),
@@ -283,7 +297,7 @@ def traits(reducer: Reducer) -> Traits:
 
 
 _BOOLEAN = ("varies", "prunes", "proportional", "remembers", "keys_only", "baseline", "limit")
-_CALLABLE = ("schedule", "fit", "on", "reconstruction")
+_CALLABLE = ("schedule", "fit", "on", "reconstruction", "copying")
 _OF_LEARNED = ("gates", "remembers", "layers", "gate", "score")
 
 
@@ -296,6 +310,10 @@ def _check(reducer: Reducer, found: Traits) -> None:
     if found.place not in get_args(Place):
         raise ValueError(
             f"{name}.place must be one of {', '.join(get_args(Place))}, not {found.place!r}"
+        )
+    if found.filling not in get_args(Filling):
+        raise ValueError(
+            f"{name}.filling must be one of {', '.join(get_args(Filling))}, not {found.filling!r}"
         )
     for trait in _BOOLEAN:
         if not isinstance(getattr(found, trait), bool):
@@ -351,6 +369,22 @@ def check_map(reducer: Reducer, token_map: TokenMap) -> None:
             f"{name} returned {kind} with different numbers of tokens in different samples, but "
             "does not say that it does: add the line `varies: ClassVar[bool] = True` to the class"
         )
+
+
+ADDED: Mapping[str, bool] = MappingProxyType({"added": True})
+"""Metadata of an option that a method got later, see `brief`."""
+
+
+def brief(reducer: Reducer) -> str:
+    """How a method is written, without the options that it got later (`ADDED`), as long as they
+    have their defaults. What a method is called stands in files of former versions."""
+    told = [
+        f"{one.name}={getattr(reducer, one.name)!r}"
+        for one in dataclasses.fields(reducer)  # type: ignore[arg-type]
+        if one.repr
+        and not (one.metadata.get("added") and getattr(reducer, one.name) == one.default)
+    ]
+    return f"{type(reducer).__qualname__}({', '.join(told)})"
 
 
 # For one question alone.

@@ -10,7 +10,7 @@ are masked afterwards).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -42,7 +42,7 @@ from tokred.reconstruction import (
     reconstruct,
     temperature,
 )
-from tokred.reducers.protocol import Tokens
+from tokred.reducers.protocol import ADDED, Filling, Tokens, brief
 from tokred.reducers.registry import register
 from tokred.schedule import Hourglass
 
@@ -79,6 +79,13 @@ class SLIC:
             of width 64. If not given, it is chosen by the features, see `cluster` and
             `tokred.reconstruction.nearest`.
         k: how many clusters a token is made of in the reconstruction.
+        copies: which cluster a token is a copy of, with `reconstruction="copy"` in `tokred.apply`:
+            "nearest", the one whose centre is nearest to it, as in the published code, or
+            "assigned", the one that most of it went into in the last round, whose centre may have
+            moved away from it since. (Without rounds, the one whose cell it falls into.)
+        filling: where blocks attend in windows, what the windows at the edges of a feature map that
+            are not full are filled up with before they are clustered: copies of the "border", or
+            "zeros", as in the published code.
     """
 
     grid: tuple[int, int] | None = None
@@ -86,6 +93,8 @@ class SLIC:
     iterations: int = 5
     tau: float | None = None
     k: int = 20
+    copies: str = field(default="nearest", metadata=ADDED)
+    filling: Filling = field(default="border", metadata=ADDED)
 
     place: ClassVar[str] = "before"
     proportional: ClassVar[bool] = False
@@ -98,16 +107,27 @@ class SLIC:
   year      = {2022}
 }"""
 
+    __repr__ = brief
+
     def __post_init__(self) -> None:
         if self.grid is not None and (len(self.grid) != 2 or min(self.grid) < 1):
             raise ValueError(f"grid must be rows and columns, at least 1 of each, not {self.grid}")
         _check_clustering(self.neighbourhood, self.iterations, self.tau)
         check_reconstruction(self.k, self.tau)
+        if self.copies not in ("nearest", "assigned"):
+            raise ValueError(f"copies must be 'nearest' or 'assigned', not {self.copies!r}")
+        if self.filling not in ("border", "zeros"):
+            raise ValueError(f"filling must be 'border' or 'zeros', not {self.filling!r}")
 
     @property
     def reconstruction(self) -> Nearest:
         """What the full grid is made of: the nearest clusters."""
         return Nearest(self.k, self.tau)
+
+    @property
+    def copying(self) -> Nearest | None:
+        """What the full grid is made of, if it is to be made of copies."""
+        return Nearest(k=1) if self.copies == "nearest" and self.iterations > 0 else None
 
     def schedule(self, keep_rate: float) -> Hourglass:
         """What a bare keep rate means: few tokens in the middle of the model."""

@@ -8,7 +8,8 @@ for any number of heads and tokens, and that no class token is needed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -16,8 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tokred.gates import Gates
-from tokred.maps import Kept, ranked
+from tokred import gates as weights
+from tokred.gates import Gates, Numbered
+from tokred.maps import Kept, kept_where, ranked
 from tokred.reducers.protocol import Tokens
 from tokred.reducers.registry import register
 
@@ -33,7 +35,9 @@ class SViT:
 
     Args:
         gates: a file that `Reduction.save` or `tokred train` has written, or the gates themselves
-            (`Reduction.gates`). Without any they start at random, to be trained.
+            (`Reduction.gates`). Or a released checkpoint, as a file or a state dict, of which the
+            weights named `selective_modules.*` are read, see `released`. Without any they start at
+            random, to be trained.
         reactivate: whether a token that was left out once may be chosen again (table 3 of the
             paper). If not, the mask of a gate is multiplied by the masks before it.
         preserve: whether tokens that are left out stay in the feature map. If not, they are dropped
@@ -42,7 +46,7 @@ class SViT:
             with the highest odds. Such models can be compiled.
     """
 
-    gates: Gates | None = field(default=None, repr=False)
+    gates: Gates | Mapping[str, Tensor] | None = field(default=None, repr=False)
     reactivate: bool = True
     preserve: bool = True
     fixed: bool = False
@@ -64,6 +68,8 @@ class SViT:
                 "reactivate must be False where preserve is: a token that was dropped cannot be "
                 "chosen again"
             )
+        if isinstance(self.gates, Mapping) and not isinstance(self.gates, nn.Module):
+            object.__setattr__(self, "gates", released(self.gates))
 
     @property
     def place(self) -> str:
@@ -132,6 +138,72 @@ class Gate(nn.Module):
             self.fc2.bias.add_(torch.tensor([more / 2, -more / 2]).to(self.fc2.bias))
 
 
+_SELECTIVE = re.compile(r"(?:.*\.)?selective_modules\.(\d+)\.(.+)\.(weight|bias)")
+
+
+def released(tensors: Mapping[str, Tensor]) -> Numbered:
+    """The gates of a released checkpoint, in which they are named `selective_modules.<number>.*`.
+
+    All weights of these names must be used, and none may be missing: of each gate a LayerNorm, and
+    two linear layers, told apart by their shapes, C, [C/4, C] and [2, C/4] (section 4.1). The first
+    output is for keeping a token. Weights of other names are those of the model, and are left out.
+    Gates that are numbered from 0 on belong to the layers with gates, in their order.
+
+    Unlike there, prefix tokens go through every block here, whatever a gate would say of them.
+
+    Args:
+        tensors: the weights of the checkpoint, by name.
+
+    Raises:
+        ValueError: there are no such weights, or others than these.
+    """
+    found: dict[int, dict[str, dict[str, Tensor]]] = {}
+    for name, value in tensors.items():
+        if "selective_modules." not in name:
+            continue
+        match = _SELECTIVE.fullmatch(name)
+        if match is None:
+            raise ValueError(f"gates: {name} is no weight of a gate")
+        number, module, part = int(match[1]), match[2], match[3]
+        found.setdefault(number, {}).setdefault(module, {})[part] = value
+    if not found:
+        first = ", ".join(list(tensors)[:3])
+        raise ValueError(
+            "gates must hold weights named selective_modules.<number>.*, as released checkpoints "
+            f"of SViT do, and there are none among {len(tensors)}, which begin with: {first}"
+        )
+    return Numbered({str(number): _gate_of(number, found[number]) for number in sorted(found)})
+
+
+def _gate_of(number: int, modules: Mapping[str, Mapping[str, Tensor]]) -> Gate:
+    """One gate, of its weights by module."""
+    shapes = {name: tuple(parts["weight"].shape) for name, parts in modules.items()
+              if "weight" in parts}  # fmt: skip
+    width = next((shape[0] for shape in shapes.values() if len(shape) == 1), 0)
+    inside = max(1, width // 4)
+    wanted = {"norm": (width,), "fc1": (inside, width), "fc2": (2, inside)}
+    named = {
+        f"{role}.{part}": value.float()
+        for role, shape in wanted.items()
+        for name, parts in modules.items()
+        if shapes.get(name) == shape
+        for part, value in parts.items()
+    }
+    gate = Gate(width) if width else None
+    fits = gate is not None and named.keys() == gate.state_dict().keys()
+    if gate is None or not fits or len(modules) != len(wanted):
+        there = {f"{name}.{part}": list(value.shape)
+                 for name, parts in modules.items() for part, value in parts.items()}  # fmt: skip
+        raise ValueError(
+            f"gates: selective_modules.{number} is no LayerNorm of C, with linear layers of C to "
+            f"C/4 and of C/4 to 2 behind it; it holds {there}"
+        )
+    weights.fill(nn.ModuleDict({str(number): gate}),
+                 {f"{number}.{name}": value for name, value in named.items()},
+                 "gates")  # fmt: skip
+    return gate
+
+
 def start_at(last: nn.Linear, odds: float) -> None:
     """Sets the bias of a random gate so that it begins near these odds of keeping a token."""
     with torch.no_grad():
@@ -148,6 +220,8 @@ def kept(
         tokens: the tokens.
         number: choose this many, those with the highest odds (of equals, the lower index). If not
             given, choose the tokens that are more likely to be kept than not.
+
+    Tokens whose scores are NaN are chosen first: what is not a number must not vanish.
     """
     there = tokens.size > 0
     if tokens.kept is not None:
@@ -155,8 +229,4 @@ def kept(
     if number is not None:
         odds = (scores[..., 0] - scores[..., 1]).masked_fill(~there, -torch.inf)
         return Kept(ranked(odds)[:, :number].sort(-1).values, odds.shape[1])
-    chosen = (scores[..., 0] > scores[..., 1]) & there
-    counts = chosen.sum(1)
-    most = int(counts.max()) if len(counts) > 0 else 0
-    # The chosen tokens in their order, followed by others as padding.
-    return Kept(ranked(chosen.int())[:, :most], chosen.shape[1], counts)
+    return kept_where(~(scores[..., 0] <= scores[..., 1]) & there)

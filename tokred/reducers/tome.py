@@ -8,7 +8,7 @@ similar proposals merge. Differs from the published code in that all prefix toke
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokred.maps import Clusters, in_order_of_first_member, ranked
-from tokred.reducers.protocol import Tokens
+from tokred.maps import Clusters, deciding, in_order_of_first_member, ranked
+from tokred.reducers.protocol import ADDED, Tokens, brief
 from tokred.reducers.registry import register
 
 
@@ -34,9 +34,12 @@ class ToMe:
             keeps at least as many tokens as the schedule says, and more if its tokens are less
             alike. Other images of the batch make no difference. Runs eagerly: the number of tokens
             depends on the image.
+        weighted: whether the mean of a group weighs its members by the number of original tokens
+            that they stand for, or all alike.
     """
 
     threshold: float | None = None
+    weighted: bool = field(default=True, metadata=ADDED)
 
     needs: ClassVar[frozenset[str]] = frozenset({"key"})
     bibtex: ClassVar[str] = """@inproceedings{bolya2023tome,
@@ -46,6 +49,8 @@ class ToMe:
   booktitle = {International Conference on Learning Representations},
   year      = {2023}
 }"""
+
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         if self.threshold is not None and not -1 <= self.threshold <= 1:
@@ -59,30 +64,22 @@ class ToMe:
         return self.threshold is not None
 
     def __call__(self, tokens: Tokens, keep: int) -> Clusters:
+        counted = tokens.size if self.weighted else (tokens.size > 0).to(tokens.size.dtype)
+        clusters = self._groups(tokens, counted, keep)
+        return clusters if self.weighted else clusters.alike(tokens.size)
+
+    def _groups(self, tokens: Tokens, size: Float[Tensor, "batch tokens"], keep: int) -> Clusters:
+        """Who merges, where each token counts as `size` says."""
         assert tokens.key is not None
+        metric = mean_over_heads(tokens.key)
         if self.threshold is not None:
-            return self._while_similar(tokens, keep, self.threshold)
-        metric, size = mean_over_heads(tokens.key), tokens.size
+            return _while_similar(metric, size, keep, tokens.before, self.threshold)
         clusters = once = _halve_at_most(metric, keep, tokens.before)
         while clusters.num_coarse > keep:
             metric, size = once.down(metric, size), once.total(size)
             once = _halve_at_most(metric, keep, tokens.before)
             clusters = clusters.then(once)
         return clusters
-
-    def _while_similar(self, tokens: Tokens, keep: int, threshold: float) -> Clusters:
-        assert tokens.key is not None
-        metric, size = mean_over_heads(tokens.key), tokens.size
-        labels = torch.arange(size.shape[1], device=size.device).repeat(size.shape[0], 1)
-        clusters = Clusters(labels, size.shape[1], ragged=True)
-        while True:
-            most = ((size > 0).sum(1) - keep).clamp(min=0)
-            once = match_similar(metric, size > 0, most, threshold, tokens.before)
-            clusters = clusters.then(once)
-            merged = once.total(size)
-            if bool(((size > 0).sum(1) == (merged > 0).sum(1)).all()):
-                return clusters
-            metric, size = once.down(metric, size), merged
 
 
 def match(
@@ -163,6 +160,25 @@ def match_similar(
     return Clusters(label, groups, ragged=True)
 
 
+def _while_similar(
+    metric: Float[Tensor, "batch tokens dim"],
+    size: Float[Tensor, "batch tokens"],
+    keep: int,
+    before: int,
+    threshold: float,
+) -> Clusters:
+    labels = torch.arange(size.shape[1], device=size.device).repeat(size.shape[0], 1)
+    clusters = Clusters(labels, size.shape[1], ragged=True)
+    while True:
+        most = ((size > 0).sum(1) - keep).clamp(min=0)
+        once = match_similar(metric, size > 0, most, threshold, before)
+        clusters = clusters.then(once)
+        merged = once.total(size)
+        if bool(((size > 0).sum(1) == (merged > 0).sum(1)).all()):
+            return clusters
+        metric, size = once.down(metric, size), merged
+
+
 def _halve_at_most(metric: Float[Tensor, "batch tokens dim"], keep: int, before: int) -> Clusters:
     num = metric.shape[1]
     merges = min(num - keep, num // 2)
@@ -182,8 +198,8 @@ def best(
     valid: Bool[Tensor, "batch b"] | None = None,
     elements: int | None = None,
 ) -> tuple[Float[Tensor, "batch a"], Int[Tensor, "batch a"]]:
-    """For every row of a, its highest inner product with a (valid) row of b, and the index of that
-    row.
+    """For every row of a, its highest inner product with a (valid) row of b, in float32, and the
+    index of that row.
 
     Only the maxima are needed, so at most about `elements` products are held at once. On the CPU,
     the default is what fits into the cache.
@@ -196,7 +212,7 @@ def best(
     invalid = None if valid is None else ~valid[:, None]
     parts = []
     for part in a.split(rows, dim=1):
-        similarity = part @ b.transpose(1, 2)
+        similarity = deciding(part @ b.transpose(1, 2))
         if invalid is not None:
             similarity.masked_fill_(invalid, -torch.inf)
         parts.append(similarity.max(-1))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tokred.maps import Kept, ranked
+from tokred.maps import Kept, deciding, ranked
 from tokred.reducers.protocol import Tokens
 from tokred.reducers.registry import register
 
@@ -36,6 +36,6 @@ class TopK:
 
     def __call__(self, tokens: Tokens, keep: int) -> Kept:
         assert tokens.class_attention is not None
-        importance = tokens.class_attention.mean(1)
+        importance = deciding(tokens.class_attention.mean(1))
         order = ranked(importance)
         return Kept(order[:, :keep].sort(-1).values, tokens.x.shape[1])

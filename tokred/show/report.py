@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from tokred.data.writing import write_text
 from tokred.measure.evaluation import Evaluation
 from tokred.measure.profile.values import Profile
 from tokred.show.evaluations import change, conditions, number, plot, settings_table
@@ -52,7 +53,7 @@ def write(
 ) -> None:
     """Writes the page; see `html`."""
     page = html(evaluation, profile=profile, pictures=pictures, advice=advice, title=title)
-    Path(path).write_text(page, encoding="utf-8")
+    write_text(Path(path), page)
 
 
 def html(

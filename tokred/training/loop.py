@@ -65,7 +65,8 @@ def fit(
     """Trains a model in place, with the reduction that is applied to it, if any.
 
     Under `accelerate launch` all processes call it, each on its device. If `out` holds a
-    checkpoint, training goes on from there. If it was over, nothing is trained, and the result is
+    checkpoint, training goes on from there, if it is of the same training; a warning says if data
+    or versions of libraries have changed. If it was over, nothing is trained, and the result is
     read from the files.
 
     Writes `log.csv` (a row for each step), `validation.csv` (a row for each epoch), `checkpoint/`
@@ -96,7 +97,7 @@ def fit(
     Raises:
         ValueError: the recipe needs gates, and there are none; there are fewer samples than a
             batch; the batch cannot be divided by the processes; labels are out of range; or `out`
-            holds a checkpoint of another training.
+            holds a checkpoint of another training, or broken ones alone.
         RuntimeError: the loss was not finite; the last checkpoint is still there.
         ModuleNotFoundError: accelerate or tqdm is not installed.
     """
@@ -107,9 +108,9 @@ def fit(
     with ExitStack() as stack:
         accelerator = stack.enter_context(_accelerator(recipe))
         share = _share(recipe, accelerator.num_processes)
-        pinned = checkpoints.pins(model, reduction, recipe, len(data))
-        checkpoint = None if fresh else checkpoints.latest(out)
-        if checkpoint is not None:
+        pinned = checkpoints.pins(model, reduction, recipe, data, task, collate)
+        state = None if fresh else checkpoints.last_state(out)
+        if state is not None:
             checkpoints.compare(out, pinned, model)
         accelerator.wait_for_everyone()  # nobody writes before all have read
 
@@ -122,7 +123,7 @@ def fit(
         noise = _noise(stack, trained, recipe, accelerator.device)
         parts = trained, wrapped, teacher, optimizer, noise
         run = Run(recipe, accelerator, *parts, task, collate, share, workers)
-        first = 0 if checkpoint is None else checkpoints.load(checkpoint, run)
+        first = 0 if state is None else checkpoints.load(state, run)
         main = accelerator.is_main_process
         log, checks = (
             stack.enter_context(table(out / name, first, main))

@@ -24,7 +24,8 @@ def table(
     if not writes:
         yield lambda row: None
         return
-    kept = [row for row in _rows(file) if int(row["step"]) <= first]
+    values = read_table(file)  # rows are kept as they were written
+    kept = [x for x, row in zip(_rows(file), values, strict=True) if row["step"] <= first]
     file.parent.mkdir(parents=True, exist_ok=True)
     with whole(file) as part, part.open("w", newline="") as opened:
         writer = csv.writer(opened, lineterminator="\n")
@@ -45,14 +46,27 @@ def table(
 
 
 def read_table(file: Path) -> list[dict[str, float]]:
-    """The rows of `log.csv` or `validation.csv`; none if there is no such file."""
-    return [{name: float(value) for name, value in row.items()} for row in _rows(file)]
+    """The rows of `log.csv` or `validation.csv`; none if there is no such file.
+
+    Raises:
+        ValueError: a row is broken.
+    """
+    found = []
+    for number, row in enumerate(_rows(file), 2):
+        try:
+            found.append({name: float(value) for name, value in row.items()})
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"line {number} of {file} is broken ({error}): delete it, or train anew (--fresh)"
+            ) from error
+    return found
 
 
 def _rows(file: Path) -> list[dict[str, str]]:
+    """All rows but a last one that was cut off because its process was killed."""
     if not file.exists():
         return []
-    with file.open(newline="") as opened:
-        rows = list(csv.DictReader(opened))
-    # If a process was killed while it wrote, the last row may be incomplete.
-    return [row for row in rows if None not in row.values()]
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        del lines[-1]
+    return list(csv.DictReader(lines))

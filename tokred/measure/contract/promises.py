@@ -92,8 +92,9 @@ def runs_in_half(trial: Trial) -> Findings:
 
 def _leaves_out(trial: Trial, method: Any) -> bool:
     """Whether dropped tokens are left out of features: where they could not be told apart any
-    more."""
-    averages = getattr(reduction_of(trial.model), "averages", False)
+    more, and cannot be left out later."""
+    hung = reduction_of(trial.model)
+    averages = getattr(hung, "averages", False) and not getattr(hung, "trims", False)
     return bool(averages and getattr(method, "prunes", False))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
+import warnings
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from tokred.data import reading, zoo
-from tokred.data.fingerprint import fingerprint
+from tokred.data.digest import content_of, digest_of
 from tokred.data.writing import whole
 from tokred.optional import require
 
@@ -89,7 +91,9 @@ def measure(
     beside: Sequence[Path] | None,
     size: tuple[int, int],
     extractor: nn.Module,
-    cache: Path,
+    cache: Path | None,
+    known_as: object,
+    cure: str,
     on_images: Callable[[int], None],
 ) -> Measured:
     """Extracts the features of images, or reads them from the last time.
@@ -99,38 +103,62 @@ def measure(
         beside: for every image, another one that it is compared with pixel by pixel.
         size: width and height to which images are brought.
         extractor: the network.
-        cache: the file in which the result is kept. It is used again if files, size and network
-            are the same.
+        cache: the file in which the result is kept; None: it is not. It is used again if files,
+            size and network are the same.
+        known_as: tells the network from others, in types of JSON.
+        cure: what to do with an image that is broken.
         on_images: called with the number of images that are done.
+
+    Raises:
+        ValueError: an image is broken.
     """
-    stats = [
-        (str(path), stat.st_size, stat.st_mtime_ns)
-        for path in [*paths, *(beside or ())]
-        for stat in (path.stat(),)
-    ]
-    key = hashlib.sha256(repr((fingerprint(extractor), size, stats)).encode()).hexdigest()
-    if cache.exists():
-        with np.load(cache, allow_pickle=False) as kept:
-            if str(kept["key"]) == key:
-                return Measured(kept["features"], kept["pixels"], int(kept["blank"]))
+    contents = None if cache is None else [content_of(x) for x in [*paths, *(beside or ())]]
+    key = digest_of(known_as, size, contents, _PER_BATCH)
+    kept = None if cache is None else _kept(cache, key)
+    if kept is not None:
+        return kept
     features, pixels, blank = [], [], 0
     device = next((p.device for p in extractor.parameters()), torch.device("cpu"))
     for start in range(0, len(paths), _PER_BATCH):
         part = slice(start, start + _PER_BATCH)
-        images = _read(paths[part], size)
+        images = _read_or_say(paths[part], size, cure)
         with torch.no_grad():
             features.append(extractor(images.to(device)).double().cpu())
-        others = images if beside is None else _read(beside[part], size)
+        others = images if beside is None else _read_or_say(beside[part], size, cure)
         apart = (images.double() - others.double()).flatten(1) / 255
         pixels.append(apart.square().mean(1).sqrt())
         flat = images.flatten(2)
         blank += int((flat.amax(2) == flat.amin(2)).all(1).sum())
         on_images(min(start + _PER_BATCH, len(paths)))
     found = Measured(torch.cat(features).numpy(), torch.cat(pixels).numpy(), blank)
+    if cache is None:
+        return found
     cache.parent.mkdir(exist_ok=True)
     with whole(cache) as partial, partial.open("wb") as file:
         np.savez(file, key=key, features=found.features, pixels=found.pixels, blank=blank)
     return found
+
+
+def _kept(cache: Path, key: str) -> Measured | None:
+    """What a file holds, if it is of this key."""
+    if not cache.exists():
+        return None
+    try:
+        with np.load(cache, allow_pickle=False) as kept:
+            if str(kept["key"]) != key:
+                return None
+            return Measured(kept["features"], kept["pixels"], int(kept["blank"]))
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
+        warnings.warn(f"{cache} is broken: its features are extracted again", stacklevel=2)
+        return None
+
+
+def _read_or_say(paths: Sequence[Path], size: tuple[int, int], cure: str) -> Tensor:
+    """As `_read`; if a picture is broken, the error says what to do."""
+    try:
+        return _read(paths, size)
+    except ValueError as error:
+        raise ValueError(f"{error}: {cure}") from error
 
 
 def _read(paths: Sequence[Path], size: tuple[int, int]) -> UInt8[Tensor, "images 3 height width"]:

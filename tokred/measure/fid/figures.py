@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from tokred.data import reading
+from tokred.data.writing import whole, write_text
 from tokred.measure.fid.distances import KID_SUBSETS
 from tokred.measure.fid.files import file_of
+from tokred.measure.fid.pins import read
 from tokred.measure.fid.scores import Score, SweepScores
 from tokred.measure.fid.sweep import DENSE, Sweep
 from tokred.optional import require
@@ -27,12 +29,12 @@ def report(sweep: Sweep, out: Path, scores: SweepScores) -> list[Path]:
         ModuleNotFoundError: Matplotlib or Pillow is not installed.
     """
     names = ("fid.csv", "fid.json", "distances.csv", "fid.png", "contact.png")
-    table, whole, distances, plot, sheet = (out / name for name in names)
-    with table.open("w", newline="") as file:
+    table, everything, distances, plot, sheet = (out / name for name in names)
+    with whole(table) as part, part.open("w", newline="") as file:
         rows = csv.DictWriter(file, [column.name for column in fields(Score)], lineterminator="\n")
         rows.writeheader()
         rows.writerows(asdict(row) for row in scores.rows)
-    with distances.open("w", newline="") as file:
+    with whole(distances) as part, part.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["setting", "number", "prompt", "pixel_distance", "feature_distance"])
         for setting, pixels, moved in zip(
@@ -41,16 +43,17 @@ def report(sweep: Sweep, out: Path, scores: SweepScores) -> list[Path]:
             for number, pair in enumerate(zip(pixels.tolist(), moved.tolist(), strict=True)):
                 writer.writerow([setting.name, number, sweep.prompt(number), *pair])
     found = {
-        "sweep": json.loads((out / "sweep.json").read_text()),
+        "sweep": read(out),
         "reference": dict(zip(("folder", "images"), scores.reference, strict=True)),
         "features": dict(zip(("extractor", "dim"), scores.features, strict=True)),
         "kid": {"subsets": KID_SUBSETS, "subset": scores.kid_subset},
         "rows": [asdict(row) for row in scores.rows],
     }
-    whole.write_text(json.dumps(found, indent=1))
+    write_text(everything, json.dumps(found, indent=1))
     _plot(scores, plot)
-    contact_sheet(sweep, out).save(sheet)
-    return [table, whole, distances, plot, sheet]
+    with whole(sheet) as part:
+        contact_sheet(sweep, out).save(part, format="PNG")
+    return [table, everything, distances, plot, sheet]
 
 
 def markdown(scores: SweepScores) -> str:
@@ -127,7 +130,8 @@ def _plot(scores: SweepScores, file: Path) -> None:
     _lines(left, scores, "fid", f"FID, {named}")
     _lines(right, scores, "feature_distance", f"from the dense image, {named}")
     left.legend()
-    figure.savefig(file, dpi=110)
+    with whole(file) as part:
+        figure.savefig(part, dpi=110, format="png")
 
 
 def _lines(axes: Any, scores: SweepScores, column: str, label: str) -> None:

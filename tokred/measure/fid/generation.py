@@ -7,14 +7,14 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tokred.data.processes import Processes, process_state
-from tokred.measure.fid.files import file_of, save
+from tokred.measure.fid.files import discard_broken, file_of, save
 from tokred.measure.fid.pins import pin, pins
 from tokred.measure.fid.sweep import DENSE, SEEDS, Sweep, SweepSetting
 from tokred.measure.fid.times import add_time
@@ -25,15 +25,23 @@ from tokred.reducers import parse
 
 @dataclass(frozen=True)
 class SweepBatch:
-    """The images that one call of the pipeline draws.
+    """The images of one call of the pipeline that are not on disk yet.
 
     Attributes:
         setting: what they belong to.
         numbers: their numbers within the setting.
+        whole: the numbers of all images of the batch, if some are on disk already. They are all
+            drawn, so that an image does not depend on where the sweep was stopped.
     """
 
     setting: SweepSetting
     numbers: tuple[int, ...]
+    whole: tuple[int, ...] = field(default=(), compare=False)
+
+    @property
+    def together(self) -> tuple[int, ...]:
+        """The numbers of the images that one call of the pipeline draws."""
+        return self.whole or self.numbers
 
 
 def generate(
@@ -45,8 +53,8 @@ def generate(
     batch: int = 8,
     on_batch: Callable[[SweepBatch, int], None] | None = None,
 ) -> None:
-    """Draws this process's share of the images that are not on disk yet, then waits for the other
-    processes.
+    """Draws this process's share of the images that are not on disk yet, or are broken, then waits
+    for the other processes.
 
     Images are `out/<setting>/<number>.png`. `out/sweep.json` holds what they depend on; methods,
     keep rates, seeds and images may be added later. `out/times` holds how long batches took.
@@ -68,7 +76,8 @@ def generate(
 
     Raises:
         ValueError: the folder holds images of another model, or of other prompts, steps, guidance,
-            size, dtype or versions; or the pipeline is reduced already.
+            size, dtype or versions; `sweep.json` is broken or missing; or the pipeline is reduced
+            already.
         ModuleNotFoundError: accelerate is not installed.
     """
     several = Processes(process_state())
@@ -79,6 +88,7 @@ def generate(
 
     def begin() -> tuple[list[SweepBatch], str]:
         pin(out, pinned)
+        discard_broken(sweep, out)
         return plan(sweep, out, batch), f"{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
 
     # Only one process looks at the disk: others would look a little later, and find other images.
@@ -105,7 +115,7 @@ def plan(sweep: Sweep, out: Path, batch: int) -> list[SweepBatch]:
             numbers = range(start, min(start + batch, sweep.images))
             missing = tuple(number for number in numbers if file_of(number) not in there)
             if missing:
-                batches.append(SweepBatch(setting, missing))
+                batches.append(SweepBatch(setting, missing, tuple(numbers)))
     return batches
 
 
@@ -135,9 +145,10 @@ def draw(
                 begin = time.perf_counter()
                 images = _images(pipe, sweep, batch)
                 seconds = time.perf_counter() - begin
-                for number, image in zip(batch.numbers, images, strict=True):
-                    save(image, out / setting.name / file_of(number))
-                add_time(times, setting, len(batch.numbers), seconds, pipe)
+                for number, image in zip(batch.together, images, strict=True):
+                    if number in batch.numbers:
+                        save(image, out / setting.name / file_of(number))
+                add_time(times, setting, len(batch.together), seconds, pipe)
                 left -= len(batch.numbers)
                 if on_batch is not None:
                     on_batch(batch, left)
@@ -152,9 +163,9 @@ def _images(pipe: Any, sweep: Sweep, batch: SweepBatch) -> list[Any]:
         "width": sweep.size,
     }
     images: list[Any] = pipe(
-        [sweep.prompt(number) for number in batch.numbers],
+        [sweep.prompt(number) for number in batch.together],
         # Noise from the CPU is the same on every device.
-        generator=[generator(batch.setting.seed, number) for number in batch.numbers],
+        generator=[generator(batch.setting.seed, number) for number in batch.together],
         output_type="pil",
         **{name: value for name, value in given.items() if value is not None},
     ).images

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from tokred.data import reading, zoo
-from tokred.measure.fid.files import file_of, save
+from tokred.measure.fid.files import file_of, is_whole, save
 from tokred.optional import require
 
 
@@ -16,7 +16,8 @@ def digit_reference(folder: Path, drawings: int = 4) -> Path:
     pipeline has learned them.
 
     Args:
-        folder: where the pictures are written; made if need be. Those that are there stay.
+        folder: where the pictures are written; made if need be. Those that are there, and are
+            not broken, stay.
         drawings: how often every digit is drawn.
 
     Returns:
@@ -30,8 +31,9 @@ def digit_reference(folder: Path, drawings: int = 4) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     pil = require("PIL.Image", "plots")
     for number, image in enumerate(images):
-        if not (folder / file_of(number)).exists():
-            save(pil.fromarray(image[0]), folder / file_of(number))
+        file = folder / file_of(number)
+        if not (file.exists() and is_whole(file)):
+            save(pil.fromarray(image[0]), file)
     return folder
 
 

@@ -13,6 +13,10 @@ from jaxtyping import Float
 from torch import nn
 
 from tokred.data import reading
+from tokred.data.code import version_of
+from tokred.data.digest import NoFingerprintError, told
+from tokred.data.fingerprint import fingerprint
+from tokred.measure.conditions import switches, versions_of
 from tokred.measure.fid.distances import frechet_distance, kernel_distance
 from tokred.measure.fid.features import Measured, measure
 from tokred.measure.fid.files import drawn
@@ -89,7 +93,7 @@ def score(
 
     Only files count, and they are read in a fixed order: figures do not depend on how many
     processes drew the images. Features are kept in `out/features`, and extracted again if files or
-    the network have changed.
+    the network have changed, or what was kept is broken.
 
     Args:
         sweep: what was drawn.
@@ -102,7 +106,7 @@ def score(
         on_images: called with (images done, images in all) while features are extracted.
 
     Raises:
-        ValueError: images or references are missing.
+        ValueError: images or references are missing or broken.
         ModuleNotFoundError: torchmetrics is not installed.
     """
     require("torchmetrics.image.fid", "fid")
@@ -110,14 +114,16 @@ def score(
     files = {setting: drawn(sweep, out, setting) for setting in settings}
     pictures = reference_pictures(reference, per_folder)
     fewest = min(sweep.images, len(pictures))
+    known_as = _known_as(features)
     extraction = _Extraction(
         features,
-        reading.opened(files[settings[0]][0]).size,
-        out / "features",
+        _size_of(files[settings[0]][0]),
+        None if known_as is None else out / "features",
+        known_as,
         len(pictures) + len(settings) * sweep.images,
         on_images,
     )
-    theirs = extraction.of(pictures, None, "reference").features
+    theirs = extraction.of(pictures, None, "reference", _REPLACE).features
     dim = theirs.shape[1]
     if fewest <= dim:
         warnings.warn(
@@ -135,6 +141,9 @@ def score(
         moved,
     )
 
+
+_GENERATE = "generate again, which draws broken images anew"
+_REPLACE = "replace it, or take it out of the reference"
 
 _Distances = tuple[Float[np.ndarray, " images"], ...]
 
@@ -162,7 +171,7 @@ def _compared(
     rows, pixels, moved = [], [], []
     for setting in sweep.settings():  # those without reduction come first
         beside = files[SweepSetting(DENSE, 1.0, setting.seed)]
-        ours = extraction.of(files[setting], beside, setting.name)
+        ours = extraction.of(files[setting], beside, setting.name, _GENERATE)
         if setting.method == DENSE:
             dense[setting.seed] = ours
         if ours.blank:
@@ -186,7 +195,8 @@ class _Extraction:
     Attributes:
         extractor: the network.
         size: width and height of images.
-        cache: the folder in which features are kept.
+        cache: the folder in which features are kept; None: they are not.
+        known_as: tells the network from others.
         total: how many images there are in all folders.
         on_images: see `score`.
         done: how many images were looked at.
@@ -194,15 +204,20 @@ class _Extraction:
 
     extractor: nn.Module
     size: tuple[int, int]
-    cache: Path
+    cache: Path | None
+    known_as: object
     total: int
     on_images: Callable[[int, int], None] | None
     done: int = 0
 
-    def of(self, paths: Sequence[Path], beside: Sequence[Path] | None, name: str) -> Measured:
-        """The features of the images of one folder, kept under a name."""
-        cache = self.cache / f"{name}.npz"
-        found = measure(paths, beside, self.size, self.extractor, cache, self._tell)
+    def of(
+        self, paths: Sequence[Path], beside: Sequence[Path] | None, name: str, cure: str
+    ) -> Measured:
+        """The features of the images of one folder, kept under a name. `cure` is what to do with
+        an image that is broken."""
+        cache = None if self.cache is None else self.cache / f"{name}.npz"
+        rest = cache, self.known_as, cure, self._tell
+        found = measure(paths, beside, self.size, self.extractor, *rest)
         self.done += len(paths)
         self._tell(0)
         return found
@@ -210,6 +225,26 @@ class _Extraction:
     def _tell(self, images: int) -> None:
         if self.on_images is not None:
             self.on_images(self.done + images, self.total)
+
+
+def _known_as(network: nn.Module) -> object:
+    """What tells a network from others, with the versions and switches that its features depend
+    on; None if it cannot be told, which a warning says."""
+    try:
+        device = next((str(p.device) for p in network.parameters()), "cpu")
+        versions = [version_of("PIL"), told(network)[1], versions_of(network)]
+        return [fingerprint(network), device, switches(), versions]
+    except NoFingerprintError as error:
+        warnings.warn(f"features are not kept for another time: {error}", stacklevel=3)
+        return None
+
+
+def _size_of(image: Path) -> tuple[int, int]:
+    try:
+        width, height = reading.opened(image).size
+    except ValueError as error:
+        raise ValueError(f"{error}: {_GENERATE}") from error
+    return width, height
 
 
 def _subset(images: int) -> int:

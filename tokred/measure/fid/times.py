@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,8 @@ def speeds_in(folder: Path) -> dict[str, dict[str, Any]]:
     runs: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
     for file in sorted(folder.glob("*.jsonl")):
         run, _, process = file.stem.rpartition("-")
-        for line in file.read_text().splitlines():
-            took = json.loads(line)
-            runs.setdefault((took["setting"], run), {}).setdefault(process, []).append(took)
+        for line in _lines(file):
+            runs.setdefault((line["setting"], run), {}).setdefault(process, []).append(line)
     speeds: dict[str, dict[str, Any]] = {}
     for (setting, _), by_process in runs.items():
         took = list(itertools.chain(*by_process.values()))
@@ -47,3 +47,31 @@ def speeds_in(folder: Path) -> dict[str, dict[str, Any]]:
                 "device": took[0]["device"].split(":")[0],
             }
     return speeds
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """What the lines of a file say. If a process was killed while it wrote the last one, that does
+    not count.
+
+    Raises:
+        ValueError: another line is broken.
+    """
+    lines = file.read_text().split("\n")
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            took = json.loads(line) if line else None
+            if took is not None:
+                took = {name: took[name] for name in ("setting", "images", "seconds", "device")}
+                found.append(took)
+        except (ValueError, TypeError, KeyError) as error:
+            if number < len(lines):
+                raise ValueError(
+                    f"line {number} of {file} is broken ({error}): delete the line or the file; "
+                    "the times in it then do not count"
+                ) from error
+            warnings.warn(
+                f"the last line of {file} is cut off: the time of one batch does not count",
+                stacklevel=3,
+            )
+    return found

@@ -5,20 +5,26 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokred.models.tcformer.backbone import TCFormer
+from tokred.models.tcformer.backbone import GLOBAL, TCFormer
 from tokred.models.tcformer.heads import PoseEstimator
 from tokred.models.tcformer.necks import Pyramid
 from tokred.optional import require
 
 
-def load_released(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+def load_released(
+    path: str | Path,
+    model: nn.Module | None = None,
+    *,
+    neck: str | None = None,
+    parts: Sequence[int] | None = None,
+) -> nn.Module:
     """A published checkpoint, in evaluation mode, float32, on the CPU.
 
     Every weight must fit, and none may be left: names are those of the published files, under
@@ -30,15 +36,23 @@ def load_released(path: str | Path, model: nn.Module | None = None) -> nn.Module
         model: where the weights go. If not given, a model is made from the shapes in the file: a
             `TCFormer`; a `Pyramid` if there is a neck; a `PoseEstimator` if there is a keypoint
             head, too.
+        neck: of a model that is made here, its neck, see `MTA`. Must be given where the weights fit
+            two: "mta_pool" and "cr_mta" have the same.
+        parts: of a model that is made here, into which parts it cuts images, see `TCFormer`;
+            `GLOBAL` if not given, as in all published files. No weight tells. Must be given with
+            "cr_mta", which is TCFormerV2's neck.
 
     Raises:
         ValueError: the file is no such checkpoint, or does not fit; the message lists what is
-            missing, what is left, and what has another shape.
+            missing, what is left, and what has another shape. Or its weights do not tell what
+            model they are of.
         ModuleNotFoundError: safetensors is not installed, for a file of that kind.
     """
+    if model is not None and (neck is not None or parts is not None):
+        raise ValueError("neck and parts must not be given with a model, which has its own")
     weights = read_released(path)
     if model is None:
-        model = _model_for(weights, path)
+        model = _model_for(weights, path, neck, parts)
     elif not any(name.startswith("backbone.") for name in model.state_dict()):
         weights = {name.removeprefix("backbone."): value for name, value in weights.items()}
     wanted = model.state_dict()
@@ -94,7 +108,12 @@ def read_released(path: str | Path) -> dict[str, Tensor]:
     return {str(name).removeprefix("module."): value.float() for name, value in content.items()}
 
 
-def _model_for(weights: Mapping[str, Tensor], path: str | Path) -> nn.Module:
+def _model_for(
+    weights: Mapping[str, Tensor],
+    path: str | Path,
+    neck: str | None,
+    parts: Sequence[int] | None,
+) -> nn.Module:
     """A model of the sizes that the weights have."""
     prefix = "backbone." if any(name.startswith("backbone.") for name in weights) else ""
     blocks = [re.match(rf"{prefix}block(\d)\.(\d+)\.", name) for name in weights]
@@ -108,6 +127,9 @@ def _model_for(weights: Mapping[str, Tensor], path: str | Path) -> nn.Module:
             f"{path} holds no TCFormer: there is no {prefix}patch_embed1.proj.weight, or there are "
             f"no blocks in one of four stages; it begins with {', '.join(list(weights)[:5])}"
         )
+
+    lateral = weights.get("neck.lateral_convs.0.conv.weight")
+    neck = _neck_of(weights, path, neck, parts)
 
     def shape(name: str, stage: int) -> torch.Size:
         found = weights.get(f"{prefix}block{stage}.0.{name}")
@@ -123,16 +145,45 @@ def _model_for(weights: Mapping[str, Tensor], path: str | Path) -> nn.Module:
         heads=[max(width // 64, 1) for width in widths],
         mlp_ratios=[shape("mlp.fc1.weight", n)[0] / widths[n - 1] for n in (1, 2, 3, 4)],
         sr_ratios=[shape("attn.sr.weight", n)[-1] for n in (1, 2, 3, 4)],
+        parts=GLOBAL if parts is None else parts,
     )
-    lateral = weights.get("neck.lateral_convs.0.conv.weight")
     if lateral is None:
         return Pyramid(backbone) if prefix else backbone
-    strided = any(re.match(r"neck\.merge_blocks\.\d+\.attn\.sr\.", name) for name in weights)
-    neck, channels = "mta" if strided else "mta_pool", lateral.shape[0]
+    channels = lateral.shape[0]
     keypoints = weights.get("keypoint_head.final_layer.weight")
     if keypoints is None:
         return Pyramid(backbone, neck, channels)
     return PoseEstimator(backbone, keypoints.shape[0], neck, channels)
+
+
+def _neck_of(
+    weights: Mapping[str, Tensor],
+    path: str | Path,
+    neck: str | None,
+    parts: Sequence[int] | None,
+) -> str:
+    """The name of the neck.
+
+    Raises:
+        ValueError: the weights do not tell, and nobody has said it; or there is none.
+    """
+    strided = any(re.match(r"neck\.merge_blocks\.\d+\.attn\.sr\.", name) for name in weights)
+    if "neck.lateral_convs.0.conv.weight" not in weights:
+        if neck is not None:
+            raise ValueError(f"neck must not be given: {path} has no weights of one")
+        return "mta"
+    if neck is None and not strided:
+        raise ValueError(
+            f'neck must be given: the weights in {path} fit two of them. Say neck="mta_pool" (keys '
+            'and values are averages), or neck="cr_mta" (they are the clusters of the last stage, '
+            "as in TCFormerV2), then with parts=LOCAL or parts=GLOBAL"
+        )
+    if neck == "cr_mta" and parts is None:
+        raise ValueError(
+            'parts must be given with neck="cr_mta", for no weight tells how images are clustered: '
+            "parts=LOCAL (in parts, as in TCFormerV2) or parts=GLOBAL (as a whole)"
+        )
+    return neck or "mta"
 
 
 def _without_ones(shape: torch.Size) -> tuple[int, ...]:

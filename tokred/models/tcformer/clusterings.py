@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tokred.maps import Clusters, in_order_of_first_member, ranked, take
+from tokred.maps import Clusters, deciding, in_order_of_first_member, ranked, take
 from tokred.models.tcformer.tokens import Grid
 from tokred.reducers import dpc_knn, tome
 from tokred.reducers.dpc_knn import check_number
@@ -80,8 +80,8 @@ class KMeans:
 def _nearest(x: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest centre of every token, the first of equals, and the squared distance."""
     half = (centres * centres).sum(-1) / 2
-    best, label = (x @ centres.transpose(1, 2) - half[:, None]).max(-1)
-    return label, (x * x).sum(-1) - 2 * best
+    best, label = deciding(x @ centres.transpose(1, 2) - half[:, None]).max(-1)
+    return label, deciding((x * x).sum(-1)) - 2 * best
 
 
 def _fill(label: Tensor, distance: Tensor, num: int) -> Tensor:
