@@ -158,6 +158,9 @@ class StandIn:
         hooks = proxy.tracer.root._forward_pre_hooks.values()  # type: ignore[attr-defined]
         if any(isinstance(hook, HandedOut) for hook in hooks):
             refuse_fx(self.reduction, "which layers the model hands out")
+        hooks = proxy.tracer.root._forward_hooks.values()  # type: ignore[attr-defined]
+        if any(isinstance(hook, Trim) for hook in hooks):
+            refuse_fx(self.reduction, "which of them were dropped")
         return as_node(self.block, proxy, args, kwargs)
 
     def _hand_out(self, step: Step) -> None:
@@ -518,6 +521,9 @@ class Trim:
             features = output["last_hidden_state"]
         else:
             features = output[0] if isinstance(output, tuple) else output
+        if traced((features,), {}) is not None:
+            refuse_fx(self.reduction, "which of them were dropped")
+            return output
         found = poolable(self.reduction, features)
         passing.forget(self.reduction)
         if found is None or found[0] is features:
