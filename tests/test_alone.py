@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import tokred
 from tokred.data.inputs import call
+from tokred.host import find_denoiser, find_host
 from tokred.reducers import Reducer
 
 try:
@@ -49,7 +50,36 @@ class Way:
     threads: int = 1
 
 
-WAYS = {"eager": Way(lambda model: model), "eager, four threads": Way(lambda model: model, 4)}
+def whole(model: nn.Module) -> Callable[..., Any]:
+    """The model, compiled. (The backend runs its graphs as they are: numbers are the same.)"""
+    torch._dynamo.reset()
+    return torch.compile(model, backend="eager")
+
+
+def by_block(model: nn.Module) -> nn.Module:
+    """The model, whose blocks are compiled one by one."""
+    torch._dynamo.reset()
+    for block in blocks_of(model):
+        block.compile(backend="eager")
+    return model
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    denoiser = find_denoiser(model)
+    if denoiser is not None:
+        return [model.get_submodule(place.path) for place in denoiser.places(model)]
+    host, tower = find_host(model)
+    return list(host.blocks(tower))
+
+
+EAGER = {"eager": Way(lambda model: model), "eager, four threads": Way(lambda model: model, 4)}
+COMPILED = {
+    "compiled": Way(whole),
+    "compiled, four threads": Way(whole, 4),
+    "compiled by block": Way(by_block),
+    "compiled by block, four threads": Way(by_block, 4),
+}
+WAYS = EAGER | COMPILED
 
 
 @dataclass(frozen=True)
@@ -123,9 +153,8 @@ def compared(host: Host, model: nn.Module, inputs: Any, way: Way) -> tuple[Tenso
         return host.answer(call(called, some))
 
     every = [inputs, *(changed(inputs, lambda x, n=n: x[n : n + 1]) for n in range(BATCH))]
-    if way.threads == 1:
-        together, *alone = map(run, every)
-    else:
+    together, *alone = map(run, every)
+    if way.threads > 1:  # again, now that all is compiled: torch 2.6 cannot compile in threads
         with ThreadPoolExecutor(way.threads) as pool:
             together, *alone = pool.map(run, every)
     return together, torch.cat(alone)
@@ -190,11 +219,25 @@ def test_images_are_told_apart_on_every_host(name: str) -> None:
     assert told_apart(HOSTS[name], methods, (0.5,), WAYS["eager"])
 
 
+@pytest.mark.parametrize("way", ["compiled", "compiled by block, four threads"])
+def test_images_are_told_apart_in_compiled_code(way: str) -> None:
+    assert told_apart(HOSTS["timm_vit"], ("tome", "ats", "topk"), (0.5,), WAYS[way]) == 3
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", EAGER)
 @pytest.mark.parametrize("name", HOSTS)
 def test_images_are_told_apart_by_every_method_on_every_host(name: str, way: str) -> None:
     assert told_apart(HOSTS[name], HOSTS[name].methods, KEEP, WAYS[way])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", COMPILED)
+@pytest.mark.parametrize("name", HOSTS)
+def test_images_are_told_apart_in_compiled_code_of_every_host(name: str, way: str) -> None:
+    """By all methods on one host, by one of each kind on the others: compiling takes long."""
+    methods = [m for m in HOSTS[name].methods if name == "timm_vit" or m in KINDS]
+    assert told_apart(HOSTS[name], methods, (0.5,), WAYS[way])
 
 
 POOLING = ("timm_vit-siglip-attention-pooling", "openclip_vit-averaging")
