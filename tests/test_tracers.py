@@ -61,6 +61,10 @@ def by_fx(model: nn.Module, x: Tensor) -> Any:
     return copy.deepcopy(torch.fx.symbolic_trace(model))
 
 
+def by_fx_and_script(model: nn.Module, x: Tensor) -> Any:
+    return torch.jit.script(torch.fx.symbolic_trace(model))
+
+
 def by_vmap(model: nn.Module, x: Tensor) -> Any:
     return torch.func.vmap(lambda image: model(image[None])[0])
 
@@ -73,7 +77,13 @@ def left(model: nn.Module) -> list[Any]:
     ]
 
 
-TRACERS = {"trace": by_trace, "script": by_script, "fx": by_fx, "vmap": by_vmap}
+TRACERS = {
+    "trace": by_trace,
+    "script": by_script,
+    "fx": by_fx,
+    "both": by_fx_and_script,
+    "vmap": by_vmap,
+}
 SENTENCE = r"^torch\.(fx|jit\.script|func\.vmap) cannot .*tokens"
 
 

@@ -86,13 +86,15 @@ def hang(
         if isinstance(patched, Patched):
             patched.tap()
         _set_innermost(patched.block, patched)
-    # Of a model inside of another one, too: `torch.jit.script` asks every module, outermost first.
-    for module in (model, tower, *(patched.block for patched in made)):
-        vars(module)[Scripted.NAME] = Scripted(module, reduction, without)
     for attention in attentions:
         _set_innermost(attention.attention, attention)
     for register, hook, options in hooks:
         register(hook, **options)
+    # `torch.jit.script` asks every module, outermost first; parts of this model may be in another
+    # one (a graph of torch.fx), so each that something hangs on must answer.
+    hung = [register.__self__ for register, _, _ in hooks]  # type: ignore[attr-defined]
+    for module in (model, tower, *(patched.block for patched in made), *hung):
+        vars(module)[Scripted.NAME] = Scripted(module, reduction, without)
     for name, call in family.methods.items():
         original = getattr(type(tower), name, None)
         if original is not None:  # not every version has every method
