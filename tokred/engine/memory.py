@@ -69,6 +69,13 @@ class Memory(Generic[Slots, Ridden]):
         found: Ridden | None = self._riding.get(x)
         return found
 
+    def riding(self) -> list[tuple[Tensor, Ridden]]:
+        """All activations that something rides on, and what that is."""
+        # One step, in which no other thread can let something else ride.
+        there = list(self._riding.data.items())
+        alive = ((key(), value) for key, value in there)
+        return [(x, value) for x, value in alive if x is not None]
+
     @property
     def empty(self) -> bool:
         """Whether nothing rides on any activation, and nothing is known of any pass of this

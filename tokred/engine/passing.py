@@ -212,9 +212,8 @@ def _run_again(reduction: Reduction, x: Tensor, layer: int) -> State | None:
     if compiling() or not (torch.is_grad_enabled() and x.is_leaf and x.requires_grad):
         return None
     left = reduction.layout.layers - layer
-    state: State
     # Both are alive, so that the memory cannot be that of another activation by now.
-    for first, state in list(reduction.memory._riding.items()):
+    for first, state in reduction.memory.riding():
         if state.left != left or not _same_memory(first, x):
             continue
         if not state.constant:
