@@ -35,7 +35,11 @@ def plain() -> tuple[nn.Module, Tensor]:
 def test_a_wrong_patch_breaks_just_the_promises_that_it_should(wrong: Wrong) -> None:
     model, inputs = build(wrong)
     broken = contract.check(model, inputs, wrong.host)
-    assert {one.promise for one in broken} == wrong.breaks, "\n".join(map(str, broken))
+    found, told = {one.promise for one in broken}, "\n".join(map(str, broken))
+    if wrong.raises is None:
+        assert found == wrong.breaks, told
+    else:  # which the model says whatever promise is tried
+        assert found >= wrong.breaks and all(wrong.raises in one.seen for one in broken), told
     if wrong.right is not NAIVE:  # tests/test_hosts.py says that the right patch breaks none
         assert find_host(model)[0] is wrong.right
 

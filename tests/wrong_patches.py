@@ -47,20 +47,25 @@ class Wrong:
         right: the patch without the mistake.
         changes: the fields of it that are wrong.
         breaks: the promises that it breaks.
+        raises: of a patch whose model notices the mistake as soon as it runs, what it says then.
+            Other promises are broken by that, too.
     """
 
     small: Small
     right: Host
     changes: Mapping[str, Any]
     breaks: frozenset[str]
+    raises: str | None = None
 
     @property
     def host(self) -> Host:
         return replace(self.right, **self.changes)
 
 
-def wrong(small: Small, right: Host, *breaks: str, **changes: Any) -> Wrong:
-    return Wrong(small, right, changes, frozenset(breaks))
+def wrong(
+    small: Small, right: Host, *breaks: str, raises: str | None = None, **changes: Any
+) -> Wrong:
+    return Wrong(small, right, changes, frozenset(breaks), raises)
 
 
 def forwards(host: Host, forward: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
@@ -200,7 +205,7 @@ OF_TIMM_VIT = {
     ),
     "does not name the last norm": wrong(
         VIT["siglip, attention pooling"], TIMM, "dropped tokens", "full_grid=False",
-        passes=lambda model: (),
+        raises="features of which nothing is known", passes=lambda model: (),
     ),
     "hands out few tokens": wrong(
         VIT["deit"], TIMM, "full_grid=False", "outputs",
@@ -215,13 +220,14 @@ OF_TIMM_VIT = {
         methods={**TIMM.methods, "forward_intermediates": half_intermediates},
     ),
     "a prefix that is too short": wrong(
-        VIT["dinov2, registers"], TIMM, "layout", layout=laid_out(TIMM, prefix=4)
+        VIT["dinov2, registers"], TIMM, "layout",
+        raises="Tokens that this model adds", layout=laid_out(TIMM, prefix=4),
     ),
     "a prefix that is too long": wrong(
         VIT["deit"], TIMM, "layout", layout=laid_out(TIMM, prefix=2)
     ),
     "no prefix": wrong(VIT["deit"], TIMM, "layout", "dropped tokens", "full_grid=False",
-        layout=laid_out(TIMM, prefix=0)),
+        raises="Tokens that this model adds", layout=laid_out(TIMM, prefix=0)),
     "another scale": wrong(
         VIT["deit"], TIMM, "class attention", "attention received",
         scale=lambda block: 1.0,
@@ -327,7 +333,8 @@ OF_OTHERS = {
         attend=relative_attention,
     ),
     "forgets the tokens at the end": wrong(
-        maskless.SMALL["yolos"], MASKLESS, "layout", layout=laid_out(MASKLESS, suffix=0)
+        maskless.SMALL["yolos"], MASKLESS, "layout",
+        raises="Tokens that this model adds", layout=laid_out(MASKLESS, suffix=0),
     ),
     "does not say that positions are given to blocks": wrong(
         dinov2.SMALL["dinov3"], DINO, "gates", "keys", layout=laid_out(DINO, by_position=False)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from tokred.data import code
 from tokred.patching.stand_ins import MARK
+from tokred.patching.tracers import Scripted
 
 CHUNK = 2**24
 """Bytes of a file that are read at a time."""
@@ -277,7 +278,7 @@ class Digest:
                 self._hooks(module, name, value)
             elif name == "_buffers" and not self._weights:
                 self._say(*(f"{key} {getattr(x, 'shape', '')}" for key, x in value.items()))
-            elif hangs(value) and hasattr(type(module), name):
+            elif hangs(value) and (hasattr(type(module), name) or name == Scripted.NAME):
                 continue  # without a reduction, the module has no such attribute of its own
             elif name == "_non_persistent_buffers_set" or name in left_out:
                 continue

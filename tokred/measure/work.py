@@ -26,6 +26,7 @@ from tokred.measure.metrics import TASKS
 from tokred.measure.race import PATIENCE, Pace, paces, sides
 from tokred.measure.settings import Setting
 from tokred.patching import apply, hang, host_of, remove
+from tokred.patching.gain import NoGainWarning
 from tokred.patching.presets import Preset
 from tokred.reducers.protocol import traits
 from tokred.version import __version__
@@ -105,6 +106,7 @@ class Work:
         with warnings.catch_warnings():
             # A keep rate of 1 is no mistake in a table of keep rates.
             warnings.filterwarnings("ignore", message=".*nothing is reduced")
+            warnings.simplefilter("ignore", NoGainWarning)  # what is gained is measured
             reduction: Reduction = apply(
                 self.model, setting.reducer, setting.schedule, host=self.host
             )

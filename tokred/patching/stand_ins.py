@@ -511,11 +511,13 @@ class Pool:
 @dataclass(eq=False)
 class Trim:
     """A forward hook of a model whose output is averaged elsewhere: leaves the dropped tokens out
-    of it."""
+    of it, if the last block has put out the full grid."""
 
     reduction: Reduction
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if self.reduction.memory.here.state is None:
+            return output
         by_name = isinstance(output, Mapping)
         if by_name:
             features = output["last_hidden_state"]
