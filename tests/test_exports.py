@@ -155,7 +155,7 @@ def test_what_decides_by_the_images_is_refused_by_name(where: str, method: str) 
         torch.export.export(model, inputs)
 
 
-@pytest.mark.parametrize(("where", "method"), rows("ONNX", True, (DENOISER, "tome")))
+@pytest.mark.parametrize(("where", "method"), rows("ONNX", True, (TRANSFORMER, "dpc_knn")))
 def test_onnxruntime_computes_the_same(where: str, method: str, tmp_path: Path) -> None:
     model, two, three = patched(where, method)
     file = tmp_path / "model.onnx"

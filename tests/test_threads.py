@@ -3,6 +3,7 @@ parts. Every answer is the one that the model gives alone."""
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -81,8 +82,10 @@ def vit(method: str, way: str, passes: int) -> None:
     stress(lambda n: model(inputs[n]), len(inputs), passes)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("method", ["tome", "topk", "ats"])
+@pytest.mark.parametrize(
+    ("method", "way"),
+    [("tome", "blocks"), ("tome", "whole"), ("topk", "eager"), ("ats", "every other block")],
+)
 @torch.no_grad()
 def test_any_number_of_threads(method: str, way: str) -> None:
     vit(method, way, FEW)
@@ -131,6 +134,7 @@ AROUND = {
     "shared": tokred.Around(shared=True),
     "part of the sampling": tokred.Around(during=(0, 0.5)),
     "mlp too": tokred.Around(modules=("attention", "mlp")),
+    "every other step": tokred.Around(shared=True, every=2),
 }
 
 
@@ -158,10 +162,20 @@ def compiled(model: Any, way: str) -> None:
         model.compile_repeated_blocks(backend="eager")
 
 
-@pytest.mark.parametrize("way", ["whole", "parts", "repeated blocks"])
-@pytest.mark.parametrize("around", AROUND)
+def few_of(*chosen: tuple[str, str]) -> list[Any]:
+    """All ways of all values, of which some are tried in every run."""
+    cells = itertools.product(AROUND, ("whole", "parts", "repeated blocks"))
+    return [pytest.param(*cell, marks=() if cell in chosen else pytest.mark.slow) for cell in cells]
+
+
+@pytest.mark.parametrize(
+    ("around", "way"),
+    few_of(("shared", "parts"), ("part of the sampling", "parts"), ("plain", "repeated blocks")),
+)
 def test_parts_of_a_denoiser_compiled(around: str, way: str) -> None:
     """What is shared, and when tokens are merged, is the same in compiled parts as without."""
+    if (around, way) == ("every other step", "whole"):
+        pytest.skip("matchings cannot be kept from call to call of one graph: an error")
     latents = [torch.randn(1, 4, 16, 16) for _ in range(4)]
     text = torch.randn(1, 7, 16)
     answers = []
@@ -177,16 +191,23 @@ def test_parts_of_a_denoiser_compiled(around: str, way: str) -> None:
     assert not torch.allclose(answers[0][0], dense, atol=1e-4)
 
 
-@pytest.mark.parametrize("way", ["eager", "whole", "parts", "repeated blocks"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "eager",
+        "parts",
+        *(pytest.param(w, marks=pytest.mark.slow) for w in ("whole", "repeated blocks")),
+    ],
+)
 def test_threads_share_a_denoiser(way: str) -> None:
     model = unet()
     tokred.apply(model, "tome", tokred.Around(shared=True))
     compiled(model, way)
-    latents = [torch.randn(1 + n % 2, 4, 16, 16) for n in range(4)]
-    text = torch.randn(2, 7, 16)
+    latents = [torch.randn(1, 4, 16, 16) for _ in range(4)]
+    text = torch.randn(1, 7, 16)
 
     def call(n: int) -> Tensor:
-        found: Tensor = model(latents[n], 500, text[: len(latents[n])]).sample
+        found: Tensor = model(latents[n], 500, text).sample
         return found
 
     with torch.no_grad():
