@@ -15,6 +15,7 @@ from test_hosts import SMALL, answered
 from torch import Tensor, nn
 
 import tokred
+from tokred.maps import Clusters
 
 WAYS = ("eager", "whole", "blocks", "every other block")
 FEW, MANY = 40, 1000
@@ -212,3 +213,37 @@ def test_threads_share_a_denoiser(way: str) -> None:
 
     with torch.no_grad():
         stress(call, len(latents), FEW)
+
+
+def test_what_a_thread_does_is_not_what_another_compiles() -> None:
+    """`torch.compiler.is_compiling()` is true of all threads while one of them compiles. Code that
+    asked it took another way then, on which padding that is NaN reached tokens that are there."""
+    x, size = torch.randn(2, 6, 4), torch.ones(2, 6)
+    x[1, 4:] = torch.nan
+    clusters = Clusters(torch.tensor([[0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 2, 2]]), 3)
+    expected = clusters.down(x, size)
+    assert expected[1, :2].isfinite().all()
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        begun.set()
+        goes_on.wait(60)
+        return graph
+
+    def compile_something() -> None:
+        torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
+
+    thread = threading.Thread(target=compile_something)
+    thread.start()
+    try:
+        assert begun.wait(60)
+        found = clusters.down(x, size)
+        model = small("vit")
+        tokred.apply(model, "ats", 0.5)
+        with torch.no_grad():
+            answer = model(torch.zeros(1, 3, 64, 64))
+    finally:
+        goes_on.set()
+        thread.join()
+    assert torch.equal(found.nan_to_num(7), expected.nan_to_num(7))
+    assert answer.isfinite().all()

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from tokred.graphs import in_a_graph
 from tokred.maps import deciding, take, wide
 
 
@@ -367,7 +368,7 @@ def windows(
 
 def _at_once(z: Float[Tensor, "batch fine dim"], tiles: Tiles) -> int:
     """How many windows to work on at a time; on the CPU, as many as fit into the cache."""
-    if torch.compiler.is_compiling():  # there the batch may be a symbol, not a number
+    if in_a_graph(z):  # there the batch may be a symbol, not a number
         return tiles.number
     elements = 2**20 if z.device.type == "cpu" else 2**28
     return max(1, elements // max(1, z.shape[0] * tiles.window * z.shape[2]))

@@ -21,6 +21,8 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
+from tokred.graphs import in_a_graph
+
 # Code that torch 2.6 generates for CPUs stores rows where it should add them (index_add and
 # scatter_add alike). 2.15 does not; which version was the first is not known.
 _ADDS_WRONGLY = TorchVersion(torch.__version__) < "2.15"
@@ -103,9 +105,9 @@ class Clusters:
         share = self.share
         if share is None:
             share = size / self.total(size).gather(1, self.index)
-        if x.device.type == "cpu" and not x.requires_grad and not _recorded():
+        if x.device.type == "cpu" and not x.requires_grad and not _recorded(x):
             return self._sum_in_bags(x, share)
-        if _ADDS_WRONGLY and x.device.type == "cpu" and torch.compiler.is_compiling():
+        if _ADDS_WRONGLY and x.device.type == "cpu" and in_a_graph(x):
             return self._sum_by_product(x, share)
         weighted = x * share[..., None].to(torch.promote_types(x.dtype, torch.float32))
         out = weighted.new_zeros(x.shape[0] * self.num_coarse, x.shape[2])
@@ -411,10 +413,10 @@ def refuse_onnx(name: str) -> None:
         )
 
 
-def _recorded() -> bool:
+def _recorded(x: Tensor) -> bool:
     """Whether operators are written down for later, rather than run here and now."""
     # A trace that depends on gradients would not be what `torch.jit.trace` finds when it checks.
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return in_a_graph(x) or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
 def take(

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent.parent
 DRAWING = ROOT / "docs" / "architecture.svg"
 RANK = {
     "maps": 0, "schedule": 0, "optional": 0, "gates": 0, "grids": 0, "kernels": 0, "moved": 0,
+    "graphs": 0,
     "version": 0,
     "reducers": 1, "reconstruction": 1,
     "engine": 2, "models": 2,
@@ -34,6 +35,7 @@ WHAT = {
     "grids": "cells and superpixels",
     "kernels": "clustering, matching",
     "moved": "former import paths",
+    "graphs": "compiled or exported?",
     "version": "the version number",
     "reducers": "one method per file",
     "reconstruction": "back to the full grid",

@@ -3,7 +3,6 @@
 What is imported here is what a patch may use.
 """
 
-from tokred.engine.graphs import in_a_graph
 from tokred.engine.layout import Layout
 from tokred.engine.leaving import outside_of_the_graph
 from tokred.engine.pooling import poolable, pooled, pooled_with_mask, tokens_there
@@ -11,6 +10,7 @@ from tokred.engine.reduction import Reduction
 from tokred.engine.sampling import tensors_in
 from tokred.engine.step import Step
 from tokred.engine.windows import Seen, biased, shifts
+from tokred.graphs import in_a_graph
 
 __all__ = [
     "Layout",

@@ -25,9 +25,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tokred.engine.graphs import compiling, exporting
 from tokred.engine.memory import Memory
 from tokred.engine.sampling import THOUSAND, Call, Times, alike, progress_by, time_of
+from tokred.graphs import compiling, exporting
 from tokred.maps import TokenMap, wide
 from tokred.reducers.protocol import Reducer, Tokens, Traits, check_map, traits
 from tokred.reducers.truncate import Truncate

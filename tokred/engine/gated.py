@@ -15,10 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokred import gates as weights
-from tokred.engine.graphs import compiling
 from tokred.engine.observing import Record
 from tokred.engine.sequence import between, ones, up
 from tokred.engine.state import State, unrolled
+from tokred.graphs import compiling
 from tokred.kernels.varlen import NotPerImageError, PerImage
 from tokred.maps import Kept, kept_where
 from tokred.reducers.protocol import learned

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from tokred.engine.graphs import exporting
+from tokred.graphs import exporting
 
 Out = TypeVar("Out")
 

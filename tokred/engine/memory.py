@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tokred.engine.graphs import compiling
+from tokred.graphs import compiling
 
 Slots = TypeVar("Slots")
 Ridden = TypeVar("Ridden")

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from tokred.engine.attention import visible
 from tokred.engine.following import images_of, same_images
-from tokred.engine.graphs import compiling, in_a_graph
 from tokred.engine.leaving import outside_of_the_graph
 from tokred.engine.reduction import Reduction
 from tokred.engine.sequence import ones
 from tokred.engine.state import State
+from tokred.graphs import compiling, in_a_graph
 
 
 def start(

@@ -13,11 +13,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokred import gates as weights
-from tokred.engine.graphs import compiling
 from tokred.engine.layout import Layout
 from tokred.engine.memory import Memory
 from tokred.engine.observing import Observer, Record
 from tokred.engine.state import Ahead, State
+from tokred.graphs import compiling
 from tokred.reducers.protocol import Reconstruction, Reducer, Traits, learned, traits
 from tokred.schedule import Schedule, plan, shares
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from tokred.engine import gated, passing
 from tokred.engine.attention import added, explicit_is_faster, mean_attention, queries_by_keys
-from tokred.engine.graphs import compiling
 from tokred.engine.observing import Record
 from tokred.engine.pooling import check_training, needed_for_pooling, needs_to_know
 from tokred.engine.reduction import Reduction
 from tokred.engine.sequence import between, descend, expand, ones, up
 from tokred.engine.state import Reduced, State, unrolled
+from tokred.graphs import compiling
 from tokred.kernels.varlen import NotPerImageError
 from tokred.maps import TokenMap, Weighted, ranked, side_by_side, take
 from tokred.reducers.protocol import Tokens, check_map

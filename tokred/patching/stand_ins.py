@@ -21,13 +21,13 @@ from torch.fx import Proxy
 
 from tokred.engine import passing
 from tokred.engine.gated import gather
-from tokred.engine.graphs import compiling, exporting, in_a_graph
 from tokred.engine.leaving import outside_of_the_graph
 from tokred.engine.pooling import poolable
 from tokred.engine.reduction import Reduction
 from tokred.engine.state import State
 from tokred.engine.step import Step, enter
 from tokred.engine.windows import too_small
+from tokred.graphs import compiling, exporting, in_a_graph
 from tokred.host import Denoiser, Host, Stage, blocks_of, find_host, hosts, is_a, submodule
 from tokred.patching.tracers import as_node, refuse_fx, refuse_vmap, traced
 

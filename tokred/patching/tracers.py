@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from tokred.engine.graphs import compiling
 from tokred.engine.reduction import Reduction
+from tokred.graphs import compiling
 
 
 def keeps_all(reduction: Any) -> bool:

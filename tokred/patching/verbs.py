@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from tokred.engine.denoising import Around
-from tokred.engine.graphs import compiling
 from tokred.engine.windows import in_windows
+from tokred.graphs import compiling
 from tokred.host import (
     Host,
     Stage,

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tokred.graphs import in_a_graph
 from tokred.maps import Clusters, deciding, in_order_of_first_member, ranked, take
 from tokred.optional import installed
 from tokred.reducers.protocol import Tokens
@@ -132,7 +133,7 @@ def _in_parts(
     num = x.shape[1]
     # As many samples at a time as fit into memory; on the CPU, into the cache.
     at_once, rows = samples_at_once(num), num
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if x.device.type == "cpu" and not in_a_graph(x):
         at_once = min(at_once, max(1, 2**18 // num**2))
     if num**2 > 2**24:
         rows = 2 ** (20 if x.device.type == "cpu" else 24) // num + 1
@@ -297,7 +298,7 @@ def _smallest_others(
 ) -> Float[Tensor, "batch some k"]:
     """`_smallest` of all but the entry of the token itself, whose place in a row is that of the
     row, counted from `first` on."""
-    if torch.compiler.is_compiling():  # what changes a part in place cannot become ONNX
+    if in_a_graph(x):  # what changes a part in place cannot become ONNX
         other = torch.arange(x.shape[2], device=x.device)
         itself = other == other[first : first + x.shape[1], None]
         return _smallest(x.masked_fill(itself, torch.inf), k)
@@ -326,7 +327,7 @@ def _smallest(x: Float[Tensor, "batch some others"], k: int) -> Float[Tensor, "b
 
 def _as_bits(x: Tensor) -> bool:
     """Whether numbers that are not negative may be compared as integers of the same bits."""
-    here = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    here = x.device.type == "cpu" and not in_a_graph(x)
     return here and x.dtype == torch.float64
 
 

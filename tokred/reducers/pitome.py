@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tokred.graphs import in_a_graph
 from tokred.maps import Clusters, deciding, in_order_of_first_member, ranked, take
 from tokred.reducers.protocol import Tokens
 from tokred.reducers.registry import register
@@ -127,7 +128,7 @@ def energy(
         elements: how many cosines are held at once; only their means are needed.
     """
     rows = unit.shape[1]
-    if not torch.compiler.is_compiling():  # there the batch may be a symbol, not a number
+    if not in_a_graph(unit):  # there the batch may be a symbol, not a number
         rows = max(1, elements // max(1, unit.shape[0] * unit.shape[1]))
     means = []
     for some in unit.split(rows, dim=1):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tokred.graphs import in_a_graph
 from tokred.maps import Clusters, deciding, in_order_of_first_member, ranked
 from tokred.reducers.protocol import ADDED, Tokens, brief
 from tokred.reducers.registry import register
@@ -207,7 +208,7 @@ def best(
     rows = a.shape[1]
     if elements is None:
         elements = 2**20 if a.device.type == "cpu" else 2**26
-    if not torch.compiler.is_compiling():  # there the batch may be a symbol, not a number
+    if not in_a_graph(a):  # there the batch may be a symbol, not a number
         rows = max(1, elements // max(1, a.shape[0] * b.shape[1]))
     invalid = None if valid is None else ~valid[:, None]
     parts = []

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from tokred.engine.graphs import compiling
 from tokred.engine.memory import Memory
 from tokred.engine.observing import Observer, Record
+from tokred.graphs import compiling
 
 
 @dataclass

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tokred.compat.tome.observer import OnModel
 from tokred.compat.tome.utils import parse_r
 from tokred.engine import Reduction
-from tokred.engine.graphs import compiling
+from tokred.graphs import compiling
 from tokred.host import UnsupportedModelError, module_of
 from tokred.patching import hang, reduction_for
 from tokred.schedule import removing

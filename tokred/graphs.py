@@ -1,6 +1,7 @@
 """Whether code runs as it is, or becomes a graph.
 
 `torch.compiler.is_compiling()` is no answer: it is true of all threads while one of them compiles.
+What then takes another way to the same numbers need not get the same bits, nor spare what is padding.
 (So is its word on exporting, of all threads while one of them exports.)
 """
 
