@@ -1,8 +1,8 @@
 """Whether code runs as it is, or becomes a graph.
 
 `torch.compiler.is_compiling()` is no answer: it is true of all threads while one of them compiles.
-What then takes another way to the same numbers need not get the same bits, nor spare what is padding.
-(So is its word on exporting, of all threads while one of them exports.)
+Another way to the same numbers, which is meant for graphs, need not give the same bits, nor spare
+what is padding. (Its word on exporting is true of all threads, too, while one of them exports.)
 """
 
 from __future__ import annotations
