@@ -10,10 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def compiling() -> bool:
-    """Whether `torch.compile` is following this code. Nothing can ride on an activation there."""
-    return torch.compiler.is_dynamo_compiling()
+compiling = torch.compiler.is_dynamo_compiling
+"""Whether `torch.compile` is following this code. Nothing can ride on an activation there."""
 
 
 def exporting() -> bool:

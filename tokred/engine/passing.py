@@ -92,12 +92,12 @@ def entering(reduction: Reduction, x: Float[Tensor, "batch tokens dim"], layer: 
 def carry(reduction: Reduction, x: Tensor, state: State) -> None:
     """Lets a state ride on an activation. Between two blocks, and in compiled code, it is the last
     one of this thread, too."""
-    memory = reduction.memory
-    if not compiling():
+    memory, following = reduction.memory, compiling()
+    if not following:
         memory.ride(x, state)
-    if compiling() or state.ahead is not None:
-        memory.here.state = state
-        memory.here.last = x
+    if following or state.ahead is not None:
+        here = memory.here
+        here.state, here.last = state, x
 
 
 def remember(reduction: Reduction, state: State) -> None:

@@ -33,7 +33,13 @@ def traced(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Proxy | None:
     """One of the arguments, if torch.fx is tracing and they stand for what is not there yet."""
     if compiling():
         return None
-    return next((given for given in (*args, *kwargs.values()) if isinstance(given, Proxy)), None)
+    for given in args:  # (Every block asks this in every pass: a generator takes longer.)
+        if isinstance(given, Proxy):
+            return given
+    for given in kwargs.values():
+        if isinstance(given, Proxy):
+            return given
+    return None
 
 
 def as_node(module: nn.Module, proxy: Proxy, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
