@@ -83,7 +83,7 @@ class Tower:
         if self.host is None:
             self.host = find_host(self.model)[0]
         last, strange = -1, -1
-        for at, block in enumerate(blocks_of(self.host, self.model)):
+        for at, block in enumerate(self.host.blocks(self.model)):
             layer = self._layer(block)
             if layer is None:
                 strange = at if strange < 0 else strange

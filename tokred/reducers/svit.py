@@ -221,12 +221,15 @@ def kept(
         number: choose this many, those with the highest odds (of equals, the lower index). If not
             given, choose the tokens that are more likely to be kept than not.
 
-    Tokens whose scores are NaN are chosen first: what is not a number must not vanish.
+    Tokens whose scores are not finite are chosen first: what is not a number must not vanish. (A
+    token with infinity has NaN or infinity as its score, as the norm in front of a gate has it.)
     """
+    lost = ~scores.isfinite().all(-1)
     there = tokens.size > 0
     if tokens.kept is not None:
         there = there & (tokens.kept > 0)
     if number is not None:
-        odds = (scores[..., 0] - scores[..., 1]).masked_fill(~there, -torch.inf)
+        odds = (scores[..., 0] - scores[..., 1]).masked_fill(lost, torch.nan)
+        odds = odds.masked_fill(~there, -torch.inf)
         return Kept(ranked(odds)[:, :number].sort(-1).values, odds.shape[1])
-    return kept_where(~(scores[..., 0] <= scores[..., 1]) & there)
+    return kept_where((lost | (scores[..., 0] > scores[..., 1])) & there)
