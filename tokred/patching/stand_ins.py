@@ -28,7 +28,7 @@ from tokred.engine.state import State
 from tokred.engine.step import Step, enter
 from tokred.engine.windows import too_small
 from tokred.graphs import compiling, exporting, in_a_graph
-from tokred.host import Denoiser, Host, Stage, blocks_of, find_host, hosts, is_a, submodule
+from tokred.host import Denoiser, Host, Stage, find_host, hosts, is_a, submodule
 from tokred.patching.tracers import as_node, refuse_fx, refuse_vmap, traced
 
 Checkpoint = Callable[[Any], Callable[..., Any] | None]

@@ -301,19 +301,21 @@ _CALLABLE = ("schedule", "fit", "on", "reconstruction", "copying")
 _OF_LEARNED = ("gates", "remembers", "layers", "gate", "score")
 
 
+# Here, because torch.compile of older versions cannot follow `get_args`.
+_PLACES, _FILLINGS = get_args(Place), get_args(Filling)
+
+
 def _check(reducer: Reducer, found: Traits) -> None:
     name = type(reducer).__name__
     if not isinstance(found.needs, frozenset) or not found.needs <= SIGNALS:
         raise ValueError(
             f"{name}.needs must be a frozenset of some of {sorted(SIGNALS)}, not {found.needs!r}"
         )
-    if found.place not in get_args(Place):
+    if found.place not in _PLACES:
+        raise ValueError(f"{name}.place must be one of {', '.join(_PLACES)}, not {found.place!r}")
+    if found.filling not in _FILLINGS:
         raise ValueError(
-            f"{name}.place must be one of {', '.join(get_args(Place))}, not {found.place!r}"
-        )
-    if found.filling not in get_args(Filling):
-        raise ValueError(
-            f"{name}.filling must be one of {', '.join(get_args(Filling))}, not {found.filling!r}"
+            f"{name}.filling must be one of {', '.join(_FILLINGS)}, not {found.filling!r}"
         )
     for trait in _BOOLEAN:
         if not isinstance(getattr(found, trait), bool):
