@@ -64,7 +64,7 @@ class Times:
         return min(max(share, 0.0), 1.0)
 
 
-THOUSAND = Times(1000, 0, whole=True)
+THOUSAND = Times(1000.0, 0.0, whole=True)
 """What most models are called with."""
 
 
