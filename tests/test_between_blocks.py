@@ -13,6 +13,7 @@ from conftest import small
 from families._swin import FEW, SWIN, stage_of
 from families._swin import images as windowed_images
 from test_hosts import SMALL, answered
+from test_threads import unet
 from torch import Tensor, nn
 
 import tokred
@@ -288,25 +289,17 @@ def test_applied_ends_behind_a_wrapper_too() -> None:
 
 
 def test_a_denoiser_is_as_it_was_behind_a_wrapper_too() -> None:
-    diffusers = pytest.importorskip("diffusers")
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(32, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-        norm_num_groups=8,
-    ).eval()
+    model = unet()
     x, text = torch.randn(1, 4, 16, 16), torch.randn(1, 7, 16)
     with torch.no_grad():
-        dense = unet(x, 500, text).sample
-        tokred.apply(unet, "tome", 0.5)
-        for module in unet.modules():
+        dense = model(x, 500, text).sample
+        tokred.apply(model, "tome", 0.5)
+        for module in model.modules():
             if type(module).__name__ == "Attention":
                 wrap(module)
-        assert not torch.equal(unet(x, 500, text).sample, dense)
-        tokred.remove(unet)
-        assert torch.equal(unet(x, 500, text).sample, dense)
+        assert not torch.equal(model(x, 500, text).sample, dense)
+        tokred.remove(model)
+        assert torch.equal(model(x, 500, text).sample, dense)
 
 
 # Heads behind features that were copied

@@ -116,8 +116,6 @@ class Reduction:
         observer = former.pop("attributes", None)
         self.__dict__.update({"observer": observer, "windows": windows, **former})
         self.__dict__.setdefault("memory", Memory(Running))
-        self.__dict__.setdefault("end", None)
-        self.__dict__.setdefault("hand_out", frozenset())
         self.__dict__.setdefault("unfused", state.get("_unfused", set()))
         self.traits = traits(self.reducer)
 
