@@ -17,7 +17,7 @@ from torch import nn
 from tokred.data.code import OURS
 from tokred.data.digest import NoFingerprintError, digest_of
 from tokred.data.fingerprint import dense_fingerprint, is_of
-from tokred.data.writing import PART, clear_parts, whole, write_text
+from tokred.data.writing import PART, clear_parts, read_mapping, whole, write_text
 from tokred.measure.conditions import versions_of
 from tokred.optional import require
 from tokred.training.curve import plot
@@ -166,17 +166,11 @@ def _before(out: Path) -> dict[str, Any]:
     file = out / "recipe.json"
     if not file.exists():
         return {}
-    try:
-        found = json.loads(file.read_text())
-        if not isinstance(found, dict):
-            raise ValueError("it holds no mapping")
-    except ValueError as error:
-        raise ValueError(
-            f"{file} is broken ({error}), and it alone says what the checkpoints in {out} depend "
-            "on. Put a copy of it back, or give another folder, or fresh (--fresh), which starts "
-            "anew"
-        ) from error
-    return found
+    return read_mapping(
+        file,
+        f"what the checkpoints in {out} depend on. Put a copy of it back, or give another folder, "
+        "or fresh (--fresh), which starts anew",
+    )
 
 
 def latest(out: Path) -> Path | None:

@@ -14,7 +14,7 @@ from torch import nn
 from tokred.data.code import version_of
 from tokred.data.digest import NoFingerprintError, digest_of
 from tokred.data.fingerprint import fingerprint, in_former_format
-from tokred.data.writing import write_text
+from tokred.data.writing import read_mapping, write_text
 from tokred.engine.denoising import Around
 from tokred.host import module_of
 from tokred.measure.conditions import switches, versions_of
@@ -107,17 +107,10 @@ def read(out: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is broken.
     """
-    file = out / "sweep.json"
-    try:
-        found = json.loads(file.read_text())
-        if not isinstance(found, dict):
-            raise ValueError("it holds no mapping")
-    except ValueError as error:
-        raise ValueError(
-            f"{file} is broken ({error}), and it alone says what the images in {out} depend on. "
-            "Put a copy of it back, or give another folder"
-        ) from error
-    return found
+    return read_mapping(
+        out / "sweep.json",
+        f"what the images in {out} depend on. Put a copy of it back, or give another folder",
+    )
 
 
 def pin(out: Path, pinned: Mapping[str, Any]) -> None:
