@@ -15,8 +15,8 @@ Out = TypeVar("Out")
 def outside_of_the_graph(
     why: str, call: Callable[..., Out], *args: object, **kwargs: object
 ) -> Out:
-    """Calls something in code that is being compiled, but leaves the graph for it: how many tokens
-    there will be depends on the images, and is not known yet.
+    """Calls something in code that is being compiled, but leaves the graph for it: what it does
+    depends on the images, which are not known yet.
 
     Args:
         why: a clause that names what makes it so, for the message below.
