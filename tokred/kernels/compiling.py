@@ -28,6 +28,12 @@ def compiled(function: F) -> F:
     return _compile(function, error_model="numpy")
 
 
+def compiled_fused(function: F) -> F:
+    """Like `compiled`; products and sums may be rounded once rather than twice, where the processor
+    has an instruction for both. What is computed of equal numbers is equal still."""
+    return _compile(function, error_model="numpy", fastmath={"contract"})
+
+
 def compiled_parallel(function: F) -> F:
     """Like `compiled`; every iteration of a `prange` loop may run on a thread of its own."""
     return _compile(function, parallel=True)
