@@ -1,8 +1,10 @@
 """What a model costs, counted and measured, beside the dense model and the free limit.
 
 The free limit is the speed of the same model when tokens are simply cut off, to the same numbers at
-the same layers. That takes no decision and no merging, so no method can be faster with this model
-and batch on this machine. Efficiency is a method's speed-up divided by that of the free limit.
+the same layers, by a slice in the model's own forward. That takes no decision, no merging and no
+bookkeeping, so no method can be faster with this model and batch on this machine. Efficiency is a
+method's speed-up divided by that of the free limit. What our bookkeeping costs is seen beside it:
+the same cuts, in patched blocks.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ class Flops:
 
 @dataclass(frozen=True)
 class Bench:
-    """Measured speed: the dense model, the reduced one, and the free limit, interleaved.
+    """Measured speed: the dense model, the reduced one, and the free limits, interleaved.
 
     Attributes:
         model: class of the model.
@@ -63,7 +65,10 @@ class Bench:
         counts: patch tokens after each layer; in a denoiser, the tokens that enter the modules of
             each reduced block.
         device, dtype, threads, compiled, versions: what it was measured on.
-        dense, reduced, limit: the three arms.
+        dense, reduced, limit: the arms. The limit is the seamless one, if there is one: a slice in
+            the model's own forward.
+        seamed: the same cuts in patched blocks; None if that is `limit` already.
+        why_seamed: why there is no seamless limit; empty if there is one.
     """
 
     model: str
@@ -80,6 +85,8 @@ class Bench:
     dense: Arm
     reduced: Arm
     limit: Arm
+    seamed: Arm | None = None
+    why_seamed: str = ""
 
     @property
     def speed_up(self) -> float:
@@ -95,6 +102,12 @@ class Bench:
         """The speed-up as a share of the free limit."""
         return self.speed_up / self.free_limit
 
+    @property
+    def bookkeeping(self) -> float | None:
+        """What patched blocks cost without any method, as a share of the free limit's time; None
+        where no limit runs without them."""
+        return None if self.seamed is None else self.seamed.median / self.limit.median - 1
+
     def warnings(self) -> list[str]:
         """Warnings for readers of the speeds, in sentences; none if the model is faster."""
         if self.speed_up >= 1:
@@ -106,18 +119,21 @@ class Bench:
         return [f"SLOWER than the dense model: {why}. Try a larger batch or a lower keep rate."]
 
     def as_dict(self) -> dict[str, Any]:
-        ratios = {name: getattr(self, name) for name in ("speed_up", "free_limit", "efficiency")}
+        names = ("speed_up", "free_limit", "efficiency", "bookkeeping")
+        ratios = {name: getattr(self, name) for name in names}
         return {**ratios, **dataclasses.asdict(self)}
 
     def __str__(self) -> str:
         lines = [
             f"{self.speed_up:.2f}x as fast as dense; free limit {self.free_limit:.2f}x; "
-            f"efficiency {self.efficiency:.2f}",
+            f"of limit {self.efficiency:.2f}, {self._bookkeeping_told}",
             *self.warnings(),
             f"{self.model}, {self.method}: {self.tokens} -> {', '.join(map(str, self.counts))}",
         ]
-        for name in ("dense", "reduced", "limit"):
-            arm: Arm = getattr(self, name)
+        for name in ("dense", "reduced", "limit", "seamed"):
+            arm: Arm | None = getattr(self, name)
+            if arm is None:
+                continue
             memory = f", {arm.peak_memory / 2**20:.0f} MiB" if arm.peak_memory is not None else ""
             lines.append(
                 f"  {name:8s}{self.batch / arm.median:10.1f} images/s  "
@@ -130,6 +146,12 @@ class Bench:
             f"{self.device}, {self.threads} threads, {versions}"
         )
         return "\n".join(lines)
+
+    @property
+    def _bookkeeping_told(self) -> str:
+        if self.bookkeeping is None:
+            return f"which holds our bookkeeping, too: {self.why_seamed}"
+        return f"of it bookkeeping {self.bookkeeping:.2f}"
 
 
 def flops(
@@ -170,8 +192,8 @@ def bench(
 ) -> Bench:
     """Measures the speed of the dense model, of the reduced model and of the free limit, in turns.
 
-    Every round runs the batch once through each of the three, in shuffled order; their medians are
-    compared. All three call the model's own attention, fused if the model fuses it. (A model that
+    Every round runs the batch once through each of them, in shuffled order; their medians are
+    compared. All of them call the model's own attention, fused if the model fuses it. (A model that
     was patched with `attention="fastest"` keeps that.) The model is left as it was.
 
     Args:
@@ -184,7 +206,7 @@ def bench(
         host: as for `tokred.apply`.
         rounds: measured runs of each.
         warmup: runs of each before, which are not measured.
-        compile: measure compiled copies of the model (`torch.compile`), one for each of the three.
+        compile: measure compiled copies of the model (`torch.compile`), one for each side.
         on_round: called after every round with (rounds done, rounds in all), for progress bars.
 
     Raises:
@@ -197,7 +219,7 @@ def bench(
     if model.training:
         raise ValueError("model must be in evaluation mode: call model.eval()")
     with subject(model, images, method, keep_rate, schedule, host) as what:
-        arms = {"dense": None, "reduced": what.reduction, "limit": what.limit}
+        arms = {"dense": None, "reduced": what.reduction, **what.limits.arms}
         racing = sides(model, what.host, arms, compile)
         measured = measure(racing, images, rounds, warmup, on_round)
     return Bench(
@@ -210,4 +232,6 @@ def bench(
         dense=measured["dense"],
         reduced=measured["reduced"],
         limit=measured["limit"],
+        seamed=measured.get("seamed"),
+        why_seamed=what.limits.why_seamed,
     )
