@@ -20,6 +20,7 @@ from tokred.data.inputs import Inputs
 from tokred.engine.denoising import Around
 from tokred.host import Host, module_of
 from tokred.measure.counting import count
+from tokred.measure.limit import Entrant
 from tokred.measure.race import Arm, measure, sides
 from tokred.measure.subject import check_method, check_rounds, put_back, subject
 from tokred.patching import reduction_of, remove, uncompiled
@@ -219,7 +220,7 @@ def bench(
     if model.training:
         raise ValueError("model must be in evaluation mode: call model.eval()")
     with subject(model, images, method, keep_rate, schedule, host) as what:
-        arms = {"dense": None, "reduced": what.reduction, **what.limits.arms}
+        arms: dict[str, Entrant] = {"dense": None, "reduced": what.reduction, **what.limits.arms}
         racing = sides(model, what.host, arms, compile)
         measured = measure(racing, images, rounds, warmup, on_round)
     return Bench(

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,13 @@ from tokred.engine.denoising import limit as limit_of_denoiser
 from tokred.engine.reduction import Reduction
 from tokred.engine.windows import InWindows, limit
 from tokred.host import Denoiser, Host, Stage, find_host
-from tokred.measure.slicing import NoSliceError, Slices, take_off
+from tokred.measure.slicing import ModuleSlices, NoSliceError, Slices, take_off
 from tokred.patching import hang, remove
 from tokred.reducers.truncate import Truncate
 from tokred.schedule import Exactly
+
+Entrant: TypeAlias = Reduction | Denoising | Slices | ModuleSlices | None
+"""What a model becomes in a race: reduced, sliced, or dense (None)."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,12 @@ class Limits:
         why_seamed: why there is no seamless limit, in words; empty if there is one.
     """
 
-    free: Slices | Reduction | Denoising
+    free: Slices | ModuleSlices | Reduction | Denoising
     seamed: Reduction | Denoising
     why_seamed: str = ""
 
     @property
-    def arms(self) -> dict[str, Any]:
+    def arms(self) -> dict[str, Entrant]:
         """The sides that they are in a race: "limit" and, where that is another one, "seamed"."""
         return (
             {"limit": self.free} if self.why_seamed else {"limit": self.free, "seamed": self.seamed}
@@ -56,13 +59,16 @@ class Limits:
 def put_on(
     model: nn.Module,
     host: Host | Stage | Denoiser,
-    side: Reduction | Denoising | Slices | None,
+    side: Entrant,
 ) -> None:
     """Makes a model one side of a race, in place of whatever it was before: reduced, or sliced, or
     dense (None)."""
     take_off(model)
     if isinstance(side, Slices):
         assert isinstance(host, Host)
+        side.put_on(model, host)
+    elif isinstance(side, ModuleSlices):
+        assert isinstance(host, Denoiser)
         side.put_on(model, host)
     elif side is not None:
         hang(model, host, side)
@@ -88,7 +94,8 @@ def limits_of(
     """
     seamed = free_limit_of(model, host, images, reduction, counts)
     if isinstance(reduction, Denoising) or isinstance(seamed, Denoising):
-        return Limits(seamed, seamed, "tokens are merged around single modules of a denoiser")
+        assert isinstance(seamed, Denoising) and isinstance(host, Denoiser)
+        return _limits_of_denoiser(model, host, images, seamed)
     if not isinstance(host, Host) or isinstance(reduction.reducer, InWindows):
         return Limits(seamed, seamed, "blocks attend in windows")
     first = first_of(images)
@@ -149,6 +156,27 @@ def free_limit_of(
     return cut
 
 
+def _limits_of_denoiser(
+    model: nn.Module, host: Denoiser, images: Inputs, seamed: Denoising
+) -> Limits:
+    put_on(model, host, seamed)
+    try:
+        with seamed.recording() as records:
+            expected = _answer(model, images)
+    finally:
+        take_off(model)
+    few = {record.path: record.after for record in records}
+    modules = tuple(
+        (f"{place.path}.{place.modules[name]}", few[place.path], name != "mlp")
+        for place in seamed.places
+        for name in seamed.around.modules
+        if name in place.modules and place.path in few
+    )
+    slices = ModuleSlices(modules, seamed.traits.keys_only)
+    why = _why_not(model, host, images, slices, expected)
+    return Limits(seamed if why else slices, seamed, why)
+
+
 @contextmanager
 def _seen(model: nn.Module, host: Host, seamed: Reduction) -> Iterator[dict[int, tuple[int, int]]]:
     """Puts the seamed limit on a model, and sees how many tokens enter and leave each block."""
@@ -179,11 +207,15 @@ def _answer(model: nn.Module, images: Inputs) -> list[Tensor]:
 
 
 def _why_not(
-    model: nn.Module, host: Host, images: Inputs, slices: Slices, expected: list[Tensor]
+    model: nn.Module,
+    host: Host | Denoiser,
+    images: Inputs,
+    slices: Slices | ModuleSlices,
+    expected: list[Tensor],
 ) -> str:
     """Why slices in the host's own forward are no limit; empty if they are."""
     try:
-        slices.put_on(model, host)
+        put_on(model, host, slices)
         found = _answer(model, images)
     except NoSliceError as error:
         return str(error)

@@ -19,11 +19,8 @@ import torch
 from torch import nn
 
 from tokred.data.inputs import Inputs, call, device_of
-from tokred.engine.denoising import Denoising
-from tokred.engine.reduction import Reduction
 from tokred.host import Denoiser, Host, Stage
-from tokred.measure.limit import put_on
-from tokred.measure.slicing import Slices
+from tokred.measure.limit import Entrant, put_on
 
 SURE, PATIENCE = 0.03, 3
 """Measuring stops early when the standard error of every speed-up is at most `SURE`, and at the
@@ -133,7 +130,7 @@ class Arm:
 def sides(
     model: nn.Module,
     host: Host | Stage | Denoiser,
-    arms: Mapping[str, Reduction | Denoising | Slices | None],
+    arms: Mapping[str, Entrant],
     compile: bool,
 ) -> dict[str, Side]:
     """A side for every reduction and limit (None: the dense model): one model in which they are

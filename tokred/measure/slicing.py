@@ -10,16 +10,17 @@ Where somebody looks at the full grid, the slices that were cut off are laid bac
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokred.engine.layout import Layout
-from tokred.host import Host, blocks_of, find_host, forward_of, innermost_slot
+from tokred.host import Denoiser, Host, blocks_of, find_host, forward_of, innermost_slot
 from tokred.patching import remove
 
 
@@ -87,12 +88,7 @@ class Slices:
             if placed and not cut.untouched and found.attention and found.attend:
                 made.append(Sliced(found.attention(block), found.attend, cut, own=False))
             before = after
-        for one in made:
-            where, name = innermost_slot(one.module)
-            if where is not vars(one.module) or name != "forward" or name in where:
-                raise NoSliceError("something is wrapped around its blocks")
-        for one in made:
-            vars(one.module)["forward"] = one
+        _hang(made)
 
     @property
     def _laid_back(self) -> bool:
@@ -101,12 +97,57 @@ class Slices:
         return rises or bool(self.shown)
 
 
+@dataclass(frozen=True)
+class ModuleSlices:
+    """Which modules of a denoiser run on a slice of their tokens. What they put out is padded with
+    zeros, which costs as little as anything that has its size.
+
+    Attributes:
+        modules: paths of modules, with the number of tokens that each gets, and whether it is an
+            attention.
+        keys_only: whether only keys and values are made of a slice.
+    """
+
+    modules: tuple[tuple[str, int, bool], ...]
+    keys_only: bool
+
+    def put_on(self, model: nn.Module, host: Denoiser) -> None:
+        """Puts the slices into a model, in place of whatever of ours hangs on it.
+
+        Raises:
+            NoSliceError: something is wrapped around a module.
+        """
+        take_off(model)
+        _hang(
+            [
+                SlicedModule(
+                    model.get_submodule(path), few, host.beside if attends else None, self.keys_only
+                )
+                for path, few, attends in self.modules
+            ]
+        )
+
+
 def take_off(model: nn.Module) -> None:
     """Takes off whatever of ours hangs on a model: slices, or a reduction."""
     for module in model.modules():
-        if isinstance(vars(module).get("forward"), Sliced):
+        if isinstance(vars(module).get("forward"), Sliced | SlicedModule):
             del vars(module)["forward"]
     remove(model)
+
+
+def _hang(made: Sequence[Sliced | SlicedModule]) -> None:
+    """Puts all stand-ins in place of forwards, or none.
+
+    Raises:
+        NoSliceError: something is wrapped around a module.
+    """
+    for one in made:
+        where, name = innermost_slot(one.module)
+        if where is not vars(one.module) or name != "forward" or name in where:
+            raise NoSliceError("something is wrapped around its blocks")
+    for one in made:
+        vars(one.module)["forward"] = one
 
 
 @dataclass
@@ -160,13 +201,13 @@ class Cut:
 
     def rows_and_columns(self, mask: Tensor) -> Tensor:
         if mask.ndim > 2 and mask.shape[-2] > 1:
-            mask = self._leading(mask, -2, self.before)
-        return self._leading(mask, -1, self.before)
+            mask = self.leading(mask, -2, self.before)
+        return self.leading(mask, -1, self.before)
 
     def rows(self, table: Tensor) -> Tensor:
         if table.shape[-2] == self.full:
             return table.narrow(-2, 0, self.before)
-        return self._leading(table, -2, self.before)
+        return self.leading(table, -2, self.before)
 
     def rotary(self, rotated: Callable[..., Tensor], *tables: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.rows(table) for table in tables)
@@ -186,9 +227,9 @@ class Cut:
             self.aside.append(x[:, self.prefix + self.after : end])
         if self.suffix == 0:
             return x[:, : self.prefix + self.after]
-        return self._leading(x, 1, self.after)
+        return self.leading(x, 1, self.after)
 
-    def _leading(self, x: Tensor, dim: int, patches: int) -> Tensor:
+    def leading(self, x: Tensor, dim: int, patches: int) -> Tensor:
         """The first patch tokens of a sequence along `dim`, and the tokens around them."""
         front = x.narrow(dim, 0, self.prefix + patches)
         if self.suffix == 0:
@@ -236,7 +277,7 @@ class Sliced:
         else:
             x, others = kwargs.pop(self.name), []
         if self.narrowed is not None:
-            x = self.cut._leading(x, 1, self.narrowed)
+            x = self._narrow(x, self.narrowed)
         if self.raised:
             x = self._raise(x)
         if self.entry:
@@ -250,6 +291,16 @@ class Sliced:
         if isinstance(y, tuple):
             return (self._show(y[0]), *y[1:])
         return self._show(y)
+
+    def _narrow(self, x: Tensor, patches: int) -> Tensor:
+        """The first tokens of the full grid, which somebody may have changed: so what was cut off
+        is taken from it, too."""
+        aside, end = self.cut.aside, self.cut.prefix + patches
+        assert aside is not None
+        for number, part in reversed(list(enumerate(aside))):
+            aside[number] = x[:, end : end + part.shape[1]]
+            end += part.shape[1]
+        return self.cut.leading(x, 1, patches)
 
     def _raise(self, x: Tensor) -> Tensor:
         """Lays slices back, the last one first, until there are as many tokens as are to leave."""
@@ -268,3 +319,34 @@ class Sliced:
     def _laid_back(self, x: Tensor, parts: list[Tensor]) -> Tensor:
         end = x.shape[1] - self.cut.suffix
         return torch.cat([x[:, :end], *parts, x[:, end:]], 1)
+
+
+@dataclass(eq=False)
+class SlicedModule:
+    """Stands in for the forward of a module of a denoiser.
+
+    Attributes:
+        module: the module.
+        few: how many tokens it gets.
+        beside: of an attention: makes what it is called with beside its tokens, see `Denoiser`.
+        keys_only: whether only keys and values are made of few tokens.
+    """
+
+    module: nn.Module
+    few: int
+    beside: Callable[..., dict[str, Any]] | None
+    keys_only: bool
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        forward, x = type(self.module).forward, hidden_states
+        if self.keys_only:
+            kwargs["encoder_hidden_states"] = self._sliced(x)
+            return forward(self.module, x, **kwargs)
+        if self.beside is not None:
+            kwargs.update(zip(("encoder_hidden_states", "attention_mask"), args, strict=False))
+            args, kwargs = (), self.beside(self.module, x, kwargs, self._sliced)
+        out = forward(self.module, self._sliced(x), *args, **kwargs)
+        return F.pad(out, (0, 0, 0, x.shape[1] - self.few))
+
+    def _sliced(self, x: Tensor) -> Tensor:
+        return x[:, : self.few]
