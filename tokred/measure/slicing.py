@@ -88,7 +88,7 @@ class Slices:
             if placed and not cut.untouched and found.attention and found.attend:
                 made.append(Sliced(found.attention(block), found.attend, cut, own=False))
             before = after
-        _hang(made)
+        hang_slices(made)
 
     @property
     def _laid_back(self) -> bool:
@@ -118,7 +118,7 @@ class ModuleSlices:
             NoSliceError: something is wrapped around a module.
         """
         take_off(model)
-        _hang(
+        hang_slices(
             [
                 SlicedModule(
                     model.get_submodule(path), few, host.beside if attends else None, self.keys_only
@@ -136,7 +136,7 @@ def take_off(model: nn.Module) -> None:
     remove(model)
 
 
-def _hang(made: Sequence[Sliced | SlicedModule]) -> None:
+def hang_slices(made: Sequence[Sliced | SlicedModule]) -> None:
     """Puts all stand-ins in place of forwards, or none.
 
     Raises:
