@@ -10,7 +10,7 @@ the same cuts, in patched blocks.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +18,20 @@ from torch import nn
 
 from tokred.data.inputs import Inputs
 from tokred.engine.denoising import Around
+from tokred.engine.reduction import Reduction
 from tokred.host import Host, module_of
 from tokred.measure.counting import count
 from tokred.measure.limit import Entrant
+from tokred.measure.payoff import WORTH, Payoff, checked, enlarged, estimate
 from tokred.measure.race import Arm, measure, sides
-from tokred.measure.subject import check_method, check_rounds, put_back, subject
+from tokred.measure.subject import Subject, check_method, check_rounds, put_back, subject
 from tokred.patching import reduction_of, remove, uncompiled
 from tokred.patching.presets import Preset
 from tokred.reducers import Reducer
 from tokred.schedule import Schedule
+
+SECONDS = 10.0
+"""How long it is measured at most from where on a reduction pays, beyond three rounds."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class Bench:
             the model's own forward.
         seamed: the same cuts in patched blocks; None if that is `limit` already.
         why_seamed: why there is no seamless limit; empty if there is one.
+        payoff: if nothing is gained, but could be: from how many images or tokens on it pays.
     """
 
     model: str
@@ -88,6 +94,7 @@ class Bench:
     limit: Arm
     seamed: Arm | None = None
     why_seamed: str = ""
+    payoff: Payoff | None = None
 
     @property
     def speed_up(self) -> float:
@@ -111,13 +118,24 @@ class Bench:
 
     def warnings(self) -> list[str]:
         """Warnings for readers of the speeds, in sentences; none if the model is faster."""
-        if self.speed_up >= 1:
+        if self.speed_up >= WORTH:
             return []
+        head = "Next to nothing is gained" if self.speed_up >= 1 else "SLOWER than the dense model"
         if self.free_limit < 1.05:
             why = "even tokens cut off at no cost would gain next to nothing here"
+            return [f"{head}: {why}. Try a larger batch or a lower keep rate."]
+        saved = f"than the fewer tokens save ({_ms(self.dense.median - self.limit.median)})"
+        above = self.reduced.median - self.limit.median
+        if self.seamed is None:
+            costs = f"deciding which tokens go costs more ({_ms(above)}, with our bookkeeping)"
         else:
-            why = "deciding which tokens go costs more than the fewer tokens save"
-        return [f"SLOWER than the dense model: {why}. Try a larger batch or a lower keep rate."]
+            books = max(0.0, self.seamed.median - self.limit.median)
+            costs = (
+                f"deciding which tokens go costs more ({_ms(above)}, with {_ms(books)} of our "
+                "bookkeeping)"
+            )
+        told = [f"{head}: {costs} {saved}. Try a larger batch or a lower keep rate."]
+        return told if self.payoff is None else [*told, str(self.payoff)]
 
     def as_dict(self) -> dict[str, Any]:
         names = ("speed_up", "free_limit", "efficiency", "bookkeeping")
@@ -153,6 +171,10 @@ class Bench:
         if self.bookkeeping is None:
             return f"which holds our bookkeeping, too: {self.why_seamed}"
         return f"of it bookkeeping {self.bookkeeping:.2f}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.2f} ms"
 
 
 def flops(
@@ -195,7 +217,9 @@ def bench(
 
     Every round runs the batch once through each of them, in shuffled order; their medians are
     compared. All of them call the model's own attention, fused if the model fuses it. (A model that
-    was patched with `attention="fastest"` keeps that.) The model is left as it was.
+    was patched with `attention="fastest"` keeps that.) If nothing is gained, although fewer tokens
+    would save time, it is estimated from how many images on it pays, and so many are measured, too
+    (the same ones again and again). The model is left as it was.
 
     Args:
         model: a supported model, with or without a reduction, or a diffusers pipeline.
@@ -223,6 +247,7 @@ def bench(
         arms: dict[str, Entrant] = {"dense": None, "reduced": what.reduction, **what.limits.arms}
         racing = sides(model, what.host, arms, compile)
         measured = measure(racing, images, rounds, warmup, on_round)
+        pays = _payoff(what, measured, images, rounds, compile)
     return Bench(
         model=type(model).__name__,
         method=str(what.reduction.reducer),
@@ -235,4 +260,27 @@ def bench(
         limit=measured["limit"],
         seamed=measured.get("seamed"),
         why_seamed=what.limits.why_seamed,
+        payoff=pays,
     )
+
+
+def _payoff(
+    what: Subject, measured: Mapping[str, Arm], images: Inputs, rounds: int, compile: bool
+) -> Payoff | None:
+    """From where on a reduction pays that does not pay here; None if it does, or if fewer tokens
+    would save nothing."""
+    dense, reduced, limit = (measured[name].median for name in ("dense", "reduced", "limit"))
+    if dense / reduced >= WORTH or dense / limit < 1.05:
+        return None
+    batch = what.conditions["batch"]
+    found = estimate(batch, what.tokens, dense, reduced, limit)
+    if compile or not isinstance(what.reduction, Reduction):
+        return found  # a check would compile again; inputs of denoisers are more than images
+
+    def timed(many: int) -> tuple[float, float]:
+        arms: dict[str, Entrant] = {"dense": None, "reduced": what.reduction}
+        racing = sides(what.model, what.host, arms, compile=False)
+        arm = measure(racing, enlarged(images, many), min(rounds, 10), 1, limit=SECONDS)
+        return arm["dense"].median, arm["reduced"].median
+
+    return checked(found, batch, dense, reduced, timed)
