@@ -23,7 +23,7 @@ from tokred.host import Host, module_of
 from tokred.measure.counting import count
 from tokred.measure.limit import Entrant
 from tokred.measure.payoff import WORTH, Payoff, checked, enlarged, estimate
-from tokred.measure.race import Arm, measure, sides
+from tokred.measure.race import Arm, books_told, measure, sides
 from tokred.measure.subject import Subject, check_method, check_rounds, put_back, subject
 from tokred.patching import reduction_of, remove, uncompiled
 from tokred.patching.presets import Preset
@@ -145,7 +145,7 @@ class Bench:
     def __str__(self) -> str:
         lines = [
             f"{self.speed_up:.2f}x as fast as dense; free limit {self.free_limit:.2f}x; "
-            f"of limit {self.efficiency:.2f}, {self._bookkeeping_told}",
+            f"of limit {self.efficiency:.2f}, {books_told(self.bookkeeping, self.why_seamed)}",
             *self.warnings(),
             f"{self.model}, {self.method}: {self.tokens} -> {', '.join(map(str, self.counts))}",
         ]
@@ -165,12 +165,6 @@ class Bench:
             f"{self.device}, {self.threads} threads, {versions}"
         )
         return "\n".join(lines)
-
-    @property
-    def _bookkeeping_told(self) -> str:
-        if self.bookkeeping is None:
-            return f"which holds our bookkeeping, too: {self.why_seamed}"
-        return f"of it bookkeeping {self.bookkeeping:.2f}"
 
 
 def _ms(seconds: float) -> str:

@@ -127,6 +127,19 @@ class Arm:
         return (high - low) / 2 / self.median
 
 
+def books_told(bookkeeping: float | None, why_seamed: str) -> str:
+    """What to say of bookkeeping behind the share of the free limit.
+
+    Args:
+        bookkeeping: what patched blocks cost without any method, as a share of the free limit's
+            time; None where no limit runs without them.
+        why_seamed: why none does.
+    """
+    if bookkeeping is None:
+        return f"which holds our bookkeeping, too: {why_seamed}"
+    return f"of it bookkeeping {bookkeeping:.2f}"
+
+
 def sides(
     model: nn.Module,
     host: Host | Stage | Denoiser,

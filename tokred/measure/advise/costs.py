@@ -86,7 +86,9 @@ def measured(work: Work, methods: Sequence[Setting], progress: Progress) -> dict
     layers = [times for one in profiles.values() for times in one.layers]
     if not layers:
         return {}
-    points = [(t.before, t.limit) for t in layers] + [(work.tokens, t.dense) for t in layers]
+    # With bookkeeping, if that is known: reduced models have it, too.
+    free = [(t.before, t.limit if t.seamed is None else t.seamed) for t in layers]
+    points = free + [(work.tokens, t.dense) for t in layers]
     block = parabola(points)
     found = {}
     for method, one in profiles.items():
