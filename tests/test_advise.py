@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -156,6 +157,7 @@ def test_a_model_that_nothing_helps_gets_told_so(clock: Callable[[float], None])
         told = str(advice)
         assert "Nothing helps" in told and "cut off at no cost" in told
         assert "batch 1 on cpu" in told and "starting operators rather than into tokens" in told
+        assert "With 8 images at a time, the free limit is 1.0" in told
         assert json.dumps(advice.as_dict())
 
 
@@ -199,6 +201,27 @@ def test_windows_are_advised_on_as_well(clock: Callable[[float], None]) -> None:
     assert "tome" in advice.evaluation.refused
     assert advice.setting is None or advice.setting.method == "slic"
     assert advice.evaluation.rows[1:] or "Nothing helps" in str(advice)
+
+
+def test_where_a_method_costs_too_much_for_one_image_it_is_told_how_many_pay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def pace(work: Work, arms: Mapping[str, Any], inputs: torch.Tensor, *_: Any, **__: Any) -> Any:
+        taken = {}
+        for name, side in arms.items():
+            counts = side.counts if isinstance(side, Slices) else work.counts(side)
+            decides = not isinstance(side, Slices) and side is not None
+            taken[name] = Pace(len(inputs) * sum(counts) + 150.0 * decides)
+        return taken
+
+    monkeypatch.setattr(Work, "pace", pace)
+    model = small("vit")
+    advice = quick(model, torch.randn(4, 3, 64, 64), batch=1, methods=["random"], speedup=1.5)
+    assert advice.choice is None
+    told = str(advice)
+    many = re.search(r"By estimate it takes (\d+) images at a time to be 1.5x as fast", told)
+    assert many is not None and 1 < int(many[1]) < 64
+    assert f"Measured with {many[1]} images at a time: 1." in told
 
 
 def test_an_impossible_budget_is_told_with_what_is_possible() -> None:
