@@ -128,6 +128,22 @@ def test_modules_of_denoisers_run_on_a_slice(name: str, method: str) -> None:
     assert traces(model) == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method, rate", [("tome", 0.5), ("slic", RISES)], ids=["falls", "rises"])
+@pytest.mark.parametrize("name", [FIRST["timm_vit"], FIRST["timm_eva"]])
+def test_a_slice_is_one_graph(name: str, method: str, rate: Any) -> None:
+    torch.manual_seed(0)
+    model, inputs = SMALL[name].build(), SMALL[name].inputs(2)
+    found = limits(model, inputs, method, rate)
+    put_on(model, host_of(model), found.free)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = leaves(call(model, inputs))
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        for _ in range(2):
+            torch.testing.assert_close(leaves(call(compiled, inputs)), expected)
+
+
 def test_only_blocks_that_cut_are_stood_in_for_and_see_as_few_tokens() -> None:
     model = timm.create_model("deit_tiny_patch16_224", depth=4).eval()
     images = torch.randn(1, 3, 224, 224)
