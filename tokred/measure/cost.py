@@ -232,6 +232,7 @@ def bench(
         ValueError: no method is given and none is applied; a keep rate or a schedule is given
             without a method; or the model is in training mode.
     """
+    # Longer than 60 lines by its documented arguments.
     check_rounds(rounds, warmup)
     check_method(method, keep_rate, schedule)
     model = uncompiled(module_of(model))
