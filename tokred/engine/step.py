@@ -18,6 +18,7 @@ from tokred.engine.pooling import check_training, needed_for_pooling, needs_to_k
 from tokred.engine.reduction import Reduction
 from tokred.engine.sequence import between, descend, expand, ones, up
 from tokred.engine.state import Reduced, State, unrolled
+from tokred.engine.without_mask import knowing_sizes
 from tokred.graphs import compiling
 from tokred.kernels.varlen import NotPerImageError
 from tokred.maps import TokenMap, Weighted, ranked, side_by_side, take
@@ -111,7 +112,7 @@ class Step:
         if self.untouched:
             return self._bias(x, mask)
         with self.reduction.part("bias"):
-            return self._bias(x, mask)
+            return knowing_sizes(self.reduction, self.state, self._bias(x, mask), mask)
 
     def rows_and_columns(self, mask: Tensor) -> Tensor:
         """A mask over the full sequence, re-indexed for the tokens that are left; itself as long
