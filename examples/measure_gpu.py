@@ -146,7 +146,7 @@ def kernels(sizes: Sizes) -> Found:
     def by_torch(distance: Tensor, keep: int, linkage: str) -> Tensor:
         return agglomerative_torch.cluster(distance.cpu(), keep, linkage)
 
-    references = {"torch": by_torch}
+    references: dict[str, Callable[..., Tensor]] = {"torch": by_torch}
     with suppress(ModuleNotFoundError):
         from tokred.kernels import agglomerative_numba
 
@@ -200,10 +200,11 @@ def attention(sizes: Sizes) -> Found:
     for sequences, tokens in sizes.attention:
         case = without_mask.Case(device, sizes.dtype, False, sequences, tokens, 64, 64)
         took = without_mask.seconds_of_both(case)
-        heads = torch.randn(3, 1, sequences, tokens, 64, device=device).to(sizes.dtype).unbind()
+        drawn = torch.randn(3, 1, sequences, tokens, 64, device=device).to(sizes.dtype)
+        query, key, value = drawn.unbind()
         bias = torch.randint(1, 9, (1, 1, 1, tokens), device=device).log()
-        taken = without_mask.is_faster(*heads)
-        found = {"seconds": took, "errors": errors(*heads, bias), "taken": taken}
+        taken = without_mask.is_faster(query, key, value)
+        found = {"seconds": took, "errors": errors(query, key, value, bias), "taken": taken}
         yield f"{sequences} x {tokens}", found
 
 

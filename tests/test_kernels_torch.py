@@ -203,7 +203,7 @@ def test_refuses_more_tokens_than_an_edge_has_bits_for() -> None:
         agglomerative_torch.cluster(torch.zeros(1, 1, 1).expand(1, many, many), 2, "single")
 
 
-def test_triton_equals_torch() -> None:
+def test_triton_equals_torch_and_numba() -> None:
     """In a process of its own: Triton reads whether to interpret when it is first imported."""
     if not atc._installed("triton"):
         pytest.skip("needs triton >= 3.3")
@@ -216,20 +216,26 @@ def test_triton_equals_torch() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "93 problems solved alike\n"
+    assert done.stdout == "117 problems solved alike\n"
 
 
 def compare_triton_with_torch() -> None:
-    """Triton's interpreter against the PyTorch backend, on small problems."""
+    """Triton's interpreter against the other backends, on small problems."""
     from tokred.kernels import agglomerative_triton
 
+    references = [agglomerative_torch.cluster]
+    if atc._installed("numba"):
+        from tokred.kernels import agglomerative_numba
+
+        references.append(agglomerative_numba.cluster)
     rng = np.random.default_rng(3)
     solved = 0
 
     def compare(far: Tensor, num_clusters: int, linkage: str) -> None:
         nonlocal solved
         ours = agglomerative_triton.cluster(far, num_clusters, linkage)
-        assert torch.equal(ours, agglomerative_torch.cluster(far, num_clusters, linkage))
+        for reference in references:
+            assert torch.equal(ours, reference(far.clone(), num_clusters, linkage))
         solved += 1
 
     for kind in (*KINDS, *TIES):
@@ -244,6 +250,13 @@ def compare_triton_with_torch() -> None:
             compare(far, tokens - int(rng.integers(1, 37 if kind in KINDS else 20)), linkage)
     far = torch.cat([few_values(12, rng) for _ in range(3)])
     for linkage, num_clusters in itertools.product(LINKAGES, range(1, 12)):
+        compare(far, num_clusters, linkage)
+    # Tokens that are zero or not finite; one cluster, and as many as tokens.
+    x = torch.randn(3, 9, 8, generator=torch.Generator().manual_seed(0))
+    x[0, ::2], x[1, 4, 0], x[1, 5, 0], x[2] = 0, torch.nan, torch.inf, torch.nan
+    far = atc.cosine_distance(x)
+    for linkage, num_clusters, small in itertools.product(LINKAGES, (1, 4, 8, 9), (1, 256)):
+        agglomerative_triton._SMALL = small
         compare(far, num_clusters, linkage)
     print(f"{solved} problems solved alike")
 
