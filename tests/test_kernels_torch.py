@@ -219,6 +219,42 @@ def test_triton_equals_torch_and_numba() -> None:
     assert done.stdout == "117 problems solved alike\n"
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled")
+@pytest.mark.parametrize("linkage", LINKAGES)
+def test_triton_compiles_for_a_device_that_is_not_there(linkage: str) -> None:
+    if not atc._installed("triton"):
+        pytest.skip("needs triton >= 3.3")
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from tokred.kernels import agglomerative_triton
+
+    kernels = {
+        "single": ("_start", "_tree", "_hook", "_leave", "_forest"),
+        "complete": ("_start", "_rounds", "_pairs", "_join"),
+    }
+    exact = "*fp64" if linkage == "average" else "*fp32"
+    types = {
+        **dict.fromkeys(("linked", "symmetric", "far", "size", "height", "bound"), exact),
+        **dict.fromkeys(("least", "edges", "longest"), "*i64"),
+        **dict.fromkeys(("apart", "tokens", "merges"), "i32"),
+        "distance": "*fp32",
+    }
+    fixed = {"average": linkage == "average", "block": 256, "rows": 16, "columns": 64, "jumps": 8}
+    for name in kernels.get(linkage, kernels["complete"]):
+        kernel = getattr(agglomerative_triton, f"{name}_kernel")
+        constants = {key: value for key, value in fixed.items() if key in kernel.arg_names}
+        others = {key: types.get(key, "*i32") for key in kernel.arg_names if key not in constants}
+        signature = {**others, **dict.fromkeys(constants, "constexpr")}
+        source = triton.compiler.ASTSource(
+            fn=kernel,
+            signature={key: signature[key] for key in kernel.arg_names},
+            constexprs=constants,
+        )
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+        assert "cubin" in compiled.asm
+
+
 def compare_triton_with_torch() -> None:
     """Triton's interpreter against the other backends, on small problems."""
     from tokred.kernels import agglomerative_triton

@@ -36,8 +36,8 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 def attention_without_mask(
     attend: Attention,
     query: Float[Tensor, "batch heads queries key_dim"],
-    key: Float[Tensor, "batch heads tokens key_dim"],
-    value: Float[Tensor, "batch heads tokens value_dim"],
+    key: Float[Tensor, "batch key_heads tokens key_dim"],
+    value: Float[Tensor, "batch key_heads tokens value_dim"],
     bias: Float[Tensor, "batch 1 1 tokens"],
 ) -> Tensor:
     """Attention in which key j counts exp(bias_j) times, by a function that takes no mask.
@@ -240,8 +240,8 @@ def case_of(query: Tensor, key: Tensor, value: Tensor) -> Case:
 
 def is_faster(
     query: Float[Tensor, "batch heads queries key_dim"],
-    key: Float[Tensor, "batch heads tokens key_dim"],
-    value: Float[Tensor, "batch heads tokens value_dim"],
+    key: Float[Tensor, "batch key_heads tokens key_dim"],
+    value: Float[Tensor, "batch key_heads tokens value_dim"],
 ) -> bool:
     """Whether attention with token sizes is faster without a mask. (Measured on first use, which
     takes some milliseconds and waits for the device; never while a CUDA graph is captured, whose
