@@ -18,6 +18,7 @@ from tokred.engine.pooling import check_training, needed_for_pooling, needs_to_k
 from tokred.engine.reduction import Reduction
 from tokred.engine.sequence import between, chosen, descend, expand, merged, ones, up
 from tokred.engine.state import Reduced, State, unrolled
+from tokred.engine.without_mask import knowing_sizes
 from tokred.graphs import compiling
 from tokred.kernels.native import is_native
 from tokred.kernels.varlen import NotPerImageError
@@ -112,7 +113,7 @@ class Step:
         if self.untouched:
             return self._bias(x, mask)
         with self.reduction.part("bias"):
-            return self._bias(x, mask)
+            return knowing_sizes(self.reduction, self.state, self._bias(x, mask), mask)
 
     def rows_and_columns(self, mask: Tensor) -> Tensor:
         """A mask over the full sequence, re-indexed for the tokens that are left; itself as long
@@ -374,9 +375,8 @@ class Step:
                 bias = log[:, None, None, :]
             else:
                 bias = self._bias_of(new, token_map.ragged)
-            # Once, rather than in every block. In the dtype of the tokens: with float64 queries and
-            # a float32 mask, torch's fused attention on the CPU is silently wrong.
-            bias = None if bias is None else bias.to(tokens.dtype)
+            if bias is not None and self.reduction.attention != "fastest":
+                bias = bias.to(tokens.dtype)  # once, rather than in every block
         if self.reduction.layout.by_position:
             index = token_map.representatives()
             if state.index is not None:
@@ -523,6 +523,8 @@ class Step:
                 mask = (mask != 0)[:, None, None]
             mask = self.rows_and_columns(mask)
         if self.state.bias is not None:
+            # In the dtype of x: with float64 queries and a float32 mask, torch's fused attention
+            # on the CPU is silently wrong.
             mask = added(self.state.bias.to(x.dtype), mask)
         self.mask = mask
         return given if self.untouched else mask
