@@ -9,7 +9,7 @@ from torch import Tensor
 from tokred.engine.layout import Layout
 from tokred.engine.state import Reduced, State, unrolled
 from tokred.kernels.native import is_native
-from tokred.maps import Clusters, take
+from tokred.maps import Clusters, Kept, TokenMap, take
 
 
 def between(
@@ -21,28 +21,34 @@ def between(
     return torch.cat([x[:, : layout.prefix], patch_tokens, x[:, -layout.suffix :]], 1)
 
 
-def merged(
+def fewer(
     layout: Layout,
     x: Float[Tensor, "batch tokens dim"],
-    clusters: Clusters,
-    size: Float[Tensor, "batch fine"] | None,
+    token_map: TokenMap,
+    size: Float[Tensor, "batch fine"],
 ) -> tuple[
-    Float[Tensor, "batch new dim"], Float[Tensor, "batch coarse"], Float[Tensor, "batch new"]
+    Float[Tensor, "batch new dim"],
+    Float[Tensor, "batch coarse"] | None,
+    Float[Tensor, "batch new"] | None,
 ]:
-    """The sequence with merged patch tokens; how many original tokens each stands for; and the
-    logarithms of that, 0 for the other tokens of the sequence. One kernel, where that is native.
+    """The sequence that a map leaves. And, where one kernel gives all of it, how many original
+    tokens each of its patch tokens stands for, and the logarithms of that, 0 for its other tokens.
 
     Args:
         layout: how the sequence is laid out.
         x: the sequence.
-        clusters: which patch tokens merge; not ragged.
-        size: how many original tokens each patch token stands for; 1 if not given.
+        token_map: how its patch tokens become fewer.
+        size: how many original tokens each of them stands for.
     """
-    from tokred.kernels import merging_numba
+    if type(token_map) is Clusters and not token_map.ragged and is_native(x):
+        from tokred.kernels import merging_numba
 
-    return merging_numba.merge(
-        x, clusters.index, clusters.num_coarse, size, clusters.share, layout.prefix
-    )
+        return merging_numba.merge(
+            x, token_map.index, token_map.num_coarse, size, token_map.share, layout.prefix
+        )
+    if type(token_map) is Kept:
+        return chosen(layout, x, token_map.index), None, None
+    return between(layout, x, token_map.down(layout.patch_tokens(x), size)), None, None
 
 
 def chosen(

@@ -16,13 +16,12 @@ from tokred.engine.attention import added, explicit_is_faster, mean_attention, q
 from tokred.engine.observing import Record
 from tokred.engine.pooling import check_training, needed_for_pooling, needs_to_know
 from tokred.engine.reduction import Reduction
-from tokred.engine.sequence import between, chosen, descend, expand, merged, ones, up
+from tokred.engine.sequence import descend, expand, fewer, ones, up
 from tokred.engine.state import Reduced, State, unrolled
 from tokred.engine.without_mask import knowing_sizes
 from tokred.graphs import compiling
-from tokred.kernels.native import is_native
 from tokred.kernels.varlen import NotPerImageError
-from tokred.maps import Clusters, Kept, TokenMap, Weighted, ranked, side_by_side, take
+from tokred.maps import TokenMap, Weighted, ranked, side_by_side, take
 from tokred.reducers.protocol import Tokens, check_map
 
 
@@ -423,35 +422,19 @@ class Step:
                     f"{reduction.reducer} returned {token_map.num_coarse} tokens of {len(size[0])} "
                     f"at layer {self.layer}, but was asked for {keep}"
                 )
-            x, total, log = self._fewer(x, tokens, token_map, size)
+            x, total, log = fewer(layout, x, token_map, size)
             coarse_grid = getattr(token_map, "grid", None)
             if reduction.reconstruction is not None:
                 # Chosen by what tokens are now: later there is nothing to compare them by.
                 with self.reduction.part("back"):
-                    fewer = layout.patch_tokens(x)
-                    index, weight = reduction.reconstruction(tokens, fewer, state.grid, coarse_grid)
+                    few = layout.patch_tokens(x)
+                    index, weight = reduction.reconstruction(tokens, few, state.grid, coarse_grid)
                 token_map = Weighted(token_map, index, weight)
         self.signals.clear()  # so that the keys need not live on through the MLP
         del view
         reduction.record(Record(self.layer, size.shape[1], token_map.num_coarse, token_map))
         self.go_down(token_map, keep, tokens, size, coarse_grid, total, log)
         return x
-
-    def _fewer(
-        self,
-        x: Float[Tensor, "batch tokens dim"],
-        tokens: Float[Tensor, "batch fine dim"],
-        token_map: TokenMap,
-        size: Float[Tensor, "batch fine"],
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The sequence that a map leaves; and, where one kernel gives all of it, how many original
-        tokens each patch token stands for, and the logarithms of that (see `sequence.merged`)."""
-        layout = self.reduction.layout
-        if type(token_map) is Clusters and not token_map.ragged and is_native(x):
-            return merged(layout, x, token_map, size)
-        if type(token_map) is Kept:
-            return chosen(layout, x, token_map.index), None, None
-        return between(layout, x, token_map.down(tokens, size)), None, None
 
     def _chosen(self, view: Tokens, keep: int) -> TokenMap:
         """The map that the method makes of tokens, held to what the method says of itself."""

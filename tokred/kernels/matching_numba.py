@@ -129,12 +129,12 @@ def _match_share(
     """The samples `share`, `share + shares`, ..."""
     whole = labels.shape[1]
     metric, counts = np.empty((whole, dim), np.float32), np.ones(whole, np.float32)
-    half, channels = (whole + 1) // 2, (dim + 7) // 8 * 8
+    half, channels = (whole + 1) // 2, (dim + 3) // 4 * 4
     # Whole vectors of sixteen: what is left of one would take as long as several.
     source = np.zeros((half, channels), np.float32)
     target = np.zeros((channels, (half + 15) // 16 * 16), np.float32)
     rank, partner = np.empty(half, np.int32), np.empty(half, np.int64)
-    once = np.empty(whole, np.int64)
+    once, parts = np.empty(whole, np.int64), np.empty(16, np.float32)
     for sample in range(share, labels.shape[0], shares):
         label, num = labels[sample], whole
         _sum_heads(key, sample * steps[0], heads, steps[1], steps[2], metric)
@@ -149,7 +149,7 @@ def _match_share(
             odd = 1 - even
             of_a, of_b = (num + odd) // 2, (num + even) // 2
             for n in range(num):
-                inverse = 1 / max(_length(metric[n]), np.float32(1e-12))
+                inverse = 1 / max(_length(metric[n], parts), np.float32(1e-12))
                 if n % 2 == even:
                     for c in range(dim):
                         source[n // 2, c] = metric[n, c] * inverse
@@ -187,9 +187,10 @@ def _sum_heads(
 
 
 @compiled_fused
-def _length(row: Floats) -> float:
+def _length(row: Floats, parts: Floats) -> float:
     """The square root of the sum of squares, in sixteen parts that are added up at the end."""
-    parts = np.zeros(16, np.float32)
+    for c in range(16):
+        parts[c] = 0
     whole = row.shape[0] // 16 * 16
     for start in range(0, whole, 16):
         for c in range(16):
@@ -207,42 +208,52 @@ def _propose(
     source: Floats, target: Floats, of_a: int, of_b: int, rank: Integers, partner: Integers
 ) -> None:
     """For every token of A, its most similar token of B, the first of equals; and its similarity,
-    as an integer that ranks like it.
-
-    A row of products is a sum of multiples of the rows of `target`, eight of them at a time. (There
-    is a multiple of eight. For more at a time, compilers do not vectorise.)
-    """
+    as an integer that ranks like it."""
     columns = (of_b + 15) // 16 * 16
-    products = np.empty(columns, np.float32)
+    products = np.empty(2 * columns, np.float32)
     bits = products.view(np.int32)
     nowhere = np.int32(of_b)
-    for i in range(of_a):
-        factor = source[i]
-        for j in range(columns):
-            products[j] = 0
-        for k in range(0, factor.shape[0], 8):
-            _add_multiples(products, factor[k : k + 8], target[k : k + 8])
-        most = np.int32(-0x80000000)
-        for j in range(of_b):
-            bits[j] = _ranked(bits[j])
-        for j in range(of_b):
-            most = max(most, bits[j])
-        found = nowhere
-        for j in range(of_b):
-            found = min(found, np.int32(j) if bits[j] == most else nowhere)
-        rank[i], partner[i] = most, found
+    for start in range(0, of_a, 2):
+        # Behind the last row of an odd number, it is done again.
+        _two_rows(source[start], source[min(start + 1, of_a - 1)], target, products, columns)
+        for row in range(min(2, of_a - start)):
+            own = bits[row * columns : row * columns + of_b]
+            most = np.int32(-0x80000000)
+            for j in range(of_b):
+                own[j] = _ranked(own[j])
+            for j in range(of_b):
+                most = max(most, own[j])
+            found = nowhere
+            for j in range(of_b):
+                found = min(found, np.int32(j) if own[j] == most else nowhere)
+            rank[start + row], partner[start + row] = most, found
 
 
 @compiled_fused
-def _add_multiples(products: Floats, factor: Floats, target: Floats) -> None:
-    """Adds eight rows of `target`, each times its factor."""
-    a, b, c, d = target[0], target[1], target[2], target[3]
-    e, f, g, h = target[4], target[5], target[6], target[7]
-    r, s, t, u = factor[0], factor[1], factor[2], factor[3]
-    v, w, x, y = factor[4], factor[5], factor[6], factor[7]
+def _two_rows(
+    one: Floats, other: Floats, target: Floats, products: Floats, columns: int
+) -> None:
+    """Two rows of products: sums of multiples of the rows of `target`, four of those at a time
+    (there is a multiple of four).
+
+    In one array each, with unsigned indices, which need not be tried for negative ones: for more
+    arrays, compilers do not vectorise.
+    """
+    flat = target.reshape(target.size)
+    wide, width = np.uint64(columns), np.uint64(target.shape[1])
     for j in range(products.shape[0]):
-        total = products[j] + r * a[j] + s * b[j] + t * c[j] + u * d[j]
-        products[j] = total + v * e[j] + w * f[j] + x * g[j] + y * h[j]
+        products[j] = 0
+    for k in range(0, one.shape[0], 4):
+        a = np.uint64(k) * width
+        b, c, d = a + width, a + width + width, a + width + width + width
+        r, s, t, u = one[k], one[k + 1], one[k + 2], one[k + 3]
+        v, w, x, y = other[k], other[k + 1], other[k + 2], other[k + 3]
+        for j in range(np.uint64(0), wide):
+            first, second, third, fourth = flat[a + j], flat[b + j], flat[c + j], flat[d + j]
+            total = products[j] + r * first + s * second
+            products[j] = total + t * third + u * fourth
+            total = products[wide + j] + v * first + w * second
+            products[wide + j] = total + x * third + y * fourth
 
 
 @compiled

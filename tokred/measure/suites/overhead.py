@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from tokred.engine.layout import Layout
 from tokred.engine.reduction import Reduction
+from tokred.engine.sequence import fewer
 from tokred.host import Host, blocks_of, find_host, forward_of
 from tokred.maps import TokenMap
 from tokred.measure.conditions import device_name, versions_of
@@ -390,16 +391,16 @@ class Bare(Cut):
         """As few tokens as the method keeps."""
         if self.view is None:
             return x
-        end = x.shape[1] - self.suffix
         token_map: TokenMap = self.reduction.reducer(self.view, self.after)
-        few = token_map.down(x[:, self.prefix : end], self.view.size)
+        few, total, log = fewer(self.reduction.layout, x, token_map, self.view.size)
         if self.reduction.proportional_attention and token_map.merges:
-            logarithm = token_map.total(self.view.size).log()
-            bias = F.pad(logarithm, (self.prefix, self.suffix))[:, None, None]
-            self.sizes.bias = bias.to(x.dtype)
+            if log is None:
+                total = token_map.total(self.view.size) if total is None else total
+                log = F.pad(total.log(), (self.prefix, self.suffix))
+            self.sizes.bias = log[:, None, None].to(x.dtype)
         elif self.starts:
             self.sizes.bias = None
-        return torch.cat([x[:, : self.prefix], few, x[:, end:]], 1)
+        return few
 
 
 def bare(model: nn.Module, host: Host, images: Tensor, reduction: Reduction) -> list[Sliced]:
