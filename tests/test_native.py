@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokred
-from tokred.kernels.native import is_native
+from tokred.graphs import is_native
 from tokred.reducers import Tokens
 from tokred.reducers.tome import ToMe
 

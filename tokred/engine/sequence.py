@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tokred.engine.layout import Layout
 from tokred.engine.state import Reduced, State, unrolled
-from tokred.kernels.native import is_native
+from tokred.graphs import is_native
 from tokred.maps import Clusters, Kept, TokenMap, take
 
 

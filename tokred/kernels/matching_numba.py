@@ -230,9 +230,7 @@ def _propose(
 
 
 @compiled_fused
-def _two_rows(
-    one: Floats, other: Floats, target: Floats, products: Floats, columns: int
-) -> None:
+def _two_rows(one: Floats, other: Floats, target: Floats, products: Floats, columns: int) -> None:
     """Two rows of products: sums of multiples of the rows of `target`, four of those at a time
     (there is a multiple of four).
 

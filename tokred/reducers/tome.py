@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokred.graphs import in_a_graph
-from tokred.kernels.native import is_native
+from tokred.graphs import in_a_graph, is_native
 from tokred.maps import Clusters, deciding, in_order_of_first_member, ranked
 from tokred.reducers.protocol import ADDED, Tokens, brief
 from tokred.reducers.registry import register
