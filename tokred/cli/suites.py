@@ -67,7 +67,8 @@ def _vit(options: argparse.Namespace, rounds: Any) -> tuple[Results, str]:
 def _clustering(options: argparse.Namespace, rounds: Any) -> tuple[Results, str]:
     common = _common(options, rounds)
     del common["dtype"]  # distances are float32
-    results = clustering.run(options.tokens or clustering.TOKENS, **common)
+    tokens = options.tokens or clustering.TOKENS
+    results = clustering.run(tokens, batches=options.batches, **common)
     return results, clustering.markdown(results)
 
 
