@@ -135,6 +135,11 @@ class State:
         )
 
     @property
+    def asked(self) -> int:
+        """How many patch tokens were asked for so far."""
+        return self.full if self.trail is None else self.trail.asked
+
+    @property
     def few(self) -> int:
         """Number of patch tokens after the last reduction."""
         return self.full if self.trail is None else self.trail.map.num_coarse
@@ -151,7 +156,7 @@ class State:
         according to the longest of its batch.
         """
         if self.each is None or ahead.each is None:
-            return ahead.keep < (self.full if self.trail is None else self.trail.asked)
+            return ahead.keep < self.asked
         return any(fewer < now for fewer, now in zip(ahead.each, self.each, strict=True))
 
     @property

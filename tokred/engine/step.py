@@ -236,6 +236,15 @@ class Step:
             return gated.hide(self, x)
         return self._change(x) if self.reduction.traits.place == "before" else x
 
+    def pass_by(self, output: Any) -> Any:
+        """After a block in which there was nothing to do, see `passing_by`: what it returns."""
+        reduction, state = self.reduction, self.state
+        assert state.ahead is not None
+        here, x = reduction.memory.here, output[0] if isinstance(output, tuple) else output
+        here.step, here.state, here.last = None, state.but(ahead=state.ahead.rest), x
+        reduction.memory.ride(x, here.state)
+        return output
+
     def close(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch out dim"]:
         """After the block: the full grid, if somebody is going to see it."""
         if self.entered is not None:
@@ -597,6 +606,40 @@ class Step:
             received = self.reduction.layout.patch_tokens(paid) * queries
             self.signals.clear()
             self.state = self.state.but(received=received)
+
+
+def passing_by(
+    reduction: Reduction, x: Any, layer: int, scale: float | None, explicit: nn.Module | None
+) -> Step | None:
+    """A patched block begins in which there is nothing to do but to tell attention of sizes. None if
+    there may be more to do, or more to find out: then it begins by `enter`.
+
+    A model has many such blocks, and at small batches Python's time counts. So this asks as little
+    as can be: whether these are the very tokens that the block before has put out in this thread,
+    without gradients, and whether the plan has nothing for this block.
+    """
+    here = reduction.memory.here
+    state = here.state
+    if state is None or here.last is not x or reduction.observer is not None:
+        return None
+    ahead = state.ahead
+    if (
+        ahead is None
+        or ahead.rest is None
+        or ahead.tapped
+        or ahead.left != reduction.layout.layers - layer
+        or ahead.keep != state.asked
+        or state.expanded
+        or state.each is not None
+        or reduction.gates is not None
+        or torch.is_grad_enabled()
+    ):
+        return None
+    if reduction.traits.place == "before" and ahead.rest.keep != ahead.keep:
+        return None  # signals are read here for the next block
+    step = Step(reduction, layer, scale, state, explicit)
+    here.step = step
+    return step
 
 
 def enter(

@@ -25,7 +25,7 @@ from tokred.engine.leaving import outside_of_the_graph
 from tokred.engine.pooling import poolable
 from tokred.engine.reduction import Reduction
 from tokred.engine.state import State
-from tokred.engine.step import Step, enter
+from tokred.engine.step import Step, enter, passing_by
 from tokred.engine.windows import too_small
 from tokred.graphs import compiling, exporting, in_a_graph
 from tokred.host import Denoiser, Host, Stage, find_host, hosts, is_a, submodule
@@ -201,6 +201,10 @@ class Patched(StandIn):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.off:
             return self.__wrapped__(*args, **kwargs)
+        if args and not compiling():
+            step = passing_by(self.reduction, args[0], self.layer, self.scale, self.explicit)
+            if step is not None and self.always_full is False:
+                return step.pass_by(self.call(self.block, step, *args, **kwargs))
         proxy = traced(args, kwargs)
         if proxy is not None:
             return self._as_node(proxy, args, kwargs)
