@@ -24,9 +24,10 @@ These things are done differently, to be fast when only the first merges are wan
 Single linkage is Prim's minimum spanning tree without its longest edges (section 3.2 there).
 
 Images are divided among threads, each of which computes the distances of an image and clusters it
-while they are in its cache. Where there are fewer images than threads, threads share the distances
-and the first search of an image. Loops are written so that compilers can vectorise them, or are in
-`tokred.kernels.vectors_numba`. numba must be installed to import this module.
+while they are in its cache. Where there are fewer images than threads, and they are large, threads
+share the distances and the first search of an image. Loops are written so that compilers can
+vectorise them, or are in `tokred.kernels.vectors_numba`. numba must be installed to import this
+module.
 """
 
 from __future__ import annotations
@@ -61,6 +62,9 @@ _FEW_ADDED = 16
 
 # The number of distances on which a thread works about as long as it takes to wake another thread.
 _DISTANCES_PER_THREAD = 2**15
+
+# How many an image must have to be worth the work of several threads: 512 tokens.
+_DISTANCES_TO_SHARE = 2**18
 
 # The kinds of tokens: a cluster of its own, a member of a larger cluster, none (padding).
 _SINGLE, _MEMBER, _NONE = np.int32(0), np.int32(1), np.int32(2)
@@ -128,7 +132,8 @@ def _run(features: Floats, distance: Floats, num_clusters: int, linkage: str) ->
     batch, num, dim = features.shape
     labels = np.empty((batch, num), dtype=np.int64)
     shares = max(1, batch * num * num // _DISTANCES_PER_THREAD)
-    threads = threads_for(min(batch, shares) if len(distance) else shares)
+    together = len(distance) == 0 and num * num >= _DISTANCES_TO_SHARE
+    threads = threads_for(shares if together else min(batch, shares))
     slots = min(threads, max(1, batch))
     rows, stride = rows_for(num), stride_for(num)
     work = (
@@ -143,16 +148,12 @@ def _run(features: Floats, distance: Floats, num_clusters: int, linkage: str) ->
     if threads == 1:
         _cluster_share(0, 1, *options, features, distance, *work, labels)
         return torch.from_numpy(labels)
-    # As many images as there are threads at a time, and then the rest together.
-    whole = batch // threads * threads if batch >= threads else 0
+    # As many large images as there are threads at a time, and then the rest together.
+    whole = batch // threads * threads if together else batch
     with running(threads):
         if whole:
             _cluster_shares(threads, *options, features[:whole], distance, *work, labels)
-        if whole < batch and len(distance):
-            _cluster_share(
-                0, 1, *options, features[whole:], distance[whole:], *work, labels[whole:]
-            )
-        elif whole < batch:
+        if whole < batch:
             _cluster_together(threads, *options, features[whole:], *work, labels[whole:])
     return torch.from_numpy(labels)
 
@@ -334,7 +335,8 @@ def _find_nearest(
     stride = near.shape[1]
     padded = stride // 64 * 64
     first, end = share * num // shares, (share + 1) * num // shares
-    integers[_KIND, :] = _SINGLE  # every thread writes the same
+    # Every thread writes the same, and what another has written never changes.
+    integers[_KIND, :num] = _SINGLE
     integers[_KIND, num:] = _NONE
     for k in range(first, end):
         row = near[k]

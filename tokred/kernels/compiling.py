@@ -22,7 +22,8 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 def compiled(function: F) -> F:
-    """Compiles at the first call, and keeps the machine code for other processes.
+    """Compiles at the first call, and keeps the machine code for other processes. (Until its file
+    changes. If only what it calls in other files has changed, `__pycache__` must be deleted.)
 
     Division by zero is as in NumPy: checks for it would prevent loops from being vectorised.
     """

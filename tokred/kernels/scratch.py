@@ -17,6 +17,9 @@ from numpy.typing import DTypeLike, NDArray
 _MOST = 2**28
 """Bytes of one array; where more are asked for, they are not kept."""
 
+_VIEWS = 256
+"""How many arrays over that memory are kept: making one takes longer than to look it up."""
+
 _kept = threading.local()
 
 
@@ -27,14 +30,25 @@ def scratch(name: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]
     of that name is asked for. As much is kept as the largest one took, but larger ones than 256 MiB
     are fresh; `release` gives it back.
     """
+    views = vars(_kept).setdefault("views", {})
+    found: NDArray[Any] | None = views.get((name, shape, dtype))
+    if found is not None:
+        return found
     wanted = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = getattr(_kept, name, None)
+    memory = vars(_kept).get(name)
     if memory is None or len(memory) < wanted + 64:
         memory = np.empty(wanted + 64, dtype=np.uint8)
         if wanted <= _MOST:
             setattr(_kept, name, memory)
+            for key in [key for key in views if key[0] == name]:
+                del views[key]  # of less memory, which would stay with them
     start = -memory.ctypes.data % 64
-    return memory[start : start + wanted].view(dtype).reshape(shape)
+    view: NDArray[Any] = memory[start : start + wanted].view(dtype).reshape(shape)
+    if wanted <= _MOST:
+        if len(views) >= _VIEWS:
+            views.clear()
+        views[name, shape, dtype] = view
+    return view
 
 
 def release() -> None:

@@ -124,7 +124,7 @@ def least_three(typing: Any, row: Any, kind: Any, far: Any, num: Any) -> Typed:
         far: what is returned if there is none; no less than any that counts. Of the type of `row`.
         num: how many numbers there are, a multiple of 16.
     """
-    signature = types.UniTuple(row.dtype, 3)(row, kind, row.dtype, num)
+    signature = types.containers.UniTuple(row.dtype, 3)(row, kind, row.dtype, num)
 
     def code(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
         numbers, kinds = (
