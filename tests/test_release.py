@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+from conftest import METHODS_FOR_ALL
 from torch import Tensor, nn
 
 import tokred
+from tokred import reducers
 from tokred.cli import releases
 from tokred.cli.main import main
 from tokred.measure.suites import memory, release
@@ -184,6 +187,35 @@ def test_the_allocator_tells_its_peak() -> None:
 def test_the_process_tells_its_peak() -> None:
     taken = runner().resident(passes=2)
     assert taken == pytest.approx(2 * BLOCK, abs=2**23)
+
+
+@pytest.fixture(scope="module")
+def large() -> tuple[Runner, int]:
+    """1,369 tokens, for which matrices of tokens by tokens weigh, and what they take unreduced."""
+    made = runner()
+    made.dense = made.model = timm.create_model(
+        "vit_small_patch16_224", img_size=518, patch_size=14, depth=4
+    ).eval()
+    made.images = torch.randn(1, 3, 518, 518)
+    return made, made.allocated()
+
+
+@pytest.mark.filterwarnings("ignore:the gates of")  # they are random
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=() if name in METHODS_FOR_ALL else pytest.mark.slow)
+        for name in reducers.names()
+    ],
+)
+def test_no_method_takes_more_memory_than_the_dense_model(
+    large: tuple[Runner, int], method: str
+) -> None:
+    made, dense = large
+    made.tokred = tokred
+    made.apply(method, 0.5)
+    # As the suite has it. (Sizes of tokens are held through the MLP; kmedoids takes 1.3 % more.)
+    assert made.allocated() <= dense + 2**19
 
 
 @pytest.mark.slow  # three processes

@@ -31,6 +31,12 @@ def in_a_graph(x: Tensor) -> bool:
     return torch.compiler.is_compiling() and _without_values(x)
 
 
+def recorded(x: Tensor) -> bool:
+    """Whether operators are written down for later, rather than run here and now: then nothing may
+    depend on how many images there happen to be."""
+    return in_a_graph(x) or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+
+
 def _without_values(x: Tensor) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tokred.graphs import in_a_graph
+from tokred.graphs import recorded
 from tokred.maps import Clusters, deciding, in_order_of_first_member, ranked
 from tokred.reducers.dpc_knn import (
     check_number,
@@ -30,7 +30,7 @@ from tokred.reducers.dpc_knn import (
 from tokred.reducers.protocol import Tokens
 from tokred.reducers.registry import register
 
-_AT_ONCE = 2**20
+_AT_ONCE = 2**18
 """How many pairs of tokens are compared at once on the CPU, so that they fit into the cache."""
 
 
@@ -108,7 +108,7 @@ def cluster(
     check_number(num_clusters, num)
     _check_iterations(iterations)
     at_once = samples_at_once(num)
-    if x.device.type == "cpu" and not in_a_graph(x):  # what fits into the cache
+    if x.device.type == "cpu" and not recorded(x):  # what fits into the cache
         at_once = min(at_once, max(1, _AT_ONCE // num**2))
     parts = [
         _cluster(some, their_weight, num_clusters, iterations, published)
@@ -145,7 +145,7 @@ def _sum_in_cluster(
 ) -> Float[Tensor, "batch tokens"]:
     """For each token, the sum of the distances to the members of its cluster, by their weights."""
     batch, num = label.shape
-    rows = num if in_a_graph(distance) else max(1, _AT_ONCE // max(1, batch * num))
+    rows = num if recorded(distance) else max(1, _AT_ONCE // max(1, batch * num))
     sums = []
     for some, own in zip(distance.split(rows, 1), label.split(rows, 1), strict=True):
         together = own[:, :, None] == label[:, None, :]
