@@ -18,8 +18,9 @@ sys.path.insert(0, str(ROOT / "docs" / "extensions"))
 from architecture import DRAWING, RANK, circle, drawing, edges, files, imports, room, rooms  # noqa: E402
 
 HOSTS = {"timm", "transformers", "diffusers", "torchvision", "open_clip"}
-DISCOVERY = {"moved.py", "find.py", "registry.py"}
-"""The files that import others by computed names: former paths, patches, and methods."""
+DISCOVERY = {"moved.py", "find.py", "registry.py", "worker.py"}
+"""The files that import others by computed names: former paths, patches, methods, and the package
+that lies in some folder."""
 FILES = files()
 PATCHES = sorted((ROOT / "patches").glob("[a-z]*.py"))
 
