@@ -7,8 +7,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -17,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 from transformers.utils.output_capturing import _active_collector
 
-from tokred.engine import Layout, Step
+from tokred.engine import Layout, Step, attention_without_mask
 from tokred.host import is_a
 
 # Since transformers 5.23 a layer is checkpointed in its forward, which a stand-in replaces, and
@@ -181,29 +179,23 @@ def weighed(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention in which key j counts exp(mask_j) times, by a function that takes no mask.
-
-    With one channel more in the values, softmax(q k^T) [w v, w] = [sum p_j w_j v_j, sum p_j w_j],
-    and the quotient of the two is softmax(q k^T + log w) v. Head sizes are padded to a multiple of
-    8, which the kernels ask for.
-    """
+    """Attention in which key j counts exp(mask_j) times, by a function that takes no mask (see
+    `attention_without_mask`)."""
     if attention_mask.shape[1:3] != (1, 1):
         raise ValueError(
             f"{module.config.original._attn_implementation} takes no mask that differs by head or "
             "query: call model.set_attn_implementation('sdpa')"
         )
-    width = value.shape[-1]
-    more = 8 - width % 8  # at least one
-    scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
-    weight = attention_mask.exp().to(value.dtype).transpose(2, 3).expand(*value.shape[:3], 1)
-    value = F.pad(torch.cat([value * weight, weight], -1), (0, more - 1))
-    # Channels of zeros leave the logits as they are.
-    query, key = F.pad(query, (0, more)), F.pad(key, (0, more))
     attention = module.config.attention
     function = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
-    output, _ = function(attention, query, key, value, None, scaling=scaling, **kwargs)
-    # In the order that all functions return: [batch, queries, heads, head_dim].
-    return output[..., :width] / output[..., width : width + 1], None
+    scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        # In the order that all functions return: [batch, queries, heads, head_dim].
+        output: Tensor = function(attention, query, key, value, None, scaling=scaling, **kwargs)[0]
+        return output
+
+    return attention_without_mask(attend, query, key, value, attention_mask), None
 
 
 AttentionInterface.register(WEIGHED, weighed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from tokred.measure.advise.costs import Costs, parabola
 from tokred.measure.advise.schedules import cheapest, neighbours, scaled, unrolled
 from tokred.measure.evaluation import Row
 from tokred.measure.race import Pace
+from tokred.measure.slicing import Slices
 from tokred.measure.work import Work
 
 pytest.importorskip("torchmetrics")
@@ -134,10 +136,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
     def set_clock(each: float, layer: float = 1.0) -> None:
         def pace(work: Work, arms: Mapping[str, Any], *_: Any, **__: Any) -> dict[str, Pace]:
-            return {
-                name: Pace(sum(layer + each * n for n in work.counts(reduction)))
-                for name, reduction in arms.items()
+            counts = {
+                name: side.counts if isinstance(side, Slices) else work.counts(side)
+                for name, side in arms.items()
             }
+            return {name: Pace(sum(layer + each * n for n in counts[name])) for name in arms}
 
         monkeypatch.setattr(Work, "pace", pace)
 
@@ -154,6 +157,7 @@ def test_a_model_that_nothing_helps_gets_told_so(clock: Callable[[float], None])
         told = str(advice)
         assert "Nothing helps" in told and "cut off at no cost" in told
         assert "batch 1 on cpu" in told and "starting operators rather than into tokens" in told
+        assert "With 8 images at a time, the free limit is 1.0" in told
         assert json.dumps(advice.as_dict())
 
 
@@ -197,6 +201,27 @@ def test_windows_are_advised_on_as_well(clock: Callable[[float], None]) -> None:
     assert "tome" in advice.evaluation.refused
     assert advice.setting is None or advice.setting.method == "slic"
     assert advice.evaluation.rows[1:] or "Nothing helps" in str(advice)
+
+
+def test_where_a_method_costs_too_much_for_one_image_it_is_told_how_many_pay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def pace(work: Work, arms: Mapping[str, Any], inputs: torch.Tensor, *_: Any, **__: Any) -> Any:
+        taken = {}
+        for name, side in arms.items():
+            counts = side.counts if isinstance(side, Slices) else work.counts(side)
+            decides = not isinstance(side, Slices) and side is not None
+            taken[name] = Pace(len(inputs) * sum(counts) + 150.0 * decides)
+        return taken
+
+    monkeypatch.setattr(Work, "pace", pace)
+    model = small("vit")
+    advice = quick(model, torch.randn(4, 3, 64, 64), batch=1, methods=["random"], speedup=1.5)
+    assert advice.choice is None
+    told = str(advice)
+    many = re.search(r"By estimate it takes (\d+) images at a time to be 1.5x as fast", told)
+    assert many is not None and 1 < int(many[1]) < 64
+    assert f"Measured with {many[1]} images at a time: 1." in told
 
 
 def test_an_impossible_budget_is_told_with_what_is_possible() -> None:

@@ -18,7 +18,7 @@ from tokred.cli.demo import HEAD
 from tokred.cli.main import main
 from tokred.measure.cost import Bench
 from tokred.measure.race import Arm
-from tokred.measure.suites import dense, diffusion
+from tokred.measure.suites import dense, diffusion, vit
 from tokred.measure.suites import tcformer as tcformer_suite
 
 TRAIN = ["train", "tome", "--model", "digits", "--out", "never"]
@@ -65,11 +65,15 @@ def test_the_suite_writes_json_and_tables(
     ]  # fmt: skip
     for cell in group["cells"]:
         assert cell["efficiency"] == pytest.approx(cell["speed_up"] / cell["free_limit"])
+        assert cell["bookkeeping"] > -0.9 and cell["why_seamed"] == ""
         assert cell["counts"][-1] <= 2
     text = (tmp_path / "vit-cpu-float32.md").read_text()
     assert text in capsys.readouterr().out
     first = group["cells"][0]
     assert f"{first['speed_up']:.2f} ({first['efficiency']:.2f})" in text
+    assert f"| of it bookkeeping | {first['bookkeeping']:.2f} |" in text
+    former = {**results, "format": 1}
+    assert "bookkeeping" not in vit.markdown(former), "it was not known in version 1"
 
 
 def test_a_group_that_would_take_too_long_is_skipped_in_words(
@@ -108,7 +112,8 @@ def test_bench_prints_ratios_first(capsys: pytest.CaptureFixture[str]) -> None:
                  "--keep-rate", "0.25", "--rounds", "2", "--batch", "2"]  # fmt: skip
     assert main(arguments) == 0
     out = capsys.readouterr().out
-    assert re.match(r"[\d.]+x as fast as dense; free limit [\d.]+x; efficiency [\d.]+\n", out)
+    head = r"[\d.]+x as fast as dense; free limit [\d.]+x; of limit [\d.]+, "
+    assert re.match(head + r"of it bookkeeping -?[\d.]+\n", out)
     assert "ATC(linkage='complete', backend='auto')" in out and "fewer multiply-adds" in out
     assert main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["batch"] == 2

@@ -350,20 +350,6 @@ def test_scratch_is_kept_up_to_a_limit_and_by_thread(monkeypatch: pytest.MonkeyP
     assert not np.shares_memory(first, scratch.scratch("a", (10, 10), np.float64))
 
 
-@pytest.mark.parametrize("num", [100, 511, 512, 600])
-@every_linkage
-def test_numba_in_place_is_numba_on_a_copy(num: int, linkage: str) -> None:
-    pytest.importorskip("numba")
-    from tokred.kernels import agglomerative_numba
-
-    distance = torch.rand(3, num, num, generator=torch.Generator().manual_seed(num))
-    labels = agglomerative_numba.cluster(distance, num // 3, linkage)
-    work = agglomerative_numba.workspace(3, num).copy_(distance.triu())
-    assert torch.equal(agglomerative_numba.cluster(work, num // 3, linkage, overwrite=True), labels)
-    if num < 512:
-        assert torch.equal(work, distance.triu())
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_numba_works_after_a_fork() -> None:
     pytest.importorskip("numba")

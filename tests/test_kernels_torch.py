@@ -203,7 +203,7 @@ def test_refuses_more_tokens_than_an_edge_has_bits_for() -> None:
         agglomerative_torch.cluster(torch.zeros(1, 1, 1).expand(1, many, many), 2, "single")
 
 
-def test_triton_equals_torch() -> None:
+def test_triton_equals_torch_and_numba() -> None:
     """In a process of its own: Triton reads whether to interpret when it is first imported."""
     if not atc._installed("triton"):
         pytest.skip("needs triton >= 3.3")
@@ -216,20 +216,62 @@ def test_triton_equals_torch() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "93 problems solved alike\n"
+    assert done.stdout == "117 problems solved alike\n"
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled")
+@pytest.mark.parametrize("linkage", LINKAGES)
+def test_triton_compiles_for_a_device_that_is_not_there(linkage: str) -> None:
+    if not atc._installed("triton"):
+        pytest.skip("needs triton >= 3.3")
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from tokred.kernels import agglomerative_triton
+
+    kernels = {
+        "single": ("_start", "_tree", "_hook", "_leave", "_forest"),
+        "complete": ("_start", "_rounds", "_pairs", "_join"),
+    }
+    exact = "*fp64" if linkage == "average" else "*fp32"
+    types = {
+        **dict.fromkeys(("linked", "symmetric", "far", "size", "height", "bound"), exact),
+        **dict.fromkeys(("least", "edges", "longest"), "*i64"),
+        **dict.fromkeys(("apart", "tokens", "merges"), "i32"),
+        "distance": "*fp32",
+    }
+    fixed = {"average": linkage == "average", "block": 256, "rows": 16, "columns": 64, "jumps": 8}
+    for name in kernels.get(linkage, kernels["complete"]):
+        kernel = getattr(agglomerative_triton, f"{name}_kernel")
+        constants = {key: value for key, value in fixed.items() if key in kernel.arg_names}
+        others = {key: types.get(key, "*i32") for key in kernel.arg_names if key not in constants}
+        signature = {**others, **dict.fromkeys(constants, "constexpr")}
+        source = triton.compiler.ASTSource(
+            fn=kernel,
+            signature={key: signature[key] for key in kernel.arg_names},
+            constexprs=constants,
+        )
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+        assert "cubin" in compiled.asm
 
 
 def compare_triton_with_torch() -> None:
-    """Triton's interpreter against the PyTorch backend, on small problems."""
+    """Triton's interpreter against the other backends, on small problems."""
     from tokred.kernels import agglomerative_triton
 
+    references = [agglomerative_torch.cluster]
+    if atc._installed("numba"):
+        from tokred.kernels import agglomerative_numba
+
+        references.append(agglomerative_numba.cluster)
     rng = np.random.default_rng(3)
     solved = 0
 
     def compare(far: Tensor, num_clusters: int, linkage: str) -> None:
         nonlocal solved
         ours = agglomerative_triton.cluster(far, num_clusters, linkage)
-        assert torch.equal(ours, agglomerative_torch.cluster(far, num_clusters, linkage))
+        for reference in references:
+            assert torch.equal(ours, reference(far.clone(), num_clusters, linkage))
         solved += 1
 
     for kind in (*KINDS, *TIES):
@@ -244,6 +286,13 @@ def compare_triton_with_torch() -> None:
             compare(far, tokens - int(rng.integers(1, 37 if kind in KINDS else 20)), linkage)
     far = torch.cat([few_values(12, rng) for _ in range(3)])
     for linkage, num_clusters in itertools.product(LINKAGES, range(1, 12)):
+        compare(far, num_clusters, linkage)
+    # Tokens that are zero or not finite; one cluster, and as many as tokens.
+    x = torch.randn(3, 9, 8, generator=torch.Generator().manual_seed(0))
+    x[0, ::2], x[1, 4, 0], x[1, 5, 0], x[2] = 0, torch.nan, torch.inf, torch.nan
+    far = atc.cosine_distance(x)
+    for linkage, num_clusters, small in itertools.product(LINKAGES, (1, 4, 8, 9), (1, 256)):
+        agglomerative_triton._SMALL = small
         compare(far, num_clusters, linkage)
     print(f"{solved} problems solved alike")
 

@@ -25,6 +25,7 @@ def features(batch: int, num: int, dim: int, seed: int) -> torch.Tensor:
 
 
 @given(shapes, st.integers(0, 5), st.floats(0, 1))
+@settings(deadline=None)  # numba compiles at the first call
 def test_tome_equals_the_slow_loop(
     shape: tuple[int, int, int, int], before: int, share: float
 ) -> None:

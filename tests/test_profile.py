@@ -189,7 +189,11 @@ def test_numbers_are_those_of_the_model(plain: nn.Module) -> None:
         assert (times.matching > 0) == (times.merging > 0) == reduces
         assert (times.back > 0) == (times.layer == 3), "features leave on the full grid"
         assert (times.bias > 0) == (times.layer > 1), "sizes count from the next block on"
-        assert min(times.rest, times.dense, times.limit) > 0
+        assert times.seamed is not None
+        assert min(times.rest, times.dense, times.limit, times.seamed) > 0
+    assert result.seamed is not None and len(result.seamed.seconds) == 3
+    share = result.seamed.median / result.limit.median - 1
+    assert result.bookkeeping == pytest.approx(share) and f"bookkeeping {share:.2f}" in str(result)
     assert len(result.reduced.seconds) == len(result.limit.seconds) == 3
     stored = json.loads(json.dumps(result.as_dict()))
     assert stored["layers"][2]["block"] == result.layers[2].block

@@ -61,10 +61,25 @@ FULL_SINCE = {
     ("transformers_vit, ijepa, averaging", "topk"),
 }
 
+# Methods that merge. Without gradients, one kernel adds their tokens up since version 0.10, which
+# rounds otherwise than the operators did: values are compared, and bits where the operators run.
+ADDED_OTHERWISE_SINCE = {
+    "tome",
+    "atc",
+    "mutual",
+    "dpc_knn",
+    "evit",
+    "kmedoids",
+    "pitome",
+    "random",
+}
+
 
 def wrong(name: str, case: str, done: Recorded, bits: bool) -> Iterator[str]:
     """What is not as it was recorded."""
-    setting = case.rsplit(", ", 1)[0]
+    setting, form = case.rsplit(", ", 1)
+    if form == "eager" and setting.split(",")[0] in ADDED_OTHERWISE_SINCE:
+        bits = False
     was = WRITTEN["models"][name]["cases"][case]
     since = (name, setting) in REFUSED_SINCE
     raised = "UnsupportedModelError" if since else was.get("raises")

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from tokred.optional import installed
 
 compiling = torch.compiler.is_dynamo_compiling
 """Whether `torch.compile` is following this code. Nothing can ride on an activation there."""
@@ -34,7 +37,36 @@ def in_a_graph(x: Tensor) -> bool:
 def recorded(x: Tensor) -> bool:
     """Whether operators are written down for later, rather than run here and now: then nothing may
     depend on how many images there happen to be."""
+    # A trace that depends on gradients would not be what `torch.jit.trace` finds when it checks.
     return in_a_graph(x) or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether nobody follows what is done to a tensor, so that something else than operators may
+    read its memory: no gradients, no graph, no trace, no transform, no mode that counts."""
+    return (
+        type(x) is Tensor
+        and not x.requires_grad
+        and not in_a_graph(x)
+        and torch._C._get_tracing_state() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.maybe_current_level() is None
+        and forward_ad._current_level < 0
+    )
+
+
+def is_native(x: Tensor) -> bool:
+    """Whether a kernel that numba compiles may do the work of operators on a tensor: numba is
+    installed, the tensor is float32 or bfloat16 on the CPU, its rows are contiguous, and nobody
+    follows the operators."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and is_plain(x)
+        and x.stride(-1) == 1
+        and x.numel() > 0
+        and installed("numba")
+    )
 
 
 def _without_values(x: Tensor) -> bool:

@@ -216,6 +216,10 @@ class Exactly:
         return list(self.counts)
 
 
+PURE = (Stages, Shares, Constant, Linear, Hourglass, Exactly)
+"""Schedules of which it is known that they always ask for the same."""
+
+
 def plan(schedule: Schedule, tokens: int, layers: int) -> tuple[int, ...]:
     """What the schedule asks for, checked.
 

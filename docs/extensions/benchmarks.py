@@ -26,6 +26,7 @@ _HEADS = {
     "clustering": "Clustering alone",
     "dense": "Dense prediction",
     "diffusion": "Diffusion",
+    "overhead": "Bookkeeping",
 }
 _FOLDERS = {
     "": "",
@@ -100,21 +101,25 @@ def compact(found: dict[str, Any]) -> str:
     rates = {cell["keep_rate"] for group in groups for cell in group["cells"]}
     if len(rates) > 1 or len(groups) == 1:
         return ""
+    # Version 1 did not know of bookkeeping.
+    books = "of it bookkeeping | " if found["format"] > 1 else ""
     methods = list(dict.fromkeys(cell["method"] for group in groups for cell in group["cells"]))
     lines = [
         f"Keep rate {rates.pop():g}:",
         "",
-        f"| model | dense, ms | rounds | free limit | {' | '.join(methods)} |",
-        f"|---|---|---|---|{'---|' * len(methods)}",
+        f"| model | dense, ms | rounds | free limit | {books}{' | '.join(methods)} |",
+        f"|---|---|---|---|{'---|' * (len(methods) + bool(books))}",
     ]
     for group in groups:
         cells = {cell["method"]: cell for cell in group["cells"]}
+        share = group["cells"][0].get("bookkeeping")
         told = [
             f"{group['model'].removesuffix('_patch16_224')}, {group['image_size']} px, "
             f"batch {group['batch']}",
             f"{group['milliseconds']:.0f}",
             str(group["rounds"]),
             f"{group['cells'][0]['free_limit']:.2f}",
+            *(["not known" if share is None else f"{share:.2f}"] if books else []),
             *(
                 f"{cells[method]['speed_up']:.2f} ({cells[method]['efficiency']:.2f})"
                 for method in methods

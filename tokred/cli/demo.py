@@ -19,7 +19,9 @@ import tokred
 from tokred import reducers
 from tokred.cli.shared import Commands, bar, command
 from tokred.data import zoo
+from tokred.measure.limit import limits_of
 from tokred.measure.race import in_turns, seconds_of, sides
+from tokred.measure.slicing import take_off
 from tokred.optional import require
 from tokred.patching import host_of
 from tokred.reducers import Reducer
@@ -136,7 +138,10 @@ def _race(
         around = reducers.traits(reducer).place == "around"
         arms[name] = tokred.apply(model, reducer, keep_rate, full_grid=around)
     tokred.remove(model)
-    made = sides(model, host_of(model), arms, compile=False)
+    counts = tokred.Stages(keep_rate)(196, 12)
+    host, image = host_of(model), batches[0][0][:1]
+    arms["limit"] = limits_of(model, host, image, arms["limit"], tuple(counts)).free
+    made = sides(model, host, arms, compile=False)
     right = dict.fromkeys(made, 0)
 
     def turn(name: str, number: int) -> float:
@@ -155,8 +160,7 @@ def _race(
         rounds.update()
 
     taken = in_turns(made, turn, len(batches), warmup=1, on_round=on_round)
-    tokred.remove(model)
-    counts = tokred.Stages(keep_rate)(196, 12)
+    take_off(model)
     stages = tuple(sorted(set(counts), reverse=True)[1:])
     sizes = [len(labels) for _, labels in batches]
     laps = {}

@@ -13,7 +13,7 @@ import torch
 from tokred import reducers
 from tokred.cli.shared import bar
 from tokred.data.writing import write_text
-from tokred.measure.suites import clustering, dense, diffusion, gates, memory, vit
+from tokred.measure.suites import clustering, dense, diffusion, gates, memory, overhead, vit
 
 Results: TypeAlias = dict[str, Any]
 Suite: TypeAlias = Callable[[argparse.Namespace, Any], tuple[Results, str]]
@@ -67,7 +67,8 @@ def _vit(options: argparse.Namespace, rounds: Any) -> tuple[Results, str]:
 def _clustering(options: argparse.Namespace, rounds: Any) -> tuple[Results, str]:
     common = _common(options, rounds)
     del common["dtype"]  # distances are float32
-    results = clustering.run(options.tokens or clustering.TOKENS, **common)
+    tokens = options.tokens or clustering.TOKENS
+    results = clustering.run(tokens, batches=options.batches, **common)
     return results, clustering.markdown(results)
 
 
@@ -114,10 +115,21 @@ def _memory(options: argparse.Namespace, rounds: Any) -> tuple[Results, str]:
     results = memory.run(
         options.methods or reducers.names(),
         batches=options.batches or memory.BATCHES,
-        keep_rate=options.keep_rate or 0.5,
+        keep_rate=(options.keep_rates or (0.5,))[0],
         **common,
     )
     return results, memory.markdown(results)
+
+
+def _overhead(options: argparse.Namespace, rounds: Any) -> tuple[Results, str]:
+    results = overhead.run(
+        options.models or overhead.MODELS,
+        options.methods or overhead.METHODS,
+        keep_rate=(options.keep_rates or (0.5,))[0],
+        batch=(options.batches or (1,))[0],
+        **_common(options, rounds),
+    )
+    return results, overhead.markdown(results)
 
 
 def _common(options: argparse.Namespace, rounds: Any) -> dict[str, Any]:
@@ -143,4 +155,5 @@ SUITES: dict[str, Suite] = {
     "gates": _gates,
     "memory": _memory,
     "tcformer": _tcformer,
+    "overhead": _overhead,
 }

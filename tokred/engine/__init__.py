@@ -10,6 +10,7 @@ from tokred.engine.reduction import Reduction
 from tokred.engine.sampling import tensors_in
 from tokred.engine.step import Step
 from tokred.engine.windows import Seen, biased, shifts
+from tokred.engine.without_mask import attention_without_mask
 from tokred.graphs import in_a_graph
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Reduction",
     "Seen",
     "Step",
+    "attention_without_mask",
     "biased",
     "in_a_graph",
     "outside_of_the_graph",

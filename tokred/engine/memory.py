@@ -12,8 +12,10 @@ activation. There, the slots hold the last activation, too.
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -31,6 +33,15 @@ class _ByThread(threading.local, Generic[Slots]):
         self.slots = slots()
 
 
+class _Ref(weakref.ref[Tensor]):
+    """A weak reference to an activation, and what rides on it."""
+
+    __slots__ = ("key", "value")
+
+    key: int
+    value: Any
+
+
 class Memory(Generic[Slots, Ridden]):
     """What rides on activations, and what is known of the pass that is running.
 
@@ -45,6 +56,9 @@ class Memory(Generic[Slots, Ridden]):
         # An attribute of the tensor would do as well as a weak dictionary, but would be saved and
         # copied with features that leave the model.
         self._riding: Any = WeakTensorKeyDictionary()
+        # The same in passes without gradients, by identity, and several times as fast: there, no
+        # tensor lives on in a graph once Python has let go of it.
+        self._lightly: dict[int, _Ref] = {}
         self._by_thread = _ByThread(slots)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -60,20 +74,37 @@ class Memory(Generic[Slots, Ridden]):
 
     def ride(self, x: Tensor, value: Ridden) -> None:
         """Lets a value ride on an activation, as long as that lives. Not in compiled code."""
-        self._riding[x] = value
+        if torch.is_grad_enabled():
+            self._riding[x] = value
+            self._lightly.pop(id(x), None)
+            return
+        made = _Ref(x, self._let_go)
+        made.key, made.value = id(x), value
+        self._lightly[made.key] = made
+
+    def _let_go(self, ref: Any) -> None:
+        # (Another tensor may be at that address by now.)
+        key: int = ref.key
+        if self._lightly.get(key) is ref:
+            self._lightly.pop(key, None)
 
     def ridden(self, x: Tensor) -> Ridden | None:
         """What rides on an activation. Nothing does in compiled code."""
         if compiling():
             return None
-        found: Ridden | None = self._riding.get(x)
+        ref = self._lightly.get(id(x))
+        if ref is not None and ref() is x:
+            light: Ridden = ref.value
+            return light
+        found: Ridden | None = self._riding.get(x) if len(self._riding) else None
         return found
 
     def riding(self) -> list[tuple[Tensor, Ridden]]:
         """All activations that something rides on, and what that is."""
         # One step, in which no other thread can let something else ride.
         there = list(self._riding.data.items())
-        alive = ((key(), value) for key, value in there)
+        lightly = list(self._lightly.values())
+        alive = [(key(), value) for key, value in there] + [(ref(), ref.value) for ref in lightly]
         return [(x, value) for x, value in alive if x is not None]
 
     @property
@@ -81,4 +112,5 @@ class Memory(Generic[Slots, Ridden]):
         """Whether nothing rides on any activation, and nothing is known of any pass of this
         thread."""
         known = vars(self.here).values()
-        return len(self._riding) == 0 and all(value is None or value == {} for value in known)
+        none = len(self._riding) == len(self._lightly) == 0
+        return none and all(value is None or value == {} for value in known)

@@ -83,7 +83,7 @@ def entering(reduction: Reduction, x: Float[Tensor, "batch tokens dim"], layer: 
     state = carried(reduction, x, layer)
     if state is None:
         state = _run_again(reduction, x, layer) or _from_outside(reduction, x, layer)
-    if not compiling():
+    if not compiling() and torch.is_grad_enabled():
         # For recomputation, if the host has changed the activation that the state rode on.
         reduction.memory.ride(x, state)
     return state
@@ -128,7 +128,7 @@ def carried(reduction: Reduction, x: Tensor, layer: int | None = None) -> State 
         why = "something between two blocks changes the tokens, whose images must be compared"
         return outside_of_the_graph(why, _followed, reduction, x, here.state)
     left = 0 if layer is None else reduction.layout.layers - layer
-    state = memory.ridden(x)
+    state = here.state if here.last is x else memory.ridden(x)
     if state is None and here.state is not None and here.state.left == left:
         # Nothing rides on what leaves compiled code.
         known = here.last is x or here.last is None

@@ -19,10 +19,13 @@ from tokred.engine.observing import Observer, Record
 from tokred.engine.state import Ahead, State
 from tokred.graphs import compiling
 from tokred.reducers.protocol import Reconstruction, Reducer, Traits, learned, traits
-from tokred.schedule import Schedule, plan, shares
+from tokred.schedule import PURE, Schedule, plan, shares
 
 if TYPE_CHECKING:
     from tokred.engine.step import Step
+
+_MOST_PLANS = 64
+"""How many image sizes a reduction keeps the plans of."""
 
 
 @dataclass
@@ -98,6 +101,8 @@ class Reduction:
     memory: Memory[Running, State] = field(
         init=False, repr=False, default_factory=lambda: Memory(Running)
     )
+    # What passes have to do, once it is known: by schedule, tokens, grid, and what is handed out.
+    _plans: dict[Any, Ahead | None] = field(init=False, repr=False, default_factory=dict)
     # Layers whose attention was seen not to be fused, or not to be the host's alone.
     unfused: set[int] = field(init=False, repr=False, default_factory=set)
 
@@ -116,6 +121,7 @@ class Reduction:
         observer = former.pop("attributes", None)
         self.__dict__.update({"observer": observer, "windows": windows, **former})
         self.__dict__.setdefault("memory", Memory(Running))
+        self._plans = {}
         self.__dict__.setdefault("unfused", state.get("_unfused", set()))
         self.traits = traits(self.reducer)
 
@@ -149,6 +155,24 @@ class Reduction:
         except ValueError:  # a schedule for one number of tokens
             return False
 
+    @property
+    def reading(self) -> frozenset[int]:
+        """The layers off which signals are read, at the model's own image size and at larger ones.
+        (At others, they are read as soon as they are wanted.) A hook costs time in every pass, so
+        that it hangs only there."""
+        layers, patches = self.layout.layers, self.layout.patches
+        if self.gates is not None or not isinstance(self.schedule, PURE):
+            return frozenset(range(layers))
+        falling: set[int] = set()
+        for tokens in (patches, 4 * patches, 16 * patches):
+            try:
+                counts = (tokens, *plan(self.schedule, tokens, layers))
+            except ValueError:  # a schedule for one number of tokens
+                continue
+            falling.update(at for at in range(layers) if counts[at + 1] < counts[at])
+        early = 1 if self.traits.place == "before" else 0
+        return frozenset(layer - early for layer in falling if layer >= early)
+
     def ahead(
         self, tokens: int, grid: tuple[int, int] | None, lengths: tuple[int, ...] | None = None
     ) -> Ahead | None:
@@ -162,13 +186,33 @@ class Reduction:
         Raises:
             RuntimeError: blocks were replaced since the reduction was applied.
         """
+        blocks = self.layout.layers if self.end is None else self.end()
+        tapped = self.tapped()
+        if lengths is not None or compiling() or not isinstance(self.schedule, PURE):
+            return self._ahead(tokens, grid, lengths, tapped, blocks)
+        which = (self.schedule, tokens, grid, tapped, blocks)
+        found = self._plans.get(which)
+        if found is None:
+            if len(self._plans) >= _MOST_PLANS:
+                self._plans.clear()
+            found = self._plans[which] = self._ahead(tokens, grid, lengths, tapped, blocks)
+        return found
+
+    def _ahead(
+        self,
+        tokens: int,
+        grid: tuple[int, int] | None,
+        lengths: tuple[int, ...] | None,
+        tapped: frozenset[int],
+        blocks: int,
+    ) -> Ahead | None:
         longest = tokens if lengths is None else max(lengths)
-        counts, tapped = self.counts(longest, grid), self.tapped()
+        counts = self.counts(longest, grid)
         # Of every image what it would be asked for alone; of one that is nothing but padding, none.
         plans = {0: (0,) * self.layout.layers}
         plans.update((n, self.counts(n, grid)) for n in set(lengths or ()) - {0})
         ahead: Ahead | None = None
-        for layer in reversed(range(self.layout.layers if self.end is None else self.end())):
+        for layer in reversed(range(blocks)):
             # Padding alone is no reason to reduce.
             keep = counts[layer] if counts[layer] < longest else tokens
             each = None if lengths is None else tuple(plans[length][layer] for length in lengths)

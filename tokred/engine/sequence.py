@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tokred.engine.layout import Layout
 from tokred.engine.state import Reduced, State, unrolled
-from tokred.maps import Clusters, take, wide
+from tokred.graphs import is_native
+from tokred.maps import Clusters, Kept, TokenMap, take
 
 
 def between(
@@ -20,10 +21,61 @@ def between(
     return torch.cat([x[:, : layout.prefix], patch_tokens, x[:, -layout.suffix :]], 1)
 
 
+def fewer(
+    layout: Layout,
+    x: Float[Tensor, "batch tokens dim"],
+    token_map: TokenMap,
+    size: Float[Tensor, "batch fine"],
+) -> tuple[
+    Float[Tensor, "batch new dim"],
+    Float[Tensor, "batch coarse"] | None,
+    Float[Tensor, "batch new"] | None,
+]:
+    """The sequence that a map leaves. And, where one kernel gives all of it, how many original
+    tokens each of its patch tokens stands for, and the logarithms of that, 0 for its other tokens.
+
+    Args:
+        layout: how the sequence is laid out.
+        x: the sequence.
+        token_map: how its patch tokens become fewer.
+        size: how many original tokens each of them stands for.
+    """
+    if type(token_map) is Clusters and not token_map.ragged and is_native(x):
+        from tokred.kernels import merging_numba
+
+        return merging_numba.merge(
+            x, token_map.index, token_map.num_coarse, size, token_map.share, layout.prefix
+        )
+    if type(token_map) is Kept:
+        return chosen(layout, x, token_map.index), None, None
+    return between(layout, x, token_map.down(layout.patch_tokens(x), size)), None, None
+
+
+def chosen(
+    layout: Layout,
+    x: Float[Tensor, "batch tokens dim"],
+    index: Int[Tensor, "batch chosen"],
+) -> Float[Tensor, "batch new dim"]:
+    """The sequence with the patch tokens at `index` in place of all of them, each as often as it is
+    named there."""
+    if is_native(x):
+        from tokred.kernels import merging_numba
+
+        return merging_numba.pick(x, index, x.shape[1] - layout.others, layout.prefix)
+    # The other tokens are copied along, which spares a second copy of everything to put the parts
+    # together.
+    around = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+    parts = [around[:, : layout.prefix], index + layout.prefix]
+    if layout.suffix:
+        parts.append(around[:, -layout.suffix :])
+    return take(x, torch.cat(parts, 1))
+
+
 def ones(layout: Layout, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch patches"]:
     """The sizes of patch tokens of which each stands for itself, at least float32."""
     patch_tokens = x.shape[1] - layout.others
-    return wide(x[:0]).new_ones(x.shape[0], patch_tokens)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.new_ones(x.shape[0], patch_tokens, dtype=dtype)
 
 
 def expand(
@@ -65,18 +117,6 @@ def up(
             clusters = reduced.map.then(clusters) if clusters else reduced.map
             continue
         if clusters:
-            x, clusters = _copies(layout, x, clusters), None
+            x, clusters = chosen(layout, x, clusters.index), None
         x = between(layout, x, reduced.map.up(layout.patch_tokens(x), reduced.stale))
-    return _copies(layout, x, clusters) if clusters else x
-
-
-def _copies(
-    layout: Layout, x: Float[Tensor, "batch coarse dim"], clusters: Clusters
-) -> Float[Tensor, "batch fine dim"]:
-    """`clusters.up` between the other tokens. Those are copied along, which spares a second copy
-    of everything to put the parts together."""
-    around = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
-    parts = [around[:, : layout.prefix], clusters.index + layout.prefix]
-    if layout.suffix:
-        parts.append(around[:, -layout.suffix :])
-    return take(x, torch.cat(parts, 1))
+    return chosen(layout, x, clusters.index) if clusters else x

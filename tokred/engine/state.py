@@ -8,6 +8,7 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tokred.graphs import compiling
 from tokred.maps import Clusters, Kept, TokenMap
 
 
@@ -113,6 +114,10 @@ class State:
 
     def but(self, **changes: Any) -> State:
         """The same state with other values for the given attributes."""
+        if not compiling():  # every block asks for this, and many fields take long to fill in
+            state = object.__new__(State)
+            state.__dict__.update(self.__dict__, **changes)
+            return state
         # Written out, because older versions of torch.compile cannot follow dataclasses.replace.
         return State(
             ahead=changes.get("ahead", self.ahead),

@@ -16,8 +16,9 @@ from tokred.engine.attention import added, explicit_is_faster, mean_attention, q
 from tokred.engine.observing import Record
 from tokred.engine.pooling import check_training, needed_for_pooling, needs_to_know
 from tokred.engine.reduction import Reduction
-from tokred.engine.sequence import between, descend, expand, ones, up
+from tokred.engine.sequence import descend, expand, fewer, ones, up
 from tokred.engine.state import Reduced, State, unrolled
+from tokred.engine.without_mask import knowing_sizes
 from tokred.graphs import compiling
 from tokred.kernels.varlen import NotPerImageError
 from tokred.maps import TokenMap, Weighted, ranked, side_by_side, take
@@ -111,7 +112,7 @@ class Step:
         if self.untouched:
             return self._bias(x, mask)
         with self.reduction.part("bias"):
-            return self._bias(x, mask)
+            return knowing_sizes(self.reduction, self.state, self._bias(x, mask), mask)
 
     def rows_and_columns(self, mask: Tensor) -> Tensor:
         """A mask over the full sequence, re-indexed for the tokens that are left; itself as long
@@ -242,6 +243,10 @@ class Step:
         reduction, state = self.reduction, self.state
         ahead = state.ahead
         assert ahead is not None
+        if ahead.rest is not None and not ahead.tapped:  # nobody is going to see it
+            reduction.memory.here.step = None
+            passing.carry(reduction, x, state.but(ahead=ahead.rest))
+            return x
         last = ahead.rest is None
         averaged = last and reduction.averages and self._pools_what_is_left()
         averaged = averaged and not (ahead.tapped and reduction.trims)
@@ -334,6 +339,8 @@ class Step:
         tokens: Float[Tensor, "batch fine dim"],
         size: Float[Tensor, "batch fine"],
         grid: tuple[int, int] | None,
+        total: Float[Tensor, "batch coarse"] | None = None,
+        log: Float[Tensor, "batch coarse_and_others"] | None = None,
     ) -> None:
         """Makes the state that of the tokens which a map leaves.
 
@@ -343,6 +350,8 @@ class Step:
             tokens: the patch tokens before.
             size: how many original tokens each of them stood for.
             grid: rows and columns of the tokens that are left, if they stand on a grid.
+            total: how many original tokens each of them stands for, if that is known already.
+            log: the logarithms of that, 0 for the other tokens of the sequence.
         """
         state = self.state
         reduced = Reduced(
@@ -360,8 +369,13 @@ class Step:
         if each is not None and state.ahead is not None and state.ahead.each is not None:
             each = tuple(map(min, each, state.ahead.each))
         if token_map.merges or token_map.ragged or state.size is not None:
-            new = token_map.total(size)
-            bias = self._bias_of(new, token_map.ragged)
+            new = token_map.total(size) if total is None else total
+            if log is not None and self.reduction.proportional_attention:
+                bias = log[:, None, None, :]
+            else:
+                bias = self._bias_of(new, token_map.ragged)
+            if bias is not None and self.reduction.attention != "fastest":
+                bias = bias.to(tokens.dtype)  # once, rather than in every block
         if self.reduction.layout.by_position:
             index = token_map.representatives()
             if state.index is not None:
@@ -408,18 +422,19 @@ class Step:
                     f"{reduction.reducer} returned {token_map.num_coarse} tokens of {len(size[0])} "
                     f"at layer {self.layer}, but was asked for {keep}"
                 )
-            fewer = token_map.down(tokens, size)
+            x, total, log = fewer(layout, x, token_map, size)
             coarse_grid = getattr(token_map, "grid", None)
             if reduction.reconstruction is not None:
                 # Chosen by what tokens are now: later there is nothing to compare them by.
                 with self.reduction.part("back"):
-                    index, weight = reduction.reconstruction(tokens, fewer, state.grid, coarse_grid)
+                    few = layout.patch_tokens(x)
+                    index, weight = reduction.reconstruction(tokens, few, state.grid, coarse_grid)
                 token_map = Weighted(token_map, index, weight)
         self.signals.clear()  # so that the keys need not live on through the MLP
         del view
         reduction.record(Record(self.layer, size.shape[1], token_map.num_coarse, token_map))
-        self.go_down(token_map, keep, tokens, size, coarse_grid)
-        return between(layout, x, fewer)
+        self.go_down(token_map, keep, tokens, size, coarse_grid, total, log)
+        return x
 
     def _chosen(self, view: Tokens, keep: int) -> TokenMap:
         """The map that the method makes of tokens, held to what the method says of itself."""

@@ -92,15 +92,16 @@ def _dendrogram(
 ) -> tuple[Float[Tensor, "batch tokens"], Int[Tensor, "batch tokens"]]:
     """Height and parent of every absorbed token, as `cut` takes them.
 
-    Only the `merges` least merges are sure to be there, and some more.
+    The `merges` least merges are certain to be there. There may be others, which need not be right.
 
-    Clusters live in slots, in the order of their names. The last slot is never used: what must go
-    nowhere goes there, and it is infinitely far from all others.
+    Every cluster has a slot, which is its row and column in the matrix of distances; slots are in
+    the order of the clusters' names. The last slot stays empty, infinitely far from all others:
+    what is to be written nowhere is written there.
     """
     batch, tokens, _ = distance.shape
     average = linkage == "average"
-    # Average linkage keeps the sums of all distances between the members of two clusters. They
-    # are exact, so it does not matter in which order they were added up.
+    # Of two clusters, average linkage keeps the sum of all distances between their members. Such
+    # sums are exact, so that the order in which they are added up changes nothing.
     dtype = torch.float64 if average else torch.float32
     linked = _symmetric(distance, dtype)
     size = linked.new_ones(batch, tokens + 1)
@@ -114,15 +115,17 @@ def _dendrogram(
         slot = torch.arange(far.shape[1], device=far.device)
         partner_name = name.gather(1, nearest)
 
-        # Both must want it. The cluster with the larger name is absorbed.
+        # Two clusters merge if each is the other's nearest. The one in the later slot, which has
+        # the larger name, is absorbed.
         reciprocal = (nearest.gather(1, nearest) == slot) & (far < math.inf)
         absorbed = reciprocal & (nearest < slot)
         token = torch.where(absorbed, name, tokens)
         height.scatter_(1, token, far)
         into.scatter_(1, token, partner_name)
 
-        # Once enough merges are made, a cluster whose best merge comes after the last of these
-        # has no part in the result: no later merge brings it nearer to anything.
+        # Once `merges` merges are made, a cluster whose nearest one is further away than the last
+        # of these merges has no part in the result, because merging never brings clusters nearer
+        # to one another. It is left out from here on.
         bound_height, bound_into, bound_token = _last(height[:, :tokens], into[:, :tokens], merges)
         first, second = torch.minimum(name, partner_name), torch.maximum(name, partner_name)
         earlier = (first < bound_into) | ((first == bound_into) & (second < bound_token))
@@ -215,8 +218,8 @@ def _spanning_tree(
 ) -> Int[Tensor, "batch tokens"]:
     """The edges of the minimum spanning tree: tokens - 1 of them, and `NO_EDGE` in the last place.
 
-    Only the `merges` least are sure to be there: where a look costs nothing, tokens that none of
-    them can reach any more are left out of later rounds.
+    The `merges` least edges are certain to be there. Where looking at a number costs nothing (on
+    the CPU), tokens that none of these edges can reach any more are left out of later rounds.
     """
     batch, tokens, _ = distance.shape
     far = _symmetric(distance, torch.float32)
@@ -224,8 +227,8 @@ def _spanning_tree(
     component, name = everywhere, torch.arange(tokens + 1, device=distance.device).repeat(batch, 1)
     edges = torch.full_like(everywhere, NO_EDGE)
     for _ in range((tokens - 1).bit_length()):  # every round halves the number of components
-        # The least edge by which each token leaves its component, then each component's least.
-        # The first of equally near tokens makes the least edge, whichever end is the smaller.
+        # For each token the least edge to another component, then the least of each component.
+        # Of equally near tokens the first makes the least edge, whichever end is the smaller.
         best, nearest = far.min(-1)
         leaving = _edge(best, name, name.gather(1, nearest))
         least = torch.full((batch, tokens + 1), NO_EDGE, device=distance.device)
@@ -265,7 +268,8 @@ def _hook(
     one, other = _ends(least, least.shape[1])
     across = component.gather(1, one) + component.gather(1, other) - token
     parent = torch.where(least < NO_EDGE, across, token)
-    # Following least edges, one comes to two components that chose the same edge.
+    # Whoever follows the chosen edges comes to two components that chose the same edge, and point
+    # at each other. The smaller of the two becomes the root.
     both = parent.gather(1, parent) == token
     return _roots(torch.where(both & (token < parent), token, parent))
 

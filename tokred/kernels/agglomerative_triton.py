@@ -4,15 +4,40 @@ The algorithms, and how ties are decided, are those of `tokred.kernels.agglomera
 the results are the same bit for bit. Nothing waits for the device, and what is launched depends on
 shapes alone, so a CUDA graph can capture it.
 
-Complete and average linkage keep two copies of the matrix. A round reads the one through two index
-vectors (every cluster that stays, and the partner that it absorbs), writes the other, smaller one,
-and finds the nearest neighbours of the next round on the way. Where matrices are small, one program
-does all rounds of a sample. Where they are large, the first rounds are spread over the whole device
-by two launches each, and one program does what is left, which is seldom much.
+**Complete and average linkage.** A round merges all pairs of clusters that are each other's
+nearest. Every cluster has a slot, which is its row and column in the matrix of distances. There are
+two copies of the matrix: a round reads one, and writes the smaller matrix of the clusters that are
+left into the other. On the way it finds each cluster's nearest one, for the next round. Where
+matrices are small, one program does all rounds of a sample. Where they are large, each of the first
+rounds is two launches over the whole device; one program per sample does the rounds that are left,
+on what is a small matrix by then.
 
-Programs never read what another program of the same launch writes. Inside a program, threads
-exchange values through global memory, with a barrier between writing and reading and another
-before the values are overwritten.
+What a sample has for each slot:
+    far, nearest    the distance to the nearest other cluster, and the slot of that
+    name, size      the smallest token of the cluster, and how many tokens it has
+    slots           the slot that it had in the round before
+    partner         the slot of the cluster that it absorbed in this round; its own, if none
+for each token:
+    height, into    the distance at which the cluster of this name was absorbed (infinite if it was
+                    not), and the name of the cluster that absorbed it
+and one number:
+    bound           a height at which enough merges were made: what lies above it is left out
+    count           how many clusters are left, 0 when the result is known
+    turn            how many rounds were made: it says which copy of the matrix is read
+
+**Single linkage** grows the minimum spanning tree: in every round, each component is joined with
+the nearest other one. What a sample has for each token:
+    far, nearest    the distance to the nearest token of another component, and that token
+    component       the name of its component, which is one of its tokens
+    parent          the component that its component is joined to
+    least           of a token that names a component, the shortest edge that leaves it
+    edges           an edge of the tree that was found for this token, `NO_EDGE` if none was
+and one number:
+    grows           1 as long as edges are missing
+
+**Who may read what.** A program never reads what another program of the same launch writes. Inside
+a program, threads exchange values through memory: one barrier stands between writing and reading,
+and another one before the same place is written again.
 """
 
 # mypy: disable-error-code="import-not-found, import-untyped, no-untyped-call"
@@ -36,7 +61,7 @@ TOKEN_BITS = tl.constexpr(agglomerative_torch.TOKEN_BITS)
 TOKEN_MASK = tl.constexpr(agglomerative_torch.MAX_TOKENS - 1)
 NO_EDGE = tl.constexpr(agglomerative_torch.NO_EDGE)
 
-# Up to this number of tokens, one program does all rounds of a sample.
+# Up to this many tokens, one program does all rounds of a sample.
 _SMALL = 256
 
 
@@ -75,9 +100,9 @@ def cluster(
 def _wide_rounds(tokens: int) -> int:
     """How many rounds are spread over the whole device.
 
-    A round leaves about two thirds of the clusters, and after three or four rounds most of those
-    that the result does not depend on are left out. More rounds than needed cost two launches
-    each; fewer leave work for the program that does the rest.
+    A round leaves about two thirds of the clusters. After three or four rounds, most clusters that
+    cannot change the result any more are left out as well. A round too many costs two launches that
+    do nothing; a round too few leaves more to the one program that does the rest.
     """
     if tokens <= _SMALL:
         return 0
@@ -92,7 +117,8 @@ def _warps(block: int) -> int:
 def _dendrogram(
     distance: Float[Tensor, "batch tokens tokens"], merges: int, average: bool
 ) -> tuple[Float[Tensor, "batch tokens"], Int[Tensor, "batch tokens"]]:
-    """Height and parent of every absorbed token; only the `merges` least merges are sure."""
+    """Height and parent of every absorbed token. The `merges` least merges are certain; there may
+    be others, which need not be right."""
     batch, tokens, _ = distance.shape
     dtype = torch.float64 if average else torch.float32
     linked = distance.new_empty(2, batch, tokens, tokens, dtype=dtype)
@@ -126,7 +152,8 @@ def _dendrogram(
 def _spanning_tree(
     distance: Float[Tensor, "batch tokens tokens"], merges: int
 ) -> Int[Tensor, "batch tokens"]:
-    """Edges of the minimum spanning tree, one integer each; the `merges` least are sure."""
+    """Edges of the minimum spanning tree, one integer each. The `merges` least are certain to be
+    among them."""
     batch, tokens, _ = distance.shape
     symmetric, far = torch.empty_like(distance), distance.new_empty(batch, tokens)
     component = torch.arange(tokens, device=distance.device, dtype=torch.int32).repeat(batch, 1)
@@ -194,7 +221,8 @@ def _start_kernel(
         low = tl.minimum(row[:, None], column[None, :])
         high = tl.maximum(row[:, None], column[None, :])
         value = tl.load(distance + low * tokens + high, mask=other, other=float("inf"))
-        # + 0 makes 0 of -0, whose bits would not sort.
+        # Adding 0 turns -0 into 0. Distances are compared by their bits later, and those of -0
+        # are another number.
         value = (value + 0.0).to(symmetric.dtype.element_ty)
         tl.store(symmetric + row[:, None] * tokens + column[None, :], value, mask=inside)
         best, where = _nearer(value, start, best, where)
@@ -308,7 +336,9 @@ def _pairs(
     own_size = tl.load(size + slot, mask=here, other=1)
     other_size = tl.load(size + near, mask=here, other=1)
 
-    # No later merge comes before the least of the present ones: if enough come before it, stop.
+    # Merges come in ascending order of (height, name, name). The least pair of the clusters that
+    # are left comes before all that may still follow. So if `merges` were made before it, the
+    # result is known.
     least = tl.min(distance, axis=0)
     lowest = tl.min(tl.where(here & (distance == least), slot, block), axis=0)
     first = tl.load(name + lowest)
@@ -321,7 +351,8 @@ def _pairs(
 
     stay = left * 0
     if known < merges:
-        # Both must want it. The cluster with the larger name is absorbed.
+        # Two clusters merge if each is the other's nearest. The one in the later slot, which has
+        # the larger name, is absorbed.
         back = tl.load(nearest + near, mask=here, other=-1)
         reciprocal = here & (back == slot) & (distance < float("inf"))
         absorbed = reciprocal & (near < slot)
@@ -330,8 +361,9 @@ def _pairs(
         tl.store(into + own, other, mask=absorbed)
         tl.debug_barrier()
 
-        # A cluster whose best merge is above a height up to which enough merges are made has no
-        # part in the result. Any such height will do; a few bisections find one that is low.
+        # Once `merges` merges were made up to some height, a cluster whose nearest one is further
+        # away than that has no part in the result, and is left out. Any such height is right, and
+        # a low one leaves more out: a few halvings find one that is low enough.
         made = tl.load(height + slot, mask=slot < tokens, other=float("inf"))
         high = tl.load(bound)
         if tl.sum((made < float("inf")).to(tl.int32), axis=0) >= merges:
@@ -346,7 +378,7 @@ def _pairs(
 
         place = tl.cumsum(stays.to(tl.int32), axis=0) - 1
         stay = tl.sum(stays.to(tl.int32), axis=0)
-        tl.debug_barrier()  # everything has read the bound
+        tl.debug_barrier()  # all threads have read the bound, the names and the sizes
         tl.store(bound, high)
         tl.store(slots + place, slot, mask=stays)
         tl.store(partner + place, tl.where(reciprocal, near, slot), mask=stays)
@@ -384,7 +416,8 @@ def _join(
         inside = row_here[:, None] & column_here[None, :]
         row_merged = inside & (row_partner != row_slot)[:, None]
         column_merged = inside & (column_partner != column_slot)[None, :]
-        # Two clusters have up to two parts each. 0 is neutral to sums and to maxima.
+        # Each of the two clusters has one part or two, so that there are up to four distances.
+        # Those that do not exist are read as 0, which changes neither a sum nor a maximum.
         one, two = row_slot[:, None] * tokens, row_partner[:, None] * tokens
         three, four = column_slot[None, :], column_partner[None, :]
         value = tl.load(source + one + three, mask=inside, other=0.0)
@@ -494,7 +527,8 @@ def _grow(
     distance = tl.load(far + token, mask=here, other=float("inf"))
     near = tl.load(nearest + token, mask=here, other=0)
     inside = tl.load(component + token, mask=here, other=0)
-    # The first of equally near tokens makes the least edge, whichever end is the smaller.
+    # An edge is one integer, which sorts as (distance, smaller token, larger token). Of equally
+    # near tokens `near` is the first, which makes the least edge, whichever end is the smaller.
     bits = distance.to(tl.int32, bitcast=True).to(tl.int64)
     low, high = tl.minimum(token, near).to(tl.int64), tl.maximum(token, near).to(tl.int64)
     edge = (bits << (2 * TOKEN_BITS)) | (low << TOKEN_BITS) | high
@@ -505,7 +539,8 @@ def _grow(
     tl.debug_barrier()
     chosen = tl.load(least + token, mask=here, other=NO_EDGE)
 
-    # No later edge is shorter than the shortest of the present ones: if enough are, stop.
+    # Edges that are found later are longer than the shortest of those found now. So if `merges` of
+    # the tree's edges are shorter than that one, the result is known.
     made = tl.load(edges + token, mask=here, other=NO_EDGE)
     known = tl.sum((made < tl.min(chosen, axis=0)).to(tl.int32), axis=0)
     more = (known < merges).to(tl.int32)
@@ -562,7 +597,8 @@ def _hook(chosen, component, parent, tokens, jumps: tl.constexpr, block: tl.cons
     above = tl.where(chooses, across, token)
     tl.store(parent + token, above, mask=here)
     tl.debug_barrier()
-    # Following least edges, one comes to two components that chose the same edge.
+    # Whoever follows the chosen edges comes to two components that chose the same edge, and point
+    # at each other. The smaller of the two becomes the root.
     back = tl.load(parent + above, mask=here, other=0)
     above = tl.where((back == token) & (token < above), token, above)
     absorbed = here & (above != token)

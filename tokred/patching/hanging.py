@@ -82,8 +82,9 @@ def hang(
     hooks = _hooks(model, found, tower, reduction)
 
     remove(model)
+    reading = reduction.reading
     for patched in made:
-        if isinstance(patched, Patched):
+        if isinstance(patched, Patched) and patched.layer in reading:
             patched.tap()
         _set_innermost(patched.block, patched)
     for attention in attentions:

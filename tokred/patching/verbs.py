@@ -84,9 +84,12 @@ def apply(
             pools tokens, nearly so: they are made again behind the last norm, not in front of it.
             (A model that averages merged tokens in its own forward gets the full grid all the
             same, for the sake of its answer.)
-        attention: "host" leaves attention as the host computes it. "fastest" may compute it the
-            host's other way (fused or not) where that is faster, which rounds differently: on
-            CPUs in bfloat16.
+        attention: "host" leaves attention as the host computes it. "fastest" may compute it
+            another way where that is faster, which rounds differently. On CPUs in bfloat16, that
+            is the host's other way (fused or not). On CUDA, it is fused attention without a mask:
+            the sizes of merged tokens go in with the values, which lets flash kernels run. Which
+            form is faster is measured when a shape is first seen, and takes some milliseconds
+            then; compiled models keep the mask.
         prefix: how many tokens stand in front of the patch tokens, in a subclass of a supported
             model that adds some (prompt tuning): its class, register and prompt tokens together.
             They are never merged or dropped. As many as the model's own class has, if not given.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
@@ -21,6 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tokred.graphs import is_plain
 from tokred.maps import Clusters, refuse_onnx
 from tokred.optional import installed, require
 from tokred.reducers.protocol import ADDED, Tokens, brief
@@ -114,7 +116,11 @@ def cluster(
             f"num_clusters must be in [1, {features.shape[1]}] for {features.shape[1]} tokens, "
             f"not {num_clusters}"
         )
-    labels: Tensor = _cluster(features, num_clusters, linkage, backend)
+    labels: Tensor
+    if is_plain(features):
+        labels = _clustered(features, num_clusters, linkage, backend)
+    else:
+        labels = _cluster(features, num_clusters, linkage, backend)
     return labels
 
 
@@ -268,6 +274,46 @@ def _kernel(backend: str) -> ModuleType:
     return agglomerative_torch
 
 
+def _clustered(features: Tensor, num_clusters: int, linkage: str, backend: str) -> Tensor:
+    """The operator `tokred::cluster`."""
+    chosen = choose(features.device, backend)
+    x = features.detach()
+    if chosen in ("numba", "scipy"):
+        x = x.cpu()
+    kernel = _kernel(chosen)
+    if x.device.type != "cpu":
+        there: Tensor = kernel.cluster(_distance(*_unit(x)), num_clusters, linkage)
+        return there
+    labels: Tensor
+    if chosen == "numba" and x.dtype != torch.float64:
+        labels = kernel.cluster_features(x.float(), num_clusters, linkage)
+    else:
+        parts = [
+            kernel.cluster(distance, num_clusters, linkage) for distance in _in_parts(x, chosen)
+        ]
+        labels = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return labels.to(features.device)
+
+
+def _in_parts(
+    x: Float[Tensor, "batch tokens dim"], backend: str
+) -> Iterator[Float[Tensor, "some tokens tokens"]]:
+    """The distances of a few samples at a time, on the CPU: as many as there are threads, or more
+    if they fit into the cache. Only entries above the diagonal are right."""
+    num = x.shape[1]
+    at_once = max(torch.get_num_threads(), _AT_ONCE // max(1, num) ** 2)
+    for part in x.split(at_once):
+        # Where numba is installed, all backends get the distances that it gets.
+        if x.dtype != torch.float64 and (backend == "numba" or _installed("numba")):
+            from tokred.kernels import cosine_numba
+
+            yield cosine_numba.distances(part.float().contiguous())
+        else:
+            unit, finite = _unit(part)
+            fresh = part.new_empty((len(part), num, num), dtype=torch.float32)
+            yield _apart(_upper_distance(unit, fresh), finite)
+
+
 # A custom operator, which is opaque to torch.compile, so that a compiled model has no graph break.
 @torch.library.custom_op(
     "tokred::cluster",
@@ -275,28 +321,7 @@ def _kernel(backend: str) -> ModuleType:
     schema="(Tensor features, int num_clusters, str linkage, str backend) -> Tensor",
 )
 def _cluster(features: Tensor, num_clusters: int, linkage: str, backend: str) -> Tensor:
-    chosen = choose(features.device, backend)
-    x = features.cpu() if chosen in ("numba", "scipy") else features
-    kernel = _kernel(chosen)
-    unit, finite = _unit(x)
-    if unit.device.type != "cpu":
-        there: Tensor = kernel.cluster(_distance(unit, finite), num_clusters, linkage)
-        return there
-    # As many samples at once as there are threads, or more if they fit into the cache.
-    num = unit.shape[1]
-    at_once = max(torch.get_num_threads(), _AT_ONCE // max(1, num) ** 2)
-    parts = unit.split(at_once)
-    known = [None] * len(parts) if finite is None else finite.split(at_once)
-    labels = []
-    for part, good in zip(parts, known, strict=True):
-        if chosen == "numba":
-            distance = _apart(_upper_distance(part, kernel.workspace(len(part), num)), good)
-            labels.append(kernel.cluster(distance, num_clusters, linkage, overwrite=True))
-        else:
-            fresh = part.new_empty((len(part), num, num), dtype=torch.float32)
-            distance = _apart(_upper_distance(part, fresh), good)
-            labels.append(kernel.cluster(distance, num_clusters, linkage))
-    return (labels[0] if len(labels) == 1 else torch.cat(labels)).to(features.device)
+    return _clustered(features, num_clusters, linkage, backend)
 
 
 @_cluster.register_fake

@@ -16,10 +16,14 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokred.graphs import in_a_graph
+from tokred.graphs import in_a_graph, is_native
 from tokred.maps import Clusters, deciding, in_order_of_first_member, ranked
 from tokred.reducers.protocol import ADDED, Tokens, brief
 from tokred.reducers.registry import register
+
+_MOST_PRODUCTS = 2**23
+"""Multiply-adds of one matching in one image; where more are needed, the matrix product of a
+library is faster than ours."""
 
 
 @register("tome")
@@ -72,6 +76,10 @@ class ToMe:
     def _groups(self, tokens: Tokens, size: Float[Tensor, "batch tokens"], keep: int) -> Clusters:
         """Who merges, where each token counts as `size` says."""
         assert tokens.key is not None
+        if self.threshold is None and _at_once(tokens.key):
+            from tokred.kernels import matching_numba
+
+            return Clusters(matching_numba.match(tokens.key, keep, tokens.before, size), keep)
         metric = mean_over_heads(tokens.key)
         if self.threshold is not None:
             return _while_similar(metric, size, keep, tokens.before, self.threshold)
@@ -81,6 +89,12 @@ class ToMe:
             once = _halve_at_most(metric, keep, tokens.before)
             clusters = clusters.then(once)
         return clusters
+
+
+def _at_once(key: Float[Tensor, "batch heads tokens head_dim"]) -> bool:
+    """Whether one kernel does the whole matching: where it can, and the products are few."""
+    _, _, num, dim = key.shape
+    return num > 1 and num * num * dim // 4 <= _MOST_PRODUCTS and is_native(key)
 
 
 def match(
@@ -118,6 +132,10 @@ def match(
     # Steps 2 and 3: every token of A draws an edge to its most similar token of B; the `merges`
     # strongest edges are kept. `max` takes the first of equals, and so does a stable sort.
     similarity, partner = best(a, b)
+    if is_native(similarity):
+        from tokred.kernels import matching_numba
+
+        return matching_numba.strongest(similarity, partner, merges, even, num)
     strongest = ranked(similarity)[:, :merges]
 
     # Steps 4 and 5: what is joined by an edge becomes one group, named by its token of B.

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from tokred.measure.profile.values import PARTS, SHOWN, Profile
+from tokred.measure.race import books_told
 from tokred.measure.results import draws
 from tokred.optional import require
 from tokred.show.charts import PART_COLOURS, bars
@@ -39,7 +40,8 @@ def fragment(profile: Profile, style: bool = True) -> str:
     warnings, losses = profile.warnings(), profile.losses()
     summary = (
         f"{profile.model}, {profile.method}: {profile.speed_up:.2f}x as fast as dense (free limit "
-        f"{profile.free_limit:.2f}x)"
+        f"{profile.free_limit:.2f}x; of limit {profile.efficiency:.2f}, "
+        f"{books_told(profile.bookkeeping, profile.why_seamed)})"
     )
     blocks = [
         (str(t.layer), t.dense, [getattr(t, name) for name in NAMED_PARTS], t.limit)

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from tokred.data.inputs import Inputs, device_of, pixels
 from tokred.engine.reduction import Reduction
 from tokred.host import Denoiser, Host, Stage, UnsupportedModelError, find_host, module_of
-from tokred.measure.limit import through
+from tokred.measure.limit import Entrant, put_on, through
 from tokred.measure.profile.clock import Clock, Spent, _hooks, clock_for
 from tokred.measure.profile.values import PARTS, LayerTimes, Profile
 from tokred.measure.race import Arm, Side, measure
 from tokred.measure.subject import Subject, check_method, check_rounds, subject
-from tokred.patching import hang, host_of, remove, uncompiled
+from tokred.patching import host_of, uncompiled
 from tokred.patching.presets import Preset
 from tokred.reducers import Reducer
 from tokred.schedule import Schedule
@@ -41,11 +41,11 @@ def profile(
     on_round: Callable[[int, int], None] | None = None,
 ) -> Profile:
     """Measures what each block of the reduced model spends its time on, beside the dense model and
-    the free limit.
+    the free limit, without our bookkeeping and with it.
 
-    Every round runs the batch through all three, with the clock and without it, in shuffled order.
-    On CUDA the clock is read by events on the current stream, and nothing waits for them: the time
-    in which the device waits for Python belongs to the part in which it passes. Reading the clock
+    Every round runs the batch through all of them, with the clock and without it, in shuffled
+    order. On CUDA the clock is read by events on the current stream, and nothing waits for them:
+    the time in which the device waits for Python belongs to the part in which it passes. Reading it
     takes time, too: `Profile.overhead` says how much slower the profiled model is than the same
     model without the clock. The model is left as it was.
 
@@ -84,7 +84,8 @@ def profile(
             after = through(model, what.host, images, what.reduction, what.tokens)
         blocks = what.host.blocks(find_host(model, host)[1])
         measured = _measured(what, blocks, images, clock, rounds, warmup, on_round)
-    spent = {name: Spent(clock.spent(name)[warmup:]) for name in ("dense", "reduced", "limit")}
+    names = ("dense", "reduced", *what.limits.arms)
+    spent = {name: Spent(clock.spent(name)[warmup:]) for name in names}
     _check_seen(spent["reduced"], len(blocks))
     return Profile(
         model=type(model).__name__,
@@ -97,6 +98,8 @@ def profile(
         dense=measured["dense"],
         reduced=measured["reduced"],
         limit=measured["limit"],
+        seamed=measured.get("seamed"),
+        why_seamed=what.limits.why_seamed,
         profiled=measured["profiled reduced"],
         **what.conditions,
     )
@@ -149,7 +152,7 @@ def _measured(
     warmup: int,
     on_round: Callable[[int, int], None] | None,
 ) -> dict[str, Arm]:
-    """Runs the dense model, the reduced one and the free limit in turns, each of them with the
+    """Runs the dense model, the reduced one and the free limits in turns, each of them with the
     clock ("profiled ...") and without it."""
     model, handles = what.model, list[Any]()
 
@@ -158,19 +161,16 @@ def _measured(
             handle.remove()
         handles.clear()
 
-    def become(reduction: Any, profiled: str = "") -> None:
+    def become(side: Entrant, profiled: str = "") -> None:
         unclocked()
-        if reduction is None:
-            remove(model)
-        else:
-            hang(model, what.host, reduction)
+        put_on(model, what.host, side)
         if profiled:
             clock.begin(profiled)
             for layer, block in enumerate(blocks):
                 handles.extend(_hooks(block, layer, clock))
 
     assert isinstance(what.reduction, Reduction)
-    arms = {"dense": None, "reduced": what.reduction, "limit": what.limit}
+    arms: dict[str, Entrant] = {"dense": None, "reduced": what.reduction, **what.limits.arms}
     clocked = {**arms, "reduced": replace(what.reduction, observer=clock)}
     sides: dict[str, Side] = {}
     for name in arms:
@@ -199,6 +199,9 @@ def _layers(
                 **{part: spent["reduced"].median(layer, part) for part in ("rest", *PARTS)},
                 dense=spent["dense"].median(layer, "rest"),
                 limit=spent["limit"].median(rank.index(layer), "rest"),
+                seamed=spent["seamed"].median(rank.index(layer), "rest")
+                if "seamed" in spent
+                else None,
             )
         )
         now = after[layer]

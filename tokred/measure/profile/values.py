@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tokred.measure.race import Arm
+from tokred.measure.race import Arm, books_told
 from tokred.measure.results import Result, drawn
 
 if TYPE_CHECKING:
@@ -40,7 +40,10 @@ class LayerTimes:
             sizes if attention is proportional. (If attention is slower because of it, that shows in
             `rest`.)
         dense: the same block in the dense model.
-        limit: the same block in the free limit, with tokens cut off to the same numbers.
+        limit: the same block in the free limit, with tokens cut off to the same numbers by a slice
+            in the model's own forward.
+        seamed: the same block with the same cuts, where blocks are patched: what it takes longer
+            than `limit` is bookkeeping. None where the free limit runs in patched blocks already.
     """
 
     layer: int
@@ -53,6 +56,7 @@ class LayerTimes:
     bias: float
     dense: float
     limit: float
+    seamed: float | None = None
 
     @property
     def added(self) -> float:
@@ -81,6 +85,9 @@ class Profile(Result):
         batch, image_size, device, dtype, threads, versions: what it was measured on.
         dense, reduced, limit: the whole model without the clock, in the same rounds.
         profiled: the reduced model with the clock.
+        seamed: the free limit's cuts in patched blocks, without the clock; None if that is `limit`
+            already.
+        why_seamed: why it is; empty if it is not.
     """
 
     model: str
@@ -100,6 +107,8 @@ class Profile(Result):
     reduced: Arm
     limit: Arm
     profiled: Arm
+    seamed: Arm | None = None
+    why_seamed: str = ""
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -115,6 +124,17 @@ class Profile(Result):
     def free_limit(self) -> float:
         """The speed-up of cutting tokens off at no cost."""
         return self.dense.median / self.limit.median
+
+    @property
+    def efficiency(self) -> float:
+        """The speed-up as a share of the free limit."""
+        return self.speed_up / self.free_limit
+
+    @property
+    def bookkeeping(self) -> float | None:
+        """What patched blocks cost without any method, as a share of the free limit's time; None
+        where no limit runs without them."""
+        return None if self.seamed is None else self.seamed.median / self.limit.median - 1
 
     @property
     def overhead(self) -> float:
@@ -215,7 +235,9 @@ class Profile(Result):
             )
             return told
         reduced = [times for times in self.layers if times.bias > 0]
-        rest, free = (sum(getattr(t, name) for t in reduced) for name in ("rest", "limit"))
+        rest = sum(times.rest for times in reduced)
+        # Of patched blocks, if they are known, because bookkeeping is no matter of attention.
+        free = sum(t.limit if t.seamed is None else t.seamed for t in reduced)
         if self.proportional_attention and rest > 1.1 * free > 0:
             told.append(
                 f"Behind the first reduction, blocks without what the method adds take "
@@ -236,7 +258,8 @@ class Profile(Result):
             {**dataclasses.asdict(times), "block": times.block, "added": times.added}
             for times in self.layers
         ]
-        ratios = {name: getattr(self, name) for name in ("speed_up", "free_limit", "overhead")}
+        names = ("speed_up", "free_limit", "efficiency", "bookkeeping", "overhead")
+        ratios = {name: getattr(self, name) for name in names}
         told = {"losses": self.losses(), "warnings": self.warnings()}
         return {**ratios, **dataclasses.asdict(self), "layers": layers, **told}
 
@@ -246,7 +269,8 @@ class Profile(Result):
             more = f"{len(losses) - SHOWN} more layers cost more than they save, see losses()"
             losses = [*losses[:SHOWN], more]
         lines = [
-            f"{self.speed_up:.2f}x as fast as dense; free limit {self.free_limit:.2f}x; "
+            f"{self.speed_up:.2f}x as fast as dense; free limit {self.free_limit:.2f}x; of limit "
+            f"{self.efficiency:.2f}, {books_told(self.bookkeeping, self.why_seamed)}; "
             f"blocks take {_ms(self.total('block'))} per batch (dense {_ms(self.total('dense'))}), "
             f"the whole model {_ms(self.reduced.median)} (dense {_ms(self.dense.median)})",
             *self.warnings(),

@@ -32,8 +32,9 @@ FORMAT = 1
 DIM = 64
 """Features per token, as the keys of one head have in most ViTs."""
 
-TOKENS = (196, 576, 1024, 4096)
-BATCH = {"cpu": {196: 8, 576: 8, 1024: 8, 4096: 2}, "cuda": {196: 256, 576: 64, 1024: 64, 4096: 2}}
+TOKENS = (196, 576, 1369, 4096)
+CPU_BATCHES = (1, 8)
+CUDA_BATCH = {196: 256, 576: 64, 1369: 64, 4096: 2}
 _TURN = 0.02
 """Seconds that every turn takes at least; it makes as many calls as that needs."""
 
@@ -48,6 +49,7 @@ def run(
     linkage: str = "average",
     keep_rate: float = 0.5,
     backends: Sequence[str] | None = None,
+    batches: Sequence[int] | None = None,
     rounds: int = 9,
     on_round: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -59,21 +61,29 @@ def run(
         linkage: as for `tokred.reducers.atc.cluster`.
         keep_rate: how many clusters are made, as a share of the tokens.
         backends: which are measured; all that run on the device, if not given.
+        batches: numbers of images; if not given, `CPU_BATCHES`, or as many as a GPU needs.
         rounds: measured rounds of each size and kind of data.
         on_round: called after every round with (rounds done, rounds in all).
     """
     kind = torch.device(device).type
     results: list[dict[str, Any]] = []
     notes: list[str] = []
-    sizes = len(tokens) * len(DRAW)
-    for num in tokens:
-        batch = BATCH[kind].get(num, 8)
+    sizes = [
+        (num, batch)
+        for num in tokens
+        for batch in batches or (CPU_BATCHES if kind == "cpu" else (CUDA_BATCH.get(num, 8),))
+    ]
+    for num, batch in sizes:
         for data, draw in DRAW.items():
             x = draw(batch, num, torch.Generator().manual_seed(0)).contiguous()
             keep = max(1, int(num * keep_rate))
             timers, trouble = _contestants(x, keep, linkage, device, backends)
             notes += [f"{num} tokens: {line}" for line in trouble]
-            lap = None if on_round is None else partial(_lap, on_round, len(results), sizes)
+            lap = (
+                None
+                if on_round is None
+                else partial(_lap, on_round, len(results), len(sizes) * len(DRAW))
+            )
             seconds = _raced(timers, rounds, lap)
             results.append({"tokens": num, "batch": batch, "data": data, "seconds": seconds})
     return {
@@ -178,7 +188,7 @@ def _contestants(
     cuda = torch.device(device).type == "cuda"
     if cuda:
         fitting: tuple[str, ...] = ("torch", "triton")
-    elif x.shape[1] <= 1024:
+    elif x.shape[1] <= 576:
         fitting = ("numba", "scipy", "torch")
     else:  # torch's rounds take seconds there, and are not what "auto" picks on a CPU
         fitting = ("numba", "scipy")

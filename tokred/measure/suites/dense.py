@@ -95,8 +95,9 @@ def run(
 def markdown(results: dict[str, Any]) -> str:
     """Two tables: models, and kernels."""
     lines = [
-        "| model | preset | mult-adds, G | by these | speed-up | free limit | of it |",
-        "|---|---|---|---|---|---|---|",
+        "| model | preset | mult-adds, G | by these | speed-up | free limit | of limit | "
+        "of it bookkeeping |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in results["models"]:
         dense, reduced = row["dense_macs"] / 1e9, row["reduced_macs"] / 1e9
@@ -107,6 +108,7 @@ def markdown(results: dict[str, Any]) -> str:
             f"{dense:.1f} -> {reduced:.1f}",
             *(f"{dense / reduced:.2f}", f"{row['speed_up']:.2f}"),
             *(f"{row['free_limit']:.2f}", f"{row['efficiency']:.2f}"),
+            "not known" if row["bookkeeping"] is None else f"{row['bookkeeping']:.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
