@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tokred.host import hosts, library_of
+from tokred.host import hosts, library_of, patch_names, summary_of
 from tokred.moved import MOVED
 
 ROOT = Path(__file__).parent.parent
@@ -18,8 +18,9 @@ sys.path.insert(0, str(ROOT / "docs" / "extensions"))
 from architecture import DRAWING, RANK, circle, drawing, edges, files, imports, room, rooms  # noqa: E402
 
 HOSTS = {"timm", "transformers", "diffusers", "torchvision", "open_clip"}
-DISCOVERY = {"moved.py", "find.py", "registry.py"}
-"""The files that import others by computed names: former paths, patches, and methods."""
+DISCOVERY = {"moved.py", "find.py", "registry.py", "worker.py"}
+"""The files that import others by computed names: former paths, patches, methods, and the package
+that lies in some folder."""
 FILES = files()
 PATCHES = sorted((ROOT / "patches").glob("[a-z]*.py"))
 
@@ -130,28 +131,41 @@ def test_a_kernel_knows_maps_and_other_kernels_alone(file: Path) -> None:
     assert all(name.startswith(("tokred.kernels", "tokred.maps")) for name in ours)
 
 
-def loaded_by(module: str) -> set[str]:
-    """The modules that importing one of ours loads, in a new process that has torch already."""
+def loaded_by(program: str) -> set[str]:
+    """The modules that a program loads, in a new process that has torch already."""
     program = (
         "import sys, torch\nbefore = set(sys.modules)\n"
-        f"import {module}\nprint(*(set(sys.modules) - before))"
+        f"{program}\nprint(*(set(sys.modules) - before), file=sys.stderr)"
     )
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    return set(run.stdout.split())
+    return set(run.stderr.split())
 
 
-def test_importing_tokred_loads_neither_hosts_nor_compilers() -> None:
-    loaded = loaded_by("tokred")
+@pytest.mark.parametrize(
+    "program", ["import tokred", "from tokred.cli.main import main; main(['list'])"]
+)
+def test_importing_and_listing_load_neither_hosts_nor_compilers(program: str) -> None:
+    loaded = loaded_by(program)
     assert {"tokred", "tokred.reducers.tome", "tokred.reducers.atc"} <= loaded
     assert not {name.split(".")[0] for name in loaded} & {
-        *HOSTS, "scipy", "matplotlib", "PIL", "safetensors", "tqdm", "numba", "triton", "sympy",
-        "profile", "cProfile",
+        *HOSTS, "scipy", "sklearn", "pandas", "matplotlib", "PIL", "safetensors", "tqdm", "numba",
+        "triton", "sympy", "accelerate", "datasets", "torchmetrics", "profile", "cProfile",
     }  # fmt: skip
     # Half of the time that importing torch takes, if they are loaded.
     parts = ("torch._dynamo", "torch._inductor", "torch._export", "torch.utils.flop_counter")
     assert not {name for name in loaded if name.startswith(parts)}
+
+
+def test_what_is_read_of_a_patch_is_what_its_host_says() -> None:
+    for name in ("diffusers", "open_clip", "torchvision", "transformers", "timm"):
+        pytest.importorskip(name)
+    known = hosts()
+    assert {name: summary_of(name) for name in patch_names()} == {
+        name: host.summary for name, host in known.items()
+    }
+    assert all(host.summary for host in known.values())
 
 
 def test_a_patch_is_not_imported_from_the_source_folder() -> None:

@@ -34,6 +34,13 @@ def in_a_graph(x: Tensor) -> bool:
     return torch.compiler.is_compiling() and _without_values(x)
 
 
+def recorded(x: Tensor) -> bool:
+    """Whether operators are written down for later, rather than run here and now: then nothing may
+    depend on how many images there happen to be."""
+    # A trace that depends on gradients would not be what `torch.jit.trace` finds when it checks.
+    return in_a_graph(x) or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+
+
 def is_plain(x: Tensor) -> bool:
     """Whether nobody follows what is done to a tensor, so that something else than operators may
     read its memory: no gradients, no graph, no trace, no transform, no mode that counts."""

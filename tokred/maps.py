@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from tokred.graphs import in_a_graph
+from tokred.graphs import in_a_graph, recorded
 
 # Code that torch 2.6 generates for CPUs stores rows where it should add them (index_add and
 # scatter_add alike). 2.15 does not; which version was the first is not known.
@@ -105,7 +105,7 @@ class Clusters:
         share = self.share
         if share is None:
             share = size / self.total(size).gather(1, self.index)
-        if x.device.type == "cpu" and not x.requires_grad and not _recorded(x):
+        if x.device.type == "cpu" and not x.requires_grad and not recorded(x):
             return self._sum_in_bags(x, share)
         if _ADDS_WRONGLY and x.device.type == "cpu" and in_a_graph(x):
             return self._sum_by_product(x, share)
@@ -411,12 +411,6 @@ def refuse_onnx(name: str) -> None:
             f"{name} takes as many turns as the images need, by an operator that ONNX does not "
             "have: the table under Export in docs/composition.md says which methods can become ONNX"
         )
-
-
-def _recorded(x: Tensor) -> bool:
-    """Whether operators are written down for later, rather than run here and now."""
-    # A trace that depends on gradients would not be what `torch.jit.trace` finds when it checks.
-    return in_a_graph(x) or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
 def take(

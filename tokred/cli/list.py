@@ -6,7 +6,8 @@ import argparse
 
 from tokred import reducers
 from tokred.cli.shared import Commands, command
-from tokred.host import hosts, library_of, patch_names
+from tokred.host import library_of, patch_names, summary_of
+from tokred.optional import installed
 
 
 def add(commands: Commands) -> None:
@@ -22,10 +23,9 @@ def run(options: argparse.Namespace) -> None:
     print("hosts")
     for name in patch_names():
         library, extra = library_of(name), name.split("_")[0]
-        try:
-            __import__(library)
-            print(f"  {name:22s}{hosts()[name].summary}")
-        except ModuleNotFoundError:
+        if installed(library):
+            print(f"  {name:22s}{summary_of(name)}")
+        else:
             print(f'  {name:22s}(needs {library}: pip install "tokred[{extra}]")')
 
 

@@ -13,7 +13,7 @@ import torch
 from tokred import reducers
 from tokred.cli.shared import bar
 from tokred.data.writing import write_text
-from tokred.measure.suites import clustering, dense, diffusion, gates, overhead, vit
+from tokred.measure.suites import clustering, dense, diffusion, gates, memory, overhead, vit
 
 Results: TypeAlias = dict[str, Any]
 Suite: TypeAlias = Callable[[argparse.Namespace, Any], tuple[Results, str]]
@@ -109,6 +109,18 @@ def _tcformer(options: argparse.Namespace, rounds: Any) -> tuple[Results, str]:
     return results, tcformer.markdown(results)
 
 
+def _memory(options: argparse.Namespace, rounds: Any) -> tuple[Results, str]:
+    common = _common(options, rounds)
+    del common["device"], common["rounds"]  # memory of the CPU, which is the same in every round
+    results = memory.run(
+        options.methods or reducers.names(),
+        batches=options.batches or memory.BATCHES,
+        keep_rate=(options.keep_rates or (0.5,))[0],
+        **common,
+    )
+    return results, memory.markdown(results)
+
+
 def _overhead(options: argparse.Namespace, rounds: Any) -> tuple[Results, str]:
     results = overhead.run(
         options.models or overhead.MODELS,
@@ -141,6 +153,7 @@ SUITES: dict[str, Suite] = {
     "dense": _dense,
     "diffusion": _diffusion,
     "gates": _gates,
+    "memory": _memory,
     "tcformer": _tcformer,
     "overhead": _overhead,
 }

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tokred.graphs import recorded
 from tokred.maps import wide
 
 
@@ -34,17 +35,37 @@ def mean_attention(
     if query.shape[2] == 1:
         logits = (query @ key.transpose(2, 3)) * scale
         return (logits if bias is None else logits + bias).softmax(-1).squeeze(2)
+    somes = [slice(None)]
+    if query.device.type == "cpu" and not recorded(query):  # as many maps as fit into the cache
+        images = max(1, 2**20 // max(1, query.shape[2] * key.shape[2]))
+        somes = [slice(n, n + images) for n in range(0, max(1, query.shape[0]), images)]
     heads = []
     for head in range(query.shape[1]):
-        logits = (query[:, head] @ key[:, head].transpose(1, 2)) * scale
-        if bias is not None:
-            logits = logits + bias[:, min(head, bias.shape[1] - 1)]
-        paid = logits.softmax(-1)
-        if asking is None:
-            heads.append(paid.mean(1))
-        else:
-            heads.append((paid * asking[:, :, None]).sum(1) / asking.sum(1, keepdim=True))
+        own = None if bias is None else bias[:, min(head, bias.shape[1] - 1)]
+        parts = []
+        for some in somes:
+            its = own if own is None or own.shape[0] == 1 else own[some]
+            asked = None if asking is None else asking[some]
+            parts.append(_of_one_head(query[some, head], key[some, head], scale, its, asked))
+        heads.append(parts[0] if len(parts) == 1 else torch.cat(parts))
     return torch.stack(heads, 1)
+
+
+def _of_one_head(
+    query: Float[Tensor, "batch rows head_dim"],
+    key: Float[Tensor, "batch tokens head_dim"],
+    scale: float,
+    bias: Tensor | None,
+    asking: Float[Tensor, "batch rows"] | None,
+) -> Float[Tensor, "batch tokens"]:
+    """See `mean_attention`. A function of its own, so that no map is kept for the next head."""
+    logits = (query @ key.transpose(1, 2)) * scale
+    if bias is not None:
+        logits = logits + bias
+    paid = logits.softmax(-1)
+    if asking is None:
+        return paid.mean(1)
+    return (paid * asking[:, :, None]).sum(1) / asking.sum(1, keepdim=True)
 
 
 def added(bias: Tensor, mask: Tensor | None) -> Tensor:

@@ -26,6 +26,7 @@ from tokred.host.find import (
     patch_names,
     scheduler_of,
     stage_of,
+    summary_of,
 )
 from tokred.host.host import Denoiser, Host, Stage, UnsupportedModelError, WindowedHost
 
@@ -57,6 +58,7 @@ __all__ = [
     "scheduler_of",
     "stage_of",
     "submodule",
+    "summary_of",
     "tap_of",
     "unwrapped",
 ]

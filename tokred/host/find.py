@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import sys
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
@@ -75,6 +78,28 @@ def patch_names() -> list[str]:
         ) from error
     names = (module.name for module in iter_modules(patches.__path__))
     return sorted(name for name in names if not name.startswith("_"))
+
+
+def summary_of(patch: str) -> str:
+    """One clause on the models that a patch is for, read from its source: importing the libraries
+    of all patches takes several times as long as importing torch.
+
+    Args:
+        patch: the name of a patch, see `patch_names`.
+
+    Returns:
+        the text behind `summary=` in the file; empty if there is none, or none that can be read.
+    """
+    spec = find_spec(f"tokred.patches.{patch}")
+    try:
+        tree = ast.parse(Path(str(spec and spec.origin)).read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError):  # such a patch cannot be loaded, either
+        return ""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.keyword) and node.arg == "summary":
+            said = node.value
+            return str(said.value) if isinstance(said, ast.Constant) else ""
+    return ""
 
 
 def find_host(

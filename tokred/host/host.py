@@ -51,7 +51,7 @@ class Family:
         means: * whether a module of one of `models` is meant, where other families have that class
             as well.
         refuse: * why a model (given the signals that are needed) cannot be patched; None if it can.
-        summary: one clause for lists.
+        summary: one clause for lists; a plain text, which is read from the file (`summary_of`).
     """
 
     models: tuple[str, ...]
@@ -228,7 +228,7 @@ class Denoiser:
             values (as `encoder_hidden_states`); None if it can. Asked before each use, as
             processors may be exchanged.
         times: * `times(model)`: the time steps that a model is usually called with.
-        summary: one clause for lists.
+        summary: one clause for lists; a plain text, which is read from the file (`summary_of`).
     """
 
     models: tuple[str, ...]

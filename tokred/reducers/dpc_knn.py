@@ -27,6 +27,9 @@ from tokred.optional import installed
 from tokred.reducers.protocol import Tokens
 from tokred.reducers.registry import register
 
+_IN_CACHE = 2**18
+"""How many distances are worked on at once on the CPU."""
+
 
 @register("dpc_knn")
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ def _in_parts(
     # As many samples at a time as fit into memory; on the CPU, into the cache.
     at_once, rows = samples_at_once(num), num
     if x.device.type == "cpu" and not in_a_graph(x):
-        at_once = min(at_once, max(1, 2**18 // num**2))
+        at_once = min(at_once, max(1, _IN_CACHE // num**2))
     if num**2 > 2**24:
         rows = 2 ** (20 if x.device.type == "cpu" else 24) // num + 1
     some = x.split(at_once)
@@ -342,7 +345,7 @@ def join_nearest(
             its square.
         centres: which tokens are centres, all different.
     """
-    return _own(_first_least(take(distance, centres), 1), centres)
+    return _own(_first_nearest(distance, centres), centres)
 
 
 def _own(
@@ -351,6 +354,24 @@ def _own(
     """Gives every centre its own label."""
     own = torch.arange(centres.shape[1], device=centres.device).expand_as(centres)
     return label.scatter(1, centres, own)
+
+
+def _first_nearest(
+    distance: Float[Tensor, "batch tokens tokens"], centres: Int[Tensor, "batch clusters"]
+) -> Int[Tensor, "batch tokens"]:
+    """For every token, the number of the nearest centre; of equals, the first."""
+    if not _as_bits(distance):
+        return take(distance, centres).argmin(1)
+    # As integers, as in `_first_least`. The rows of all centres at once could be half
+    # as much memory again as the distances, and would not fit into the cache.
+    bits = distance.view(torch.int64)
+    at_once = max(1, 2**17 // max(1, distance.shape[0] * distance.shape[2]))
+    found = [take(bits, some).min(1) for some in centres.split(at_once, 1)]
+    if len(found) == 1:
+        return found[0].indices
+    part = torch.stack([least.values for least in found], 1).min(1).indices[:, None]
+    inside = torch.stack([least.indices for least in found], 1).gather(1, part)
+    return (part * at_once + inside)[:, 0]
 
 
 def _first_least(x: Float[Tensor, "batch a b"], dim: int) -> Int[Tensor, "batch kept"]:

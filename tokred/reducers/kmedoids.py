@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tokred.graphs import recorded
 from tokred.maps import Clusters, deciding, in_order_of_first_member, ranked
 from tokred.reducers.dpc_knn import (
     check_number,
@@ -28,6 +29,9 @@ from tokred.reducers.dpc_knn import (
 )
 from tokred.reducers.protocol import Tokens
 from tokred.reducers.registry import register
+
+_AT_ONCE = 2**18
+"""How many pairs of tokens are compared at once on the CPU, so that they fit into the cache."""
 
 
 @register("kmedoids")
@@ -104,6 +108,8 @@ def cluster(
     check_number(num_clusters, num)
     _check_iterations(iterations)
     at_once = samples_at_once(num)
+    if x.device.type == "cpu" and not recorded(x):  # what fits into the cache
+        at_once = min(at_once, max(1, _AT_ONCE // num**2))
     parts = [
         _cluster(some, their_weight, num_clusters, iterations, published)
         for some, their_weight in zip(x.split(at_once), weight.split(at_once), strict=True)
@@ -118,15 +124,13 @@ def _cluster(
     iterations: int,
     published: bool,
 ) -> tuple[Int[Tensor, "batch tokens"], Int[Tensor, "batch clusters"]]:
-    distance = squared_distances(x).sqrt()
-    weighted = distance * weight[:, None, :]  # by the weight of the token at the other end
-
+    distance = squared_distances(x).sqrt_()
     heaviest = ranked(weight)[:, :num_clusters]
     medoids = heaviest.sort(-1).values
     everywhere = weight * distance.sum(-1)
     for _ in range(iterations):
         label = join_nearest(distance, medoids)
-        cost = everywhere if published else _sum_in_cluster(weighted, label)
+        cost = everywhere if published else _sum_in_cluster(distance, weight, label)
         medoids = _cheapest(cost, label, num_clusters).sort(-1).values
 
     label = join_nearest(distance, medoids)
@@ -135,11 +139,18 @@ def _cluster(
 
 
 def _sum_in_cluster(
-    weighted: Float[Tensor, "batch tokens tokens"], label: Int[Tensor, "batch tokens"]
+    distance: Float[Tensor, "batch tokens tokens"],
+    weight: Float[Tensor, "batch tokens"],
+    label: Int[Tensor, "batch tokens"],
 ) -> Float[Tensor, "batch tokens"]:
-    """The sum of each row over the members of that token's cluster."""
-    together = label[:, :, None] == label[:, None, :]
-    return weighted.where(together, 0).sum(-1)
+    """For each token, the sum of the distances to the members of its cluster, by their weights."""
+    batch, num = label.shape
+    rows = num if recorded(distance) else max(1, _AT_ONCE // max(1, batch * num))
+    sums = []
+    for some, own in zip(distance.split(rows, 1), label.split(rows, 1), strict=True):
+        together = own[:, :, None] == label[:, None, :]
+        sums.append((some * weight[:, None, :]).where(together, 0).sum(-1))
+    return torch.cat(sums, 1)
 
 
 def _cheapest(

@@ -17,9 +17,16 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from tokred.maps import Clusters, deciding, in_order_of_first_member, ranked, refuse_onnx
+from tokred.reducers.dpc_knn import samples_at_once
 from tokred.reducers.protocol import Tokens
 from tokred.reducers.registry import register
 from tokred.reducers.tome import mean_over_heads
+
+_AT_ONCE = 2**20
+"""How many pairs of tokens are compared at once on the CPU, so that they fit into the cache."""
+
+_ROWS = 256
+"""Of how many tokens the nearest are looked for at once."""
 
 
 @register("mutual")
@@ -82,7 +89,10 @@ def _match(metric: Tensor, size: Tensor, num_clusters: int) -> Tensor:
     groups = label.new_full((batch,), num)
     most = num if batch > 0 else num_clusters
     while most > num_clusters:
-        pairs = _merge_once(mean, groups, num_clusters)
+        # The similarities of all samples at once would be more memory than the blocks take.
+        at_once = samples_at_once(mean.shape[1], _AT_ONCE if mean.device.type == "cpu" else 2**24)
+        parts = zip(mean.split(at_once), groups.split(at_once), strict=True)
+        pairs = torch.cat([_merge_once(some, their, num_clusters) for some, their in parts])
         label = pairs.gather(1, label)
         groups = pairs.masked_fill(_padding(pairs, groups), -1).amax(1) + 1
         most = int(groups.max())
@@ -109,16 +119,22 @@ def _merge_once(
         num_clusters: the number of groups to be left at the end.
     """
     padding = _padding(mean[..., 0], groups)
-    itself = torch.eye(mean.shape[1], dtype=torch.bool, device=mean.device)
     # NaN becomes 0: it is no more similar to anything than anything else, and so no number of
     # rounds would be enough.
     unit = F.normalize(mean, dim=-1).nan_to_num_()
     similarity = deciding(unit @ unit.transpose(1, 2))
     # A matrix product is not always symmetric to the last bit. Once it is made symmetric, there is
-    # always a mutual pair: the two most similar tokens (of equals, the first).
-    similarity = torch.maximum(similarity, similarity.transpose(1, 2))
-    nobody = itself | padding[:, None, :] | padding[:, :, None]
-    highest, nearest = similarity.masked_fill(nobody, -torch.inf).max(-1)
+    # always a mutual pair: the two most similar tokens (of equals, the first). Some rows at a time:
+    # one matrix of this size is enough.
+    best = []
+    for start in range(0, mean.shape[1], _ROWS):
+        rows = slice(start, start + _ROWS)
+        some = torch.maximum(similarity[:, rows], similarity[:, :, rows].transpose(1, 2))
+        some.diagonal(start, 1, 2).fill_(-torch.inf)
+        some.masked_fill_(padding[:, None, :] | padding[:, rows, None], -torch.inf)
+        best.append(some.max(-1))
+    highest = torch.cat([one.values for one in best], 1)
+    nearest = torch.cat([one.indices for one in best], 1)
 
     # The first token of every mutual pair, and the rank of the pair among all pairs.
     position = torch.arange(mean.shape[1], device=mean.device).expand_as(nearest)

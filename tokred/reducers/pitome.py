@@ -117,7 +117,7 @@ def energy(
     unit: Float[Tensor, "batch tokens dim"],
     margin: float,
     alpha: float = 1.0,
-    elements: int = 2**24,
+    elements: int | None = None,
 ) -> Float[Tensor, "batch tokens"]:
     """How much the tokens of a sample resemble each one, on average (equation 4).
 
@@ -125,9 +125,12 @@ def energy(
 
     Args:
         unit: tokens of length 1. (A token is among its own neighbours, which adds the same to all.)
-        elements: how many cosines are held at once; only their means are needed.
+        elements: how many cosines are held at once; only their means are needed. On the CPU, the
+            default is what fits into the cache.
     """
     rows = unit.shape[1]
+    if elements is None:
+        elements = 2**18 if unit.device.type == "cpu" else 2**24
     if not in_a_graph(unit):  # there the batch may be a symbol, not a number
         rows = max(1, elements // max(1, unit.shape[0] * unit.shape[1]))
     means = []
