@@ -23,6 +23,7 @@ from tokred.measure.advise.costs import Costs, parabola
 from tokred.measure.advise.schedules import cheapest, neighbours, scaled, unrolled
 from tokred.measure.evaluation import Row
 from tokred.measure.race import Pace
+from tokred.measure.slicing import Slices
 from tokred.measure.work import Work
 
 pytest.importorskip("torchmetrics")
@@ -134,10 +135,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
     def set_clock(each: float, layer: float = 1.0) -> None:
         def pace(work: Work, arms: Mapping[str, Any], *_: Any, **__: Any) -> dict[str, Pace]:
-            return {
-                name: Pace(sum(layer + each * n for n in work.counts(reduction)))
-                for name, reduction in arms.items()
+            counts = {
+                name: side.counts if isinstance(side, Slices) else work.counts(side)
+                for name, side in arms.items()
             }
+            return {name: Pace(sum(layer + each * n for n in counts[name])) for name in arms}
 
         monkeypatch.setattr(Work, "pace", pace)
 

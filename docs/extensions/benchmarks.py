@@ -26,6 +26,7 @@ _HEADS = {
     "clustering": "Clustering alone",
     "dense": "Dense prediction",
     "diffusion": "Diffusion",
+    "overhead": "Bookkeeping",
 }
 _FOLDERS = {
     "": "",

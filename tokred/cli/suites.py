@@ -13,7 +13,7 @@ import torch
 from tokred import reducers
 from tokred.cli.shared import bar
 from tokred.data.writing import write_text
-from tokred.measure.suites import clustering, dense, diffusion, gates, vit
+from tokred.measure.suites import clustering, dense, diffusion, gates, overhead, vit
 
 Results: TypeAlias = dict[str, Any]
 Suite: TypeAlias = Callable[[argparse.Namespace, Any], tuple[Results, str]]
@@ -108,6 +108,17 @@ def _tcformer(options: argparse.Namespace, rounds: Any) -> tuple[Results, str]:
     return results, tcformer.markdown(results)
 
 
+def _overhead(options: argparse.Namespace, rounds: Any) -> tuple[Results, str]:
+    results = overhead.run(
+        options.models or overhead.MODELS,
+        options.methods or overhead.METHODS,
+        keep_rate=(options.keep_rates or (0.5,))[0],
+        batch=(options.batches or (1,))[0],
+        **_common(options, rounds),
+    )
+    return results, overhead.markdown(results)
+
+
 def _common(options: argparse.Namespace, rounds: Any) -> dict[str, Any]:
     """What nearly every suite takes."""
 
@@ -130,4 +141,5 @@ SUITES: dict[str, Suite] = {
     "diffusion": _diffusion,
     "gates": _gates,
     "tcformer": _tcformer,
+    "overhead": _overhead,
 }

@@ -19,10 +19,8 @@ import torch
 from torch import nn
 
 from tokred.data.inputs import Inputs, call, device_of
-from tokred.engine.denoising import Denoising
-from tokred.engine.reduction import Reduction
 from tokred.host import Denoiser, Host, Stage
-from tokred.patching import hang, remove
+from tokred.measure.limit import Entrant, put_on
 
 SURE, PATIENCE = 0.03, 3
 """Measuring stops early when the standard error of every speed-up is at most `SURE`, and at the
@@ -132,26 +130,19 @@ class Arm:
 def sides(
     model: nn.Module,
     host: Host | Stage | Denoiser,
-    arms: Mapping[str, Reduction | Denoising | None],
+    arms: Mapping[str, Entrant],
     compile: bool,
 ) -> dict[str, Side]:
-    """A side for every reduction (None: the dense model): one model whose reduction is exchanged
-    before each call, or, if compiled, a copy of the model for each."""
-
-    def become(target: nn.Module, reduction: Reduction | Denoising | None) -> None:
-        if reduction is None:
-            remove(target)
-        else:
-            hang(target, host, reduction)
-
+    """A side for every reduction and limit (None: the dense model): one model in which they are
+    exchanged before each call, or, if compiled, a copy of the model for each."""
     sides: dict[str, Side] = {}
     for name, reduction in arms.items():
         if compile:
             twin = copy.deepcopy(model)
-            become(twin, reduction)
+            put_on(twin, host, reduction)
             sides[name] = (torch.compile(twin), lambda: None)
         else:
-            sides[name] = (model, partial(become, model, reduction))
+            sides[name] = (model, partial(put_on, model, host, reduction))
     return sides
 
 

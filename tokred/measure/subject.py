@@ -16,8 +16,8 @@ from tokred.engine.denoising import Denoising
 from tokred.engine.reduction import Reduction
 from tokred.host import Denoiser, Host, Stage, find_host
 from tokred.measure.conditions import device_name, versions_of
-from tokred.measure.limit import counts_of, free_limit_of
-from tokred.patching import apply, hang, host_of, reduction_of, remove
+from tokred.measure.limit import Limits, counts_of, limits_of, put_on
+from tokred.patching import apply, host_of, reduction_of
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Subject:
         model: in which nothing is compiled.
         host: how the model is patched.
         reduction: the method in the model.
-        limit: its free limit.
+        limits: its free limits.
         tokens: patch tokens that enter the first layer.
         counts: patch tokens after each layer; in a denoiser, the tokens that enter the modules of
             each reduced block.
@@ -39,7 +39,7 @@ class Subject:
     model: nn.Module
     host: Host | Stage | Denoiser
     reduction: Reduction | Denoising
-    limit: Reduction | Denoising
+    limits: Limits
     tokens: int
     counts: tuple[int, ...]
     conditions: dict[str, Any]
@@ -101,9 +101,9 @@ def subject(
             height, width = pixels(images).shape[-2:]
             grid = found.layout(tower, (height, width)).grid
             tokens, counts = math.prod(grid), counts_of(model, found, images, reduction, grid)
-        limit = free_limit_of(model, patch, images, reduction, counts)
+        limits = limits_of(model, patch, images, reduction, counts)
         where = conditions(model, images)
-        yield Subject(model, patch, reduction, limit, tokens, counts, where)
+        yield Subject(model, patch, reduction, limits, tokens, counts, where)
 
 
 def conditions(model: nn.Module, images: Inputs) -> dict[str, Any]:
@@ -128,9 +128,7 @@ def put_back(model: nn.Module, host: Host | None) -> Iterator[None]:
     try:
         yield
     finally:
-        remove(model)
-        if former is not None:
-            hang(model, host_of(model, host), former)
+        put_on(model, host_of(model, host), former)
 
 
 def _entering(

@@ -21,11 +21,12 @@ from tokred.measure.conditions import device_name, versions_of
 from tokred.measure.counting import count, peak_memory
 from tokred.measure.evaluation import Evaluation, Row, Speed
 from tokred.measure.fidelity import Fidelity, total
-from tokred.measure.limit import counts_of, first_of, free_limit_of
+from tokred.measure.limit import counts_of, first_of, limits_of, put_on
 from tokred.measure.metrics import TASKS
 from tokred.measure.race import PATIENCE, Pace, paces, sides
 from tokred.measure.settings import Setting
-from tokred.patching import apply, hang, host_of, remove
+from tokred.measure.slicing import take_off
+from tokred.patching import apply, host_of, remove
 from tokred.patching.gain import NoGainWarning
 from tokred.patching.presets import Preset
 from tokred.reducers.protocol import traits
@@ -170,9 +171,9 @@ class Work:
         return counts_of(self.model, self.patch, self.inputs, reduction, self.layout.grid)
 
     def free_limit(self, reduction: Reduction) -> Any:
-        """The reduction that cuts tokens off to the same numbers, at no cost."""
+        """The side of a race that cuts tokens off to the same numbers, at no cost."""
         one = first_of(self.inputs)
-        return free_limit_of(self.model, self.patch, one, reduction, self.counts(reduction))
+        return limits_of(self.model, self.patch, one, reduction, self.counts(reduction)).free
 
     def speeds(self, arms: Mapping[str, Any], seconds: float) -> dict[str, Speed]:
         """What several reductions cost to run (None: the dense model, which is called "dense")."""
@@ -183,9 +184,7 @@ class Work:
         found = {}
         try:
             for arm, reduction in arms.items():
-                remove(self.model)
-                if reduction is not None:
-                    hang(self.model, self.patch, reduction)
+                put_on(self.model, self.patch, reduction)
                 found[arm] = Speed(
                     images_per_second=len(pixels(whole)) / many[arm].seconds,
                     latency=single[arm].seconds,
@@ -194,7 +193,7 @@ class Work:
                     error=many[arm].error,
                 )
         finally:
-            remove(self.model)
+            take_off(self.model)
         return found
 
     def pace(
@@ -206,7 +205,7 @@ class Work:
         try:
             return paces(racing, inputs, seconds, patience)
         finally:
-            remove(self.model)
+            take_off(self.model)
 
     def table(self, name: str, rows: Sequence[Row], refused: Mapping[str, str]) -> Evaluation:
         """The evaluation with the rows that are known so far.

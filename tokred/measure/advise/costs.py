@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tokred.host import UnsupportedModelError
+from tokred.measure.payoff import enlarged
 from tokred.measure.profile.measuring import profile
 from tokred.measure.profile.values import Profile
 from tokred.measure.progress import Progress
@@ -103,19 +104,23 @@ def _falling(tokens: int, layers: int) -> tuple[int, ...]:
     return tuple(falling)
 
 
-def free_speed_ups(work: Work, method: Reducer | Preset) -> dict[float, float]:
+def free_speed_ups(
+    work: Work, method: Reducer | Preset, batch: int | None = None
+) -> dict[float, float]:
     """The speed-ups of the free limit, by keep rate.
 
     Args:
         work: measures settings on the model and the images.
         method: decides how tokens are cut off where blocks attend in windows.
+        batch: so many images at a time; those on which speed is measured, if not given.
     """
     arms: dict[str, Any] = {"dense": None}
     cut = Setting("limit", Truncate(), 0.5)
     reducer = cut.reducer if work.why_not(cut) is None else method
     for rate in (0.9, 0.6, 0.3, 0.1):
         arms[str(rate)] = work.free_limit(work.reduction(Setting("limit", reducer, rate)))
-    taken = work.pace(arms, work.inputs, work.seconds)
+    inputs = work.inputs if batch is None else enlarged(work.inputs, batch)
+    taken = work.pace(arms, inputs, work.seconds)
     dense = taken.pop("dense")
     return {float(rate): dense.seconds / pace.seconds for rate, pace in taken.items()}
 

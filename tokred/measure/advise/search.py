@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import cached_property, partial
 from typing import Any
 
+from tokred.data.inputs import pixels
 from tokred.host import UnsupportedModelError
 from tokred.measure.advise import words
 from tokred.measure.advise.costs import Costs, free_speed_ups, measured
@@ -15,19 +16,20 @@ from tokred.measure.advise.families import Proposals
 from tokred.measure.advise.harm import screened
 from tokred.measure.advise.values import Advice, Candidate, SettingFamily
 from tokred.measure.evaluation import Evaluation, Row
+from tokred.measure.payoff import WORTH, Payoff, checked, enlarged, estimate
 from tokred.measure.progress import Progress
 from tokred.measure.settings import Setting
 from tokred.measure.work import Work
 
 RACING = 8
 """How many candidates are measured in turns with each other."""
+MORE = 8
+"""If fewer images at a time are too few for a speed-up, the free limit of so many is told."""
 TRIES, CLOSE = 3, 0.03
 """How often predictions are corrected, and by how much proposals should exceed the speed-up."""
 MARGINS = (1.0, 1.03, 1.08)
 """What the asked speed-up is multiplied by: at first, and when no setting turned out as fast as was
 asked."""
-WORTH = 1.03
-"""A speed-up below this counts as none: it is within the noise of the measurement."""
 
 
 class Search:
@@ -91,7 +93,8 @@ class Search:
         wanted = f"{speed_up:g} times as fast"
         nothing = f"no setting reaches a {speed_up:g}x speed-up"
         if max(self.free.values()) < speed_up:
-            return self._nothing(wanted, nothing, words.limits(self.work, self.free, speed_up))
+            told = words.limits(self.work, self.free, speed_up)
+            return self._nothing(wanted, nothing, (*told, *self._free_limit_of_more()))
         order = self._ordered(speed_up * 1.02)
         families = self.proposals.families(order, speed_up * 1.02, self.few)
         good: list[Candidate] = []
@@ -109,6 +112,7 @@ class Search:
             if nearest is not None:
                 measured = words.measured(self.table(), nearest)
                 told += (f"The fastest setting that was measured: {measured}.",)
+                told += (str(self._payoff(nearest, speed_up)),)
             return self._nothing(wanted, nothing, told)
         # Among those that lose the same, the fastest comes first.
         good.sort(key=lambda c: (round(self.drop(c), 6), -c.row.speed_up))
@@ -121,7 +125,8 @@ class Search:
         nothing = f"no measurably faster setting loses at most {max_drop:g} points of {leading}"
         most = max(self.free.values())
         if most < WORTH:
-            return self._nothing(wanted, nothing, words.limits(self.work, self.free, WORTH))
+            told = words.limits(self.work, self.free, WORTH)
+            return self._nothing(wanted, nothing, (*told, *self._free_limit_of_more()))
         middle = 1 + (most - 1) / 2
         for family in self.proposals.families(self._ordered(middle), middle, self.few):
             self._approach(max_drop, most, family)
@@ -131,8 +136,10 @@ class Search:
             told = words.limits(self.work, self.free)
             if self.candidates:
                 self.race([min(self.candidates.values(), key=self.drop)])
-                least = words.measured(self.table(), min(self._raced(), key=self.drop))
-                told += (f"The setting that loses least: {least}.",)
+                least = min(self._raced(), key=self.drop)
+                told += (f"The setting that loses least: {words.measured(self.table(), least)}.",)
+                if self.drop(least) <= max_drop:
+                    told += (str(self._payoff(least, WORTH)),)
             return self._nothing(wanted, nothing, told)
         good.sort(key=lambda c: (-c.row.speed_up, self.drop(c)))
         return self._advice(wanted, good)
@@ -248,6 +255,36 @@ class Search:
                 candidate, row=row, raced=True
             )
         self.progress.write(str(self.table()))
+
+    def _payoff(self, candidate: Candidate, speed_up: float) -> Payoff:
+        """From how many images on a candidate should have a speed-up that it did not have. So many
+        are measured, too."""
+        row, work = candidate.row, self.work
+        batch = len(pixels(work.inputs))
+        assert row.limit is not None
+        dense, reduced, limit = (
+            batch / speed.images_per_second for speed in (row.dense, row.speed, row.limit)
+        )
+
+        def timed(many: int) -> tuple[float, float]:
+            arms = {"dense": None, "reduced": work.reduction(candidate.setting)}
+            taken = work.pace(arms, enlarged(work.inputs, many), work.seconds, patience=1)
+            return taken["dense"].seconds, taken["reduced"].seconds
+
+        found = estimate(batch, work.tokens, dense, reduced, limit, speed_up)
+        return checked(found, batch, dense, reduced, timed)
+
+    def _free_limit_of_more(self) -> tuple[str, ...]:
+        """What the free limit is with more images, where there are only a few of them at a time."""
+        batch = len(pixels(self.work.inputs))
+        if batch >= MORE:
+            return ()
+        more = free_speed_ups(self.work, self.methods[0].reducer, MORE)
+        rate = min(more)
+        return (
+            f"With {MORE} images at a time, the free limit is {more[rate]:.2f}x at keep rate "
+            f"{rate:g} (measured).",
+        )
 
     # --- what is known ----------------------------------------------------------------------------
 

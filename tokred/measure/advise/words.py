@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from tokred.data.inputs import pixels
 from tokred.measure.advise.values import Candidate
-from tokred.measure.evaluation import Evaluation
+from tokred.measure.evaluation import Evaluation, Row
+from tokred.measure.payoff import WORTH, estimate
 from tokred.measure.work import Work
 
 
@@ -30,6 +31,9 @@ def advised(table: Evaluation, wanted: str, good: Sequence[Candidate]) -> tuple[
         f"(±{100 * row.speed.error:.0f} %) at batch {table.batch} ({row.latency_speed_up:.2f}x "
         f"for one image alone), free limit {row.free_limit:.2f}x.",
     ]
+    alone = one_alone(row)
+    if table.batch > 1 and alone:
+        told.append(alone)
     if row.agreement is not None and table.unit == "%":
         # How many answers have changed bounds how far the drop on other images may be from this
         # one: by two standard errors of that share, or, if none has changed, by the rule of three.
@@ -47,6 +51,14 @@ def advised(table: Evaluation, wanted: str, good: Sequence[Candidate]) -> tuple[
             f"{table.score(rival.row):.2f}{unit} at {rival.row.speed_up:.2f}x."
         )
     return tuple(told)
+
+
+def one_alone(row: Row) -> str:
+    """What to say of one image at a time; empty if that is faster, too."""
+    if row.latency_speed_up >= WORTH or row.limit is None:
+        return ""
+    times = (speed.latency for speed in (row.dense, row.speed, row.limit))
+    return f"One image alone gains nothing. {estimate(1, row.tokens, *times)}"
 
 
 def limits(

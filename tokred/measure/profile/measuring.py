@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from tokred.data.inputs import Inputs, device_of, pixels
 from tokred.engine.reduction import Reduction
 from tokred.host import Denoiser, Host, Stage, UnsupportedModelError, find_host, module_of
-from tokred.measure.limit import through
+from tokred.measure.limit import put_on, through
 from tokred.measure.profile.clock import Clock, Spent, _hooks, clock_for
 from tokred.measure.profile.values import PARTS, LayerTimes, Profile
 from tokred.measure.race import Arm, Side, measure
 from tokred.measure.subject import Subject, check_method, check_rounds, subject
-from tokred.patching import hang, host_of, remove, uncompiled
+from tokred.patching import host_of, uncompiled
 from tokred.patching.presets import Preset
 from tokred.reducers import Reducer
 from tokred.schedule import Schedule
@@ -97,6 +97,7 @@ def profile(
         dense=measured["dense"],
         reduced=measured["reduced"],
         limit=measured["limit"],
+        why_seamed=what.limits.why_seamed,
         profiled=measured["profiled reduced"],
         **what.conditions,
     )
@@ -160,17 +161,14 @@ def _measured(
 
     def become(reduction: Any, profiled: str = "") -> None:
         unclocked()
-        if reduction is None:
-            remove(model)
-        else:
-            hang(model, what.host, reduction)
+        put_on(model, what.host, reduction)
         if profiled:
             clock.begin(profiled)
             for layer, block in enumerate(blocks):
                 handles.extend(_hooks(block, layer, clock))
 
     assert isinstance(what.reduction, Reduction)
-    arms = {"dense": None, "reduced": what.reduction, "limit": what.limit}
+    arms = {"dense": None, "reduced": what.reduction, "limit": what.limits.free}
     clocked = {**arms, "reduced": replace(what.reduction, observer=clock)}
     sides: dict[str, Side] = {}
     for name in arms:

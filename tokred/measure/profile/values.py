@@ -81,6 +81,7 @@ class Profile(Result):
         batch, image_size, device, dtype, threads, versions: what it was measured on.
         dense, reduced, limit: the whole model without the clock, in the same rounds.
         profiled: the reduced model with the clock.
+        why_seamed: why the limit runs in patched blocks, see `Bench`; empty if it does not.
     """
 
     model: str
@@ -100,6 +101,7 @@ class Profile(Result):
     reduced: Arm
     limit: Arm
     profiled: Arm
+    why_seamed: str = ""
 
     @property
     def counts(self) -> tuple[int, ...]:

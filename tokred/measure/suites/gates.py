@@ -24,8 +24,9 @@ from tokred.data import zoo
 from tokred.host import find_host
 from tokred.measure.calibration import calibrate
 from tokred.measure.conditions import device_name, versions_of
-from tokred.measure.limit import counts_of, cut_off
+from tokred.measure.limit import counts_of, limits_of
 from tokred.measure.race import measure, sides
+from tokred.measure.slicing import take_off
 from tokred.measure.tracing import Trace, inspect
 from tokred.optional import require
 from tokred.patching import apply, remove
@@ -97,14 +98,15 @@ def _group(
     remove(model)
     grid = host.layout(tower, None).grid
     counts = counts_of(model, host, images, reduction, grid)
+    limits = limits_of(model, host, images, reduction, counts)
     arms = {
         DENSE: None,
         OURS: reduction,
         PADDED: replace(reduction, padded=True),
-        LIMIT: cut_off(reduction, counts),
+        LIMIT: limits.free,
     }
     measured = measure(sides(model, host, arms, compile=False), images, rounds, 3, on_round)
-    remove(model)
+    take_off(model)
     return {
         "batch": len(images),
         "tokens": grid[0] * grid[1],

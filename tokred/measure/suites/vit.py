@@ -1,8 +1,9 @@
 """The suite `vit`: models, methods and keep rates, measured against each other in one run.
 
 A group is one model at one image size and batch. In it the dense model, every method at every keep
-rate and the free limits take turns. The result is one versioned dictionary, which `markdown` turns
-into tables.
+rate and the free limits take turns: the seamless ones, which are slices in the model's own forward,
+and the seamed ones, which are the same cuts in patched blocks. The result is one versioned
+dictionary, which `markdown` turns into tables.
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ from torch import nn
 from tokred.engine.reduction import Reduction
 from tokred.host import find_host
 from tokred.measure.conditions import device_name, versions_of
-from tokred.measure.limit import counts_of, cut_off
+from tokred.measure.limit import Limits, counts_of, limits_of
 from tokred.measure.race import Arm, measure, seconds_of, sides
+from tokred.measure.slicing import take_off
 from tokred.optional import require
 from tokred.reducers import make
 from tokred.reducers.protocol import traits
 from tokred.schedule import Stages
 
-FORMAT = 1
-"""Version of the dictionary's layout."""
+FORMAT = 2
+"""Version of the dictionary's layout. In version 1 the free limit was the seamed one."""
 
 MODELS = (
     ("deit_tiny_patch16_224", 224),
@@ -52,8 +54,12 @@ class Cell:
         keep_rate: as for `tokred.apply`.
         counts: patch tokens after each layer.
         speed_up: the speed-up over the dense model.
-        free_limit: the speed-up of cutting off as many tokens at no cost.
+        free_limit: the speed-up of cutting off as many tokens at no cost, by a slice in the model's
+            own forward.
         efficiency: the speed-up divided by that of the free limit.
+        bookkeeping: what patched blocks cost without any method, as a share of the free limit's
+            time; None where that is not known, because the free limit runs in them, too.
+        why_seamed: why it does; empty if it does not.
         milliseconds: median per batch.
         spread: half the distance between the quartiles, as a share of the median.
         peak_memory: as a share of the dense model's; None on the CPU.
@@ -65,6 +71,8 @@ class Cell:
     speed_up: float
     free_limit: float
     efficiency: float
+    bookkeeping: float | None
+    why_seamed: str
     milliseconds: float
     spread: float
     peak_memory: float | None
@@ -130,8 +138,8 @@ def run(
         model = timm.create_model(name, img_size=image_size).eval().to(device, dtype)
         for batch in batches:
             images = torch.randn(batch, 3, image_size, image_size).to(device, dtype)
-            arms = _arms(model, images, methods, keep_rates, compile)
-            group = _measured(name, model, images, arms, compile, rounds, seconds, on_round)
+            entries = _entries(model, images, methods, keep_rates, compile)
+            group = _measured(name, model, images, entries, compile, rounds, seconds, on_round)
             groups.append(group)
             if on_group:
                 on_group(group)
@@ -159,8 +167,8 @@ def markdown(results: dict[str, Any]) -> str:
         "",
         f"{results['threads']} threads, Python {results['python']}, {versions}. Speed-up over the "
         "dense model, and in brackets the share of the free limit (tokens cut off to the same "
-        "counts, at no cost) that it reaches. Medians of interleaved rounds; all sides call the "
-        "host's own attention. **Bold: slower than the dense model.**",
+        f"counts, at no cost{_slice(results)}) that it reaches. Medians of interleaved rounds; all "
+        "sides call the host's own attention. **Bold: slower than the dense model.**",
     ]
     for group in results["groups"]:
         lines += ["", f"## {group['model']}, {group['image_size']} px, batch {group['batch']}", ""]
@@ -174,6 +182,9 @@ def markdown(results: dict[str, Any]) -> str:
         first = next(iter(found))[0]
         limits = [f"{found[first, rate]['free_limit']:.2f}" for rate in rates]
         lines.append("| free limit | " + " | ".join(limits) + " |")
+        if results["format"] > 1:
+            books = [_share(found[first, rate]["bookkeeping"]) for rate in rates]
+            lines.append("| of it bookkeeping | " + " | ".join(books) + " |")
         for method in dict.fromkeys(cell["method"] for cell in group["cells"]):
             told = [_told(found.get((method, rate))) for rate in rates]
             lines.append(f"| {method} | " + " | ".join(told) + " |")
@@ -182,7 +193,23 @@ def markdown(results: dict[str, Any]) -> str:
             f"Dense: {group['milliseconds']:.1f} ms per batch, {group['rounds']} rounds, spread "
             f"{group['spread']:.1%}."
         )
+        for why in sorted({cell.get("why_seamed", "") for cell in group["cells"]} - {""}):
+            lines += ["", f"A free limit runs in patched blocks, too: {why}."]
     return "\n".join(lines) + "\n"
+
+
+def _slice(results: dict[str, Any]) -> str:
+    """What the free limit is; in version 1 it was another one."""
+    if results["format"] == 1:
+        return ""
+    return (
+        ", by a slice in the model's own forward; below it what patched blocks cost without any "
+        "method, as a share of its time"
+    )
+
+
+def _share(value: float | None) -> str:
+    return "not known" if value is None else f"{value:.2f}"
 
 
 def _told(cell: dict[str, Any] | None) -> str:
@@ -192,17 +219,44 @@ def _told(cell: dict[str, Any] | None) -> str:
     return f"**{speed}**" if cell["speed_up"] < 1 else speed
 
 
-def _arms(
+@dataclass(frozen=True)
+class Entry:
+    """One method at one keep rate, before it is measured.
+
+    Attributes:
+        reduction: what is measured.
+        counts: patch tokens after each layer.
+        limits: what it is measured against.
+        limit: the name of the side that is its free limit.
+        seamed: the name of the side that is its seamed limit; the same if that is the free limit.
+    """
+
+    method: str
+    keep_rate: float
+    reduction: Reduction
+    counts: tuple[int, ...]
+    limits: Limits
+    limit: str
+    seamed: str
+
+    @property
+    def arms(self) -> dict[str, Any]:
+        """Its sides by name."""
+        limits = {self.seamed: self.limits.seamed, self.limit: self.limits.free}
+        return {**limits, f"{self.method} {self.keep_rate}": self.reduction}
+
+
+def _entries(
     model: nn.Module,
     images: torch.Tensor,
     methods: Sequence[str],
     keep_rates: Sequence[float],
     compile: bool,
-) -> dict[str, tuple[Reduction | None, str]]:
-    """Every side by name: its reduction, and the name of the side that is its free limit."""
+) -> list[Entry]:
     host, tower = find_host(model)
     layout = host.layout(tower, None)
-    arms: dict[str, tuple[Reduction | None, str]] = {"dense": (None, "")}
+    known: dict[str, Limits] = {}
+    entries = []
     for rate in keep_rates:
         for method in methods:
             reducer = make(method)
@@ -211,11 +265,12 @@ def _arms(
                 continue
             reduction = Reduction(reducer, Stages(rate), layout, said.proportional)
             counts = counts_of(model, host, images, reduction, layout.grid)
-            limit = f"limit {said.place} {counts}"
-            cut = cut_off(reduction, counts)
-            arms.setdefault(limit, (cut, ""))
-            arms[f"{method} {rate}"] = (reduction, limit)
-    return arms
+            name = f"limit {said.place} {counts}"
+            if name not in known:
+                known[name] = limits_of(model, host, images, reduction, counts)
+            seamed = name if known[name].why_seamed else f"seamed {name}"
+            entries.append(Entry(method, rate, reduction, counts, known[name], name, seamed))
+    return entries
 
 
 def _once(model: nn.Module, images: torch.Tensor) -> float:
@@ -229,7 +284,7 @@ def _measured(
     name: str,
     model: nn.Module,
     images: torch.Tensor,
-    arms: dict[str, tuple[Reduction | None, str]],
+    entries: Sequence[Entry],
     compile: bool,
     rounds: int,
     seconds: float,
@@ -238,44 +293,37 @@ def _measured(
     """One group; nothing is measured in it if that would take too long."""
     batch, image_size = len(images), images.shape[-1]
     once = _once(model, images)
+    arms: dict[str, Any] = {"dense": None}
+    for entry in entries:
+        arms |= entry.arms
     need = 4 * once * len(arms)
     if need > 3 * seconds:
         why = f"three rounds would take about {need:.0f} s"
         return Group(name, image_size, batch, once * 1e3, 0.0, 0, (), why)
-    reductions = {arm: reduction for arm, (reduction, _) in arms.items()}
-    racing = sides(model, find_host(model)[0], reductions, compile)
+    racing = sides(model, find_host(model)[0], arms, compile)
     measured = measure(racing, images, rounds, 1, on_round, seconds)
-    return _group(name, image_size, batch, measured, arms)
-
-
-def _group(
-    name: str,
-    image_size: int,
-    batch: int,
-    measured: dict[str, Arm],
-    arms: dict[str, tuple[Reduction | None, str]],
-) -> Group:
-    dense, cells = measured["dense"], []
-    for arm, (reduction, limit) in arms.items():
-        if not limit:
-            continue
-        assert reduction is not None
-        method, rate = arm.rsplit(" ", 1)
-        memory = measured[arm].peak_memory
-        cells.append(
-            Cell(
-                method=method,
-                keep_rate=float(rate),
-                counts=tuple(arms[limit][0].schedule(0, 0)),  # type: ignore[union-attr]
-                speed_up=dense.median / measured[arm].median,
-                free_limit=dense.median / measured[limit].median,
-                efficiency=measured[limit].median / measured[arm].median,
-                milliseconds=measured[arm].median * 1e3,
-                spread=measured[arm].spread,
-                peak_memory=memory / dense.peak_memory if memory and dense.peak_memory else None,
-            )
-        )
-    spread = dense.spread
+    take_off(model)
+    dense = measured["dense"]
+    cells = tuple(_cell(entry, measured) for entry in entries)
     return Group(
-        name, image_size, batch, dense.median * 1e3, spread, len(dense.seconds), tuple(cells)
+        name, image_size, batch, dense.median * 1e3, dense.spread, len(dense.seconds), cells
+    )
+
+
+def _cell(entry: Entry, measured: dict[str, Arm]) -> Cell:
+    dense, limit, seamed = (measured[name] for name in ("dense", entry.limit, entry.seamed))
+    arm = measured[f"{entry.method} {entry.keep_rate}"]
+    memory = arm.peak_memory
+    return Cell(
+        method=entry.method,
+        keep_rate=entry.keep_rate,
+        counts=entry.counts,
+        speed_up=dense.median / arm.median,
+        free_limit=dense.median / limit.median,
+        efficiency=limit.median / arm.median,
+        bookkeeping=None if limit is seamed else seamed.median / limit.median - 1,
+        why_seamed=entry.limits.why_seamed,
+        milliseconds=arm.median * 1e3,
+        spread=arm.spread,
+        peak_memory=memory / dense.peak_memory if memory and dense.peak_memory else None,
     )
