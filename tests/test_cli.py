@@ -265,7 +265,7 @@ def test_the_diffusion_suite_measures_models_a_block_and_kernels() -> None:
     assert set(results["kernels"]) == {"matching", "merging and copying back"}
     table = diffusion.markdown(results)
     assert "| tiny | 128 | 1 |" in table and "| one block, 256 x 320 |" in table
-    (row,) = run(["tiny"], (64,), ["tome"], dtype=torch.bfloat16)["models"]
+    (row,) = run(["tiny"], (128,), ["tome"], dtype=torch.bfloat16)["models"]
     assert row["seconds"].keys() - {"tomesd"} == {"dense", "limit", "tome"}
     assert torch.get_default_dtype() == torch.float32
     with pytest.raises(ValueError, match=r"methods must be some of .*, not \['atc'\]"):

@@ -94,7 +94,7 @@ def run(
     """Measures models, block and kernels. The results are for `markdown` and JSON.
 
     Args:
-        models: names of `configs`.
+        models: names of `configs`; there may be none.
         image_sizes: in pixels; latents are an eighth as high and wide.
         methods: names of `SIDES`. The dense model, the free limit and tomesd are always measured.
         keep_rate: the share of tokens that is kept.
@@ -116,6 +116,8 @@ def run(
     chosen = {
         name: (SIDES[name][0], replace(SIDES[name][1], keep_rate=keep_rate)) for name in methods
     }
+    versions = versions_of(nn.Module())
+    versions["diffusers"] = str(require("diffusers", "diffusers").__version__)
     measured = []
     for name in models:
         unet = _unet(configs[name], device, dtype)
@@ -123,7 +125,6 @@ def run(
             inputs = _inputs(unet, batch, size // 8, device, dtype)
             arms = _model(unet, inputs, chosen, rounds, compile, on_round)
             measured.append({"name": name, "image_size": size, "seconds": _seconds(arms)})
-        versions = versions_of(unet)
         del unet
     return {
         "models": measured,
