@@ -122,7 +122,8 @@ def test_the_kernel_is_used_from_some_size_on(monkeypatch: pytest.MonkeyPatch) -
 
     def spy(x: Tensor, *indices: Tensor) -> tuple[Tensor, Tensor]:
         calls.append(x.dtype)
-        return real(x, *indices)
+        found: tuple[Tensor, Tensor] = real(x, *indices)
+        return found
 
     real = nearest_numba.most_similar
     monkeypatch.setattr(nearest_numba, "most_similar", spy)
