@@ -7,9 +7,11 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import tokred
@@ -259,10 +261,16 @@ def test_the_diffusion_suite_measures_models_a_block_and_kernels() -> None:
         "cross_attention_dim": 16,
         "layers_per_block": 1,
     }
-    results = diffusion.run(["tiny"], (128,), rounds=1, batch=1, configs={"tiny": tiny}, side=16)
+    run = partial(diffusion.run, rounds=1, batch=1, configs={"tiny": tiny}, side=16)
+    results = run(["tiny"], (128,))
     (row,) = results["models"]
     assert {"dense", "limit", *diffusion.SIDES} <= set(row["seconds"])
     assert row["seconds"].keys() == results["block"].keys()
     assert set(results["kernels"]) == {"matching", "merging and copying back"}
     table = diffusion.markdown(results)
-    assert "| tiny | 128 |" in table and "| one block, 256 x 320 |" in table
+    assert "| tiny | 128 | 1 |" in table and "| one block, 256 x 320 |" in table
+    (row,) = run(["tiny"], (128,), ["tome"], dtype=torch.bfloat16)["models"]
+    assert row["seconds"].keys() - {"tomesd"} == {"dense", "limit", "tome"}
+    assert torch.get_default_dtype() == torch.float32
+    with pytest.raises(ValueError, match=r"methods must be some of .*, not \['atc'\]"):
+        run([], methods=["atc"])

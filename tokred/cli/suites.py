@@ -81,7 +81,9 @@ def _diffusion(options: argparse.Namespace, rounds: Any) -> tuple[Results, str]:
     results = diffusion.run(
         options.models or tuple(diffusion.CONFIGS),
         (options.image_size or 512,),
+        options.methods or tuple(diffusion.SIDES),
         keep_rate=options.keep_rate or 0.5,
+        batch=(options.batches or (2,))[0],
         compile=options.compile,
         **_common(options, rounds),
     )

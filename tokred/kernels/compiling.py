@@ -43,6 +43,12 @@ def compiled_lean(function: F) -> F:
     return _compile(function, error_model="numpy", **options)
 
 
+def compiled_sums(function: F) -> F:
+    """Like `compiled`, but numbers may be added up in an order that the compiler likes, so that
+    sums are vectorised. It is the same order at every call."""
+    return _compile(function, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+
+
 def compiled_parallel(function: F) -> F:
     """Like `compiled`; every iteration of a `prange` loop may run on a thread of its own."""
     return _compile(function, parallel=True)

@@ -66,8 +66,15 @@ def count(model: nn.Module, images: Inputs) -> float:
     def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return int(sdpa_flop_count(query, key, value))
 
-    # Older versions of torch's counter do not know the CPU's fused attention.
-    fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
-    with FlopCounterMode(display=False, custom_mapping=fused) as counter, torch.no_grad():
+    def product(a: Any, b: Any, *_: Any, **__: Any) -> int:
+        return int(2 * a[0] * a[1] * b[1])
+
+    # Older versions of torch's counter do not know the CPU's fused attention, and none knows
+    # products of integers, by which tokens are matched.
+    unknown = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        torch.ops.aten._int_mm: product,
+    }
+    with FlopCounterMode(display=False, custom_mapping=unknown) as counter, torch.no_grad():
         call(model, images)
     return float(counter.get_total_flops()) / 2 / len(pixels(images))

@@ -18,9 +18,17 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tokred.graphs import in_a_graph
 from tokred.maps import Clusters, in_order_of_first_member, ranked
+from tokred.optional import installed
 from tokred.reducers.protocol import Tokens
 from tokred.reducers.tome import best
+
+# So many multiply-adds in an image take about as long by the kernel as by operators.
+_WORTH = 2**25
+
+# Cosines of float64 are decided by in float32, but computed in float64.
+_HALF_OR_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -108,12 +116,40 @@ def match(
     # All tokens that are no destinations, in order. (By sorting: `nonzero` would wait for the
     # device. No two of the keys that count are equal, because ONNX has no stable sort.)
     sources = position.index_fill(0, at, num).argsort()[: num - len(at)]
-    unit = F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
-    similarity, partner = best(unit.index_select(1, sources), unit.index_select(1, at))
+    similarity, partner = most_similar(metric, sources, at)
     strongest = ranked(similarity)[:, :merges]
     joined = at[partner.gather(1, strongest)]
     label = position.repeat(metric.shape[0], 1).scatter(1, sources[strongest], joined)
     return in_order_of_first_member(label)
+
+
+def most_similar(
+    metric: Float[Tensor, "batch tokens dim"],
+    sources: Int[Tensor, " sources"],
+    at: Int[Tensor, " destinations"],
+) -> tuple[Float[Tensor, "batch sources"], Int[Tensor, "batch sources"]]:
+    """For every source, its highest cosine with a destination, in float32, and the number of that
+    destination in `at`. Of equals it is the first."""
+    if _by_numba(metric, len(sources) * len(at)):
+        from tokred.kernels import nearest_numba
+
+        return nearest_numba.most_similar(metric, sources, at)
+    unit = F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
+    return best(unit.index_select(1, sources), unit.index_select(1, at))
+
+
+def _by_numba(metric: Float[Tensor, "batch tokens dim"], pairs: int) -> bool:
+    """Whether the numba kernel can be used here, is available, and is worth it. (What other images
+    there are makes no difference.)"""
+    if in_a_graph(metric) or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return False
+    if metric.device.type != "cpu" or metric.dtype not in _HALF_OR_SINGLE:
+        return False
+    if pairs * metric.shape[2] < _WORTH or not installed("numba"):
+        return False
+    from tokred.kernels import nearest_numba
+
+    return nearest_numba.fast()
 
 
 def destinations(

@@ -3,15 +3,17 @@
 UNets are built from their published configurations, with random weights, on which speed does not
 depend. They are called once with two latents, as guidance does. A block of the finest level of
 Stable Diffusion 1.5 is also measured by itself, and so are matching, merging and copying back. All
-contestants take turns. `tomesd` (https://github.com/dbolya/tomesd) is measured if it is installed,
-with fixed destinations as our method has them. It runs with its default options, with which it has
-no effect on SDXL.
+contestants take turns. The free limit is a slice in front of the modules' own forwards, without our
+engine (`tokred.measure.slicing`). `tomesd` (https://github.com/dbolya/tomesd) is measured if it is
+installed, with fixed destinations as our method has them, and at the same level of the model. (By
+default it would merge nothing in SDXL, whose finest level does not attend.)
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import version
@@ -22,11 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokred.engine.denoising import Around, Denoising, limit
+from tokred.engine.denoising import Around, Denoising
 from tokred.measure.conditions import device_name, versions_of
+from tokred.measure.limit import Entrant, limits_of, put_on
 from tokred.measure.race import Arm, measure, seconds_in_turns, sides
+from tokred.measure.slicing import take_off
 from tokred.optional import require
-from tokred.patching import apply, hang, host_of, remove
+from tokred.patching import apply, host_of, remove
 from tokred.reducers import Tokens
 from tokred.reducers.tome2d import ToMe2d
 
@@ -75,6 +79,7 @@ DENSE, LIMIT, THEIRS = "dense", "limit", "tomesd"
 def run(
     models: Sequence[str] = tuple(CONFIGS),
     image_sizes: Sequence[int] = (512,),
+    methods: Sequence[str] = tuple(SIDES),
     *,
     keep_rate: float = 0.5,
     device: str = "cpu",
@@ -89,8 +94,9 @@ def run(
     """Measures models, block and kernels. The results are for `markdown` and JSON.
 
     Args:
-        models: names of `configs`.
+        models: names of `configs`; there may be none.
         image_sizes: in pixels; latents are an eighth as high and wide.
+        methods: names of `SIDES`. The dense model, the free limit and tomesd are always measured.
         keep_rate: the share of tokens that is kept.
         device: "cpu" or "cuda".
         dtype: of weights and latents.
@@ -100,20 +106,29 @@ def run(
         configs: the configurations of the models.
         side: rows and columns of the tokens in the single block.
         on_round: called after every round with (rounds done, rounds in all), part by part.
+
+    Raises:
+        ValueError: `methods` has a name that is not in `SIDES`.
     """
+    unknown = set(methods) - set(SIDES)
+    if unknown:
+        raise ValueError(f"methods must be some of {list(SIDES)}, not {sorted(unknown)}")
+    chosen = {
+        name: (SIDES[name][0], replace(SIDES[name][1], keep_rate=keep_rate)) for name in methods
+    }
+    versions = versions_of(nn.Module())
+    versions["diffusers"] = str(require("diffusers", "diffusers").__version__)
     measured = []
     for name in models:
-        unet = require("diffusers", "diffusers").UNet2DConditionModel(**configs[name])
-        unet = unet.eval().to(device=device, dtype=dtype)
+        unet = _unet(configs[name], device, dtype)
         for size in image_sizes:
             inputs = _inputs(unet, batch, size // 8, device, dtype)
-            arms = _model(unet, inputs, keep_rate, rounds, compile, on_round)
+            arms = _model(unet, inputs, chosen, rounds, compile, on_round)
             measured.append({"name": name, "image_size": size, "seconds": _seconds(arms)})
-        versions = versions_of(unet)
         del unet
     return {
         "models": measured,
-        "block": _seconds(_block(keep_rate, batch, side, device, dtype, rounds)),
+        "block": _seconds(_block(chosen, batch, side, device, dtype, rounds)),
         "kernels": kernels(keep_rate, batch, side, device, dtype, max(rounds, 9)),
         "keep_rate": keep_rate,
         "batch": batch,
@@ -132,15 +147,17 @@ def markdown(results: Mapping[str, Any]) -> str:
     lines = [
         f"Keep rate {results['keep_rate']:g}, batch {results['batch']}, {results['dtype']}, "
         f"{results['device']}, {results['threads']} threads"
-        f"{', compiled' if results['compiled'] else ''}; speed-up over the dense model, whose "
-        "seconds stand in its column.",
+        f"{', compiled' if results['compiled'] else ''}. Cells are the speed-up over the dense "
+        "model, whose seconds stand in its column, and in brackets the share of the free limit: "
+        "medians of what two sides took in the same round.",
         "",
-        f"| model | pixels | {' | '.join(names)} |",
-        f"|---|---|{'---|' * len(names)}",
+        f"| model | pixels | rounds | {' | '.join(names)} |",
+        f"|---|---|---|{'---|' * len(names)}",
     ]
     for row in results["models"]:
         cells = " | ".join(_cells(row["seconds"], names))
-        lines.append(f"| {row['name']} | {row['image_size']} | {cells} |")
+        rounds = len(row["seconds"][DENSE])
+        lines.append(f"| {row['name']} | {row['image_size']} | {rounds} | {cells} |")
     block = results["block"]
     lines += [
         "",
@@ -161,55 +178,85 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def _cells(seconds: Mapping[str, Sequence[float]], names: Sequence[str]) -> list[str]:
-    dense = statistics.median(seconds[DENSE])
     cells = []
     for name in names:
         if name not in seconds:
             cells.append("-")
         elif name == DENSE:
-            cells.append(f"{dense:.3g} s")
+            cells.append(f"{statistics.median(seconds[DENSE]):.3g} s")
         else:
-            cells.append(f"{dense / statistics.median(seconds[name]):.2f}")
+            cells.append(f"{_times(seconds, DENSE, name):.2f}")
+            if name != LIMIT:
+                cells[-1] += f" ({_times(seconds, LIMIT, name):.2f})"
     return cells
+
+
+def _times(seconds: Mapping[str, Sequence[float]], slower: str, faster: str) -> float:
+    """How many times as long one side takes as another one in the same round: the median."""
+    return statistics.median(a / b for a, b in zip(seconds[slower], seconds[faster], strict=True))
 
 
 def _seconds(arms: Mapping[str, Arm]) -> dict[str, tuple[float, ...]]:
     return {name: arm.seconds for name, arm in arms.items()}
 
 
-def _reductions(model: nn.Module, keep_rate: float) -> dict[str, Denoising]:
-    """The reductions that hang on the model in turn; none is left on it."""
-    found: dict[str, Denoising] = {}
-    for name, (method, around) in SIDES.items():
-        found[name] = apply(model, method, replace(around, keep_rate=keep_rate))
-    found[LIMIT] = limit(found["tome"])
+@contextmanager
+def _making(dtype: torch.dtype) -> Iterator[None]:
+    """Weights are made in a dtype, so that there is no copy in float32: that of SDXL has 10 GB."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _unet(config: Mapping[str, Any], device: str, dtype: torch.dtype) -> Any:
+    with _making(dtype):
+        unet = require("diffusers", "diffusers").UNet2DConditionModel(**config)
+    return unet.eval().to(device=device, dtype=dtype)
+
+
+def _entrants(
+    model: nn.Module, chosen: Mapping[str, tuple[str, Around]], inputs: Mapping[str, Any]
+) -> tuple[dict[str, Entrant], Denoising]:
+    """What the model becomes in turn, and the reduction that the free limit is that of. Nothing is
+    left on the model."""
+    found: dict[str, Entrant] = {DENSE: None}
+    for name, (method, around) in chosen.items():
+        found[name] = apply(model, method, around)
+    # The same numbers of tokens around the same modules, whatever methods were chosen.
+    around = next(iter(chosen.values()))[1] if chosen else Around()
+    first = apply(model, "tome", replace(around, shared=False))
     remove(model)
-    return found
+    found[LIMIT] = limits_of(model, host_of(model), inputs, first, ()).free
+    return found, first
 
 
 def _model(
     model: nn.Module,
     inputs: Mapping[str, Any],
-    keep_rate: float,
+    chosen: Mapping[str, tuple[str, Around]],
     rounds: int,
     compile: bool,
     on_round: Callable[[int, int], None] | None,
 ) -> dict[str, Arm]:
-    reductions = _reductions(model, keep_rate)
+    entrants, reduction = _entrants(model, chosen, inputs)
     contestants: Mapping[str, tuple[Callable[..., Any], Callable[[], None]]]
-    contestants = sides(model, host_of(model), {DENSE: None, **reductions}, compile)
+    contestants = sides(model, host_of(model), entrants, compile)
     if not compile and find_spec(THEIRS):
-        contestants = _with_theirs(model, contestants, keep_rate)
+        contestants = _with_theirs(model, contestants, reduction)
     return measure(contestants, inputs, rounds, 1, on_round)
 
 
 def _with_theirs(
     model: nn.Module,
     contestants: Mapping[str, tuple[Callable[..., Any], Callable[[], None]]],
-    keep_rate: float,
+    reduction: Denoising,
     info: Callable[[], None] = lambda: None,
 ) -> dict[str, tuple[Callable[..., Any], Callable[[], None]]]:
-    """The contestants and tomesd; each removes the other's changes before it runs."""
+    """The contestants and tomesd, which merges as many tokens at the same level; each removes the
+    other's changes before it runs."""
     tomesd = import_module(THEIRS)
 
     def ours(prepare: Callable[[], None]) -> Callable[[], None]:
@@ -220,8 +267,13 @@ def _with_theirs(
         return both
 
     def theirs() -> None:
-        remove(model)
-        tomesd.apply_patch(model, ratio=1 - keep_rate, use_rand=False)
+        take_off(model)
+        tomesd.apply_patch(
+            model,
+            ratio=1 - reduction.around.keep_rate,
+            max_downsample=2 ** max(place.level for place in reduction.places),
+            use_rand=False,
+        )
         info()
 
     with_theirs = {name: (target, ours(do)) for name, (target, do) in contestants.items()}
@@ -270,7 +322,12 @@ def _smooth(batch: int, side: int, device: str, dtype: torch.dtype) -> Tensor:
 
 
 def _block(
-    keep_rate: float, batch: int, side: int, device: str, dtype: torch.dtype, rounds: int
+    chosen: Mapping[str, tuple[str, Around]],
+    batch: int,
+    side: int,
+    device: str,
+    dtype: torch.dtype,
+    rounds: int,
 ) -> dict[str, Arm]:
     """Measures a block of the finest level of Stable Diffusion 1.5. If blocks share a matching, it
     was made before."""
@@ -281,26 +338,25 @@ def _block(
         up_block_types=("UpBlock2D", _ATTENTION[1]),
         layers_per_block=1,
     )
-    unet = require("diffusers", "diffusers").UNet2DConditionModel(**options)
-    unet = unet.eval().to(device=device, dtype=dtype)
+    unet = _unet(options, device, dtype)
     block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
     context = torch.randn(batch, 77, 768).to(device=device, dtype=dtype)
     inputs = {
         "hidden_states": _smooth(batch, side, device, dtype),
         "encoder_hidden_states": context,
     }
-    host, reductions = host_of(unet), _reductions(unet, keep_rate)
+    host = host_of(unet)
+    entrants, reduction = _entrants(unet, chosen, _inputs(unet, batch, side, device, dtype))
 
-    def prepared(reduction: Denoising | None) -> Callable[[], None]:
+    def prepared(entrant: Entrant) -> Callable[[], None]:
         def prepare() -> None:
-            remove(unet)
-            if reduction is None:
+            put_on(unet, host, entrant)
+            if not isinstance(entrant, Denoising):
                 return
-            hang(unet, host, reduction)
-            reduction.end()
-            for place in reduction.places:
-                reduction.set_grid(place.owner, (side, side))
-            if reduction.around.shared:
+            entrant.end()
+            for place in entrant.places:
+                entrant.set_grid(place.owner, (side, side))
+            if entrant.around.shared:
                 with torch.no_grad():
                     block(**inputs)
 
@@ -309,10 +365,9 @@ def _block(
     def size() -> None:
         unet._tome_info["size"] = (side, side)
 
-    arms: dict[str, Denoising | None] = {DENSE: None, **reductions}
-    contestants = {name: (block, prepared(reduction)) for name, reduction in arms.items()}
+    contestants = {name: (block, prepared(entrant)) for name, entrant in entrants.items()}
     if find_spec(THEIRS):
-        theirs = _with_theirs(unet, contestants, keep_rate, size)
+        theirs = _with_theirs(unet, contestants, reduction, size)
         contestants = {name: (block, prepare) for name, (_, prepare) in theirs.items()}
     return measure(contestants, inputs, rounds, 1)
 
