@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from types import ModuleType
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -41,14 +44,21 @@ def fewer(
         size: how many original tokens each of them stands for.
     """
     if type(token_map) is Clusters and not token_map.ragged and is_native(x):
-        from tokred.kernels import merging_numba
-
-        return merging_numba.merge(
+        merged: tuple[Tensor, Tensor, Tensor] = _kernels().merge(
             x, token_map.index, token_map.num_coarse, size, token_map.share, layout.prefix
         )
+        return merged
     if type(token_map) is Kept:
         return chosen(layout, x, token_map.index), None, None
     return between(layout, x, token_map.down(layout.patch_tokens(x), size)), None, None
+
+
+@cache  # in every pass, finding it takes longer than looking it up
+def _kernels() -> ModuleType:
+    """Kernels for the CPU, imported when they are used: numba takes long to import."""
+    from tokred.kernels import merging_numba
+
+    return merging_numba
 
 
 def chosen(
@@ -59,9 +69,8 @@ def chosen(
     """The sequence with the patch tokens at `index` in place of all of them, each as often as it is
     named there."""
     if is_native(x):
-        from tokred.kernels import merging_numba
-
-        return merging_numba.pick(x, index, x.shape[1] - layout.others, layout.prefix)
+        picked: Tensor = _kernels().pick(x, index, x.shape[1] - layout.others, layout.prefix)
+        return picked
     # The other tokens are copied along, which spares a second copy of everything to put the parts
     # together.
     around = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -419,8 +421,7 @@ class Step:
         size = ones(layout, x) if state.size is None else state.size
         with self.reduction.part("matching"):
             view = self.tokens(tokens, size)
-        # Autocast would compare tokens in half precision.
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             with self.reduction.part("matching"):
                 if state.each is None:
                     token_map = self._chosen(view, keep)
@@ -608,11 +609,19 @@ class Step:
             self.state = self.state.but(received=received)
 
 
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A context without autocast, which would compare tokens in half precision."""
+    kind = x.device.type
+    if not compiling() and not torch.is_autocast_enabled(kind):
+        return nullcontext()  # the other one takes as long as merging
+    return torch.autocast(kind, enabled=False)
+
+
 def passing_by(
     reduction: Reduction, x: Any, layer: int, scale: float | None, explicit: nn.Module | None
 ) -> Step | None:
-    """A patched block begins in which there is nothing to do but to tell attention of sizes. None if
-    there may be more to do, or more to find out: then it begins by `enter`.
+    """A patched block begins in which there is nothing to do but to tell attention of sizes. None
+    if there may be more to do, or more to find out: then it begins by `enter`.
 
     A model has many such blocks, and at small batches Python's time counts. So this asks as little
     as can be: whether these are the very tokens that the block before has put out in this thread,

@@ -26,6 +26,7 @@ from tokred.kernels.compiling import (
     running,
     threads_for,
 )
+from tokred.kernels.pointers_numba import float32, int16, int64
 
 Floats = NDArray[np.floating[Any]]
 Integers = NDArray[np.integer[Any]]
@@ -54,17 +55,21 @@ def match(
         The group of every token, int64; groups are numbered in the order of their first tokens.
     """
     batch, heads, num, dim = key.shape
-    labels = np.empty((batch, num), np.int64)
-    counts = (torch.empty(0, 0) if size is None else size.float().contiguous()).numpy()
-    steps = (key.stride(0), key.stride(1), key.stride(2))
-    arguments = (_flat(key), heads, dim, steps, counts, keep, before % 2, labels)
+    labels = torch.empty(batch, num, dtype=torch.int64)
+    counts = None if size is None else size.float().contiguous()
+    arguments = (
+        *(key.data_ptr(), key.stride(0), key.stride(1), key.stride(2), key.element_size() == 4),
+        *(batch, heads, num, dim),
+        0 if counts is None else counts.data_ptr(),
+        *(keep, before % 2, labels.data_ptr()),
+    )
     threads = threads_for(min(batch, batch * num * num * dim // 4 // _PRODUCTS_PER_THREAD))
     if threads == 1:
         _match_share(0, 1, *arguments)
     else:
         with running(threads):
             _match_shares(threads, *arguments)
-    return torch.from_numpy(labels)
+    return labels
 
 
 def strongest(
@@ -89,45 +94,66 @@ def strongest(
     return torch.from_numpy(labels)
 
 
-def _flat(key: Tensor) -> Integers:
-    """The memory from the first entry to the last, as integers, of which rows can be told to be
-    contiguous."""
-    extent = 1 + sum((n - 1) * step for n, step in zip(key.shape, key.stride(), strict=True))
-    bits = key.as_strided((extent,), (1,))
-    return bits.view(torch.int32 if key.element_size() == 4 else torch.int16).numpy()
-
-
 @compiled_parallel
 def _match_shares(
     shares: int,
-    key: Integers,
+    key: int,
+    to_sample: int,
+    to_head: int,
+    to_token: int,
+    single: bool,
+    batch: int,
     heads: int,
+    whole: int,
     dim: int,
-    steps: tuple[int, int, int],
-    size: Floats,
+    size: int,
     keep: int,
     even: int,
-    labels: Integers,
+    labels: int,
 ) -> None:
     for share in numba.prange(shares):
-        _match_share(share, shares, key, heads, dim, steps, size, keep, even, labels)
+        _match_share(
+            share,
+            shares,
+            key,
+            to_sample,
+            to_head,
+            to_token,
+            single,
+            batch,
+            heads,
+            whole,
+            dim,
+            size,
+            keep,
+            even,
+            labels,
+        )
 
 
 @compiled
 def _match_share(
     share: int,
     shares: int,
-    key: Integers,
+    key: int,
+    to_sample: int,
+    to_head: int,
+    to_token: int,
+    single: bool,
+    batch: int,
     heads: int,
+    whole: int,
     dim: int,
-    steps: tuple[int, int, int],
-    size: Floats,
+    size: int,
     keep: int,
     even: int,
-    labels: Integers,
+    labels: int,
 ) -> None:
-    """The samples `share`, `share + shares`, ..."""
-    whole = labels.shape[1]
+    """The samples `share`, `share + shares`, ... Tensors are given by their addresses; `single`
+    tells float32 from bfloat16."""
+    extent = (batch - 1) * to_sample + (heads - 1) * to_head + (whole - 1) * to_token + dim
+    values, halves = float32(key, extent if single else 0), int16(key, 0 if single else extent)
+    sizes, groups = float32(size, 0 if size == 0 else batch * whole), int64(labels, batch * whole)
     metric, counts = np.empty((whole, dim), np.float32), np.ones(whole, np.float32)
     half, channels = (whole + 1) // 2, (dim + 3) // 4 * 4
     # Whole vectors of sixteen: what is left of one would take as long as several.
@@ -135,14 +161,15 @@ def _match_share(
     target = np.zeros((channels, (half + 15) // 16 * 16), np.float32)
     rank, partner = np.empty(half, np.int32), np.empty(half, np.int64)
     once, parts = np.empty(whole, np.int64), np.empty(16, np.float32)
-    for sample in range(share, labels.shape[0], shares):
-        label, num = labels[sample], whole
-        _sum_heads(key, sample * steps[0], heads, steps[1], steps[2], metric)
-        if size.size > 0:
-            counts[:] = size[sample]
+    for sample in range(share, batch, shares):
+        label, num = groups[sample * whole : (sample + 1) * whole], whole
+        here = sample * to_sample
+        if single:
+            _sum_heads(values, here, heads, to_head, to_token, metric)
         else:
-            counts[:] = 1
+            _sum_wide_heads(halves, here, heads, to_head, to_token, metric)
         for n in range(whole):
+            counts[n] = sizes[sample * whole + n] if size != 0 else np.float32(1)
             label[n] = n
         while num > keep:
             merges = min(num - keep, num // 2)
@@ -167,21 +194,38 @@ def _match_share(
 
 @compiled
 def _sum_heads(
-    key: Integers, first: int, heads: int, to_head: int, to_token: int, metric: Floats
+    key: Floats, here: int, heads: int, to_head: int, to_token: int, metric: Floats
 ) -> None:
     """The sum of the heads of every token. (Their mean has the same cosines.)"""
-    shift, dim = np.int32(0 if key.itemsize == 4 else 16), metric.shape[1]
-    row = np.empty(dim, np.int32)
-    values = row.view(np.float32)
+    dim = metric.shape[1]
     for n in range(metric.shape[0]):
         total = metric[n]
         for c in range(dim):
             total[c] = 0
         for head in range(heads):
-            start = first + n * to_token + head * to_head
+            start = here + n * to_token + head * to_head
             own = key[start : start + dim]
             for c in range(dim):
-                row[c] = np.int32(own[c]) << shift
+                total[c] += own[c]
+
+
+@compiled
+def _sum_wide_heads(
+    key: Integers, here: int, heads: int, to_head: int, to_token: int, metric: Floats
+) -> None:
+    """The same of bfloat16."""
+    dim = metric.shape[1]
+    bits = np.empty(dim, np.int32)
+    values = bits.view(np.float32)
+    for n in range(metric.shape[0]):
+        total = metric[n]
+        for c in range(dim):
+            total[c] = 0
+        for head in range(heads):
+            start = here + n * to_token + head * to_head
+            own = key[start : start + dim]
+            for c in range(dim):
+                bits[c] = np.int32(own[c]) << np.int32(16)
             for c in range(dim):
                 total[c] += values[c]
 

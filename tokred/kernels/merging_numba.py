@@ -25,6 +25,7 @@ from tokred.kernels.compiling import (
     running,
     threads_for,
 )
+from tokred.kernels.pointers_numba import float32, int16, int64
 
 Floats = NDArray[np.floating[Any]]
 Integers = NDArray[np.integer[Any]]
@@ -64,19 +65,17 @@ def merge(
     out = x.new_empty(batch, fewer, dim)
     total = torch.empty(batch, num_coarse)
     log = torch.empty(batch, fewer)
-    none = torch.empty(0, 0)
+    # Named, so that they live as long as the kernel reads them.
+    index, size, share = index.contiguous(), _numbers(size), _numbers(share)
     arguments = (
-        _flat(x),
-        (x.stride(0), x.stride(1)),
-        index.contiguous().numpy(),
-        (none if size is None else size.float().contiguous()).numpy(),
-        (none if share is None else share.float().contiguous()).numpy(),
-        prefix,
-        _bits(out),
-        total.numpy(),
-        log.numpy(),
+        *(x.data_ptr(), x.stride(0), x.stride(1), x.element_size() == 4),
+        *(batch, fine, num_coarse, fewer, dim, prefix),
+        index.data_ptr(),
+        0 if size is None else size.data_ptr(),
+        0 if share is None else share.data_ptr(),
+        *(out.data_ptr(), total.data_ptr(), log.data_ptr()),
     )
-    threads = _threads(batch, out.numel() + x.numel())
+    threads = _threads(batch, batch * (tokens + fewer) * dim)
     if threads == 1:
         _merge_share(0, 1, *arguments)
     else:
@@ -101,16 +100,15 @@ def pick(
         prefix: how many tokens stand before them.
     """
     batch, tokens, dim = x.shape
-    out = x.new_empty(batch, tokens - patches + index.shape[1], dim)
+    chosen = index.shape[1]
+    out = x.new_empty(batch, tokens - patches + chosen, dim)
+    index = index.contiguous()
     arguments = (
-        _flat(x),
-        (x.stride(0), x.stride(1)),
-        index.contiguous().numpy(),
-        tokens - patches,
-        prefix,
-        _bits(out),
+        *(x.data_ptr(), x.stride(0), x.stride(1), x.element_size() == 4),
+        *(batch, tokens, patches, chosen, dim, prefix),
+        *(index.data_ptr(), out.data_ptr()),
     )
-    threads = _threads(batch, out.numel())
+    threads = _threads(batch, batch * out.shape[1] * dim)
     if threads == 1:
         _pick_share(0, 1, *arguments)
     else:
@@ -119,15 +117,8 @@ def pick(
     return out
 
 
-def _bits(x: Tensor) -> Integers:
-    """The same memory as integers: NumPy has no bfloat16."""
-    return x.view(torch.int32 if x.element_size() == 4 else torch.int16).numpy()
-
-
-def _flat(x: Tensor) -> Integers:
-    """The memory from the first entry to the last, of which rows can be told to be contiguous."""
-    extent = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
-    return _bits(x.as_strided((extent,), (1,)))
+def _numbers(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float().contiguous()
 
 
 def _threads(batch: int, values: int) -> int:
@@ -137,70 +128,117 @@ def _threads(batch: int, values: int) -> int:
 @compiled_parallel
 def _merge_shares(
     shares: int,
-    x: Integers,
-    steps: tuple[int, int],
-    index: Integers,
-    size: Floats,
-    share_of: Floats,
+    x: int,
+    to_sample: int,
+    to_token: int,
+    single: bool,
+    batch: int,
+    fine: int,
+    coarse: int,
+    fewer: int,
+    dim: int,
     prefix: int,
-    out: Integers,
-    total: Floats,
-    log: Floats,
+    index: int,
+    size: int,
+    share_of: int,
+    out: int,
+    total: int,
+    log: int,
 ) -> None:
     for share in numba.prange(shares):
-        _merge_share(share, shares, x, steps, index, size, share_of, prefix, out, total, log)
+        _merge_share(
+            share,
+            shares,
+            x,
+            to_sample,
+            to_token,
+            single,
+            batch,
+            fine,
+            coarse,
+            fewer,
+            dim,
+            prefix,
+            index,
+            size,
+            share_of,
+            out,
+            total,
+            log,
+        )
 
 
 @compiled
 def _merge_share(
     share: int,
     shares: int,
-    x: Integers,
-    steps: tuple[int, int],
-    index: Integers,
-    size: Floats,
-    share_of: Floats,
+    x: int,
+    to_sample: int,
+    to_token: int,
+    single: bool,
+    batch: int,
+    fine: int,
+    coarse: int,
+    fewer: int,
+    dim: int,
     prefix: int,
-    out: Integers,
-    total: Floats,
-    log: Floats,
+    index: int,
+    size: int,
+    share_of: int,
+    out: int,
+    total: int,
+    log: int,
 ) -> None:
-    """The samples `share`, `share + shares`, ..."""
-    fine, coarse, dim = index.shape[1], total.shape[1], out.shape[2]
-    sized, shared = size.size > 0, share_of.size > 0
-    start = np.empty(coarse + 1, np.int64)
-    member = np.empty(fine, np.int64)
+    """The samples `share`, `share + shares`, ... Tensors are given by their addresses; `single`
+    tells float32 from bfloat16."""
+    halves = 2 if single else 1
+    extent = (batch - 1) * to_sample + (fewer - coarse + fine - 1) * to_token + dim
+    source, values = int16(x, halves * extent), float32(x, extent if single else 0)
+    target = int16(out, halves * batch * fewer * dim)
+    joins = int64(index, batch * fine)
+    totals, logs = float32(total, batch * coarse), float32(log, batch * fewer)
+    sizes = float32(size, 0 if size == 0 else batch * fine)
+    parts = float32(share_of, 0 if share_of == 0 else batch * fine)
+    start, member = np.empty(coarse + 1, np.int64), np.empty(fine, np.int64)
     sums, row_bits = np.empty(dim, np.float32), np.empty(dim, np.int32)
-    for sample in range(share, index.shape[0], shares):
-        _group(index[sample], start, member)
-        here = sample * steps[0]
-        patches = here + prefix * steps[1]
-        for row in range(prefix):
-            _copy(x, here + row * steps[1], out[sample, row])
-            log[sample, row] = 0
-        for row in range(prefix + coarse, out.shape[1]):
-            _copy(x, here + (row - coarse + fine) * steps[1], out[sample, row])
-            log[sample, row] = 0
+    row = halves * dim
+    for sample in range(share, batch, shares):
+        _group(joins[sample * fine : (sample + 1) * fine], start, member)
+        here, there, of_fine = sample * to_sample, sample * fewer, sample * fine
+        patches = here + prefix * to_token
+        for n in range(fewer):
+            if n < prefix or n >= prefix + coarse:
+                token = here + (n if n < prefix else n - coarse + fine) * to_token
+                _copy(source, halves * token, target, row * (there + n), row)
+                logs[there + n] = 0
         for k in range(coarse):
             first, end = start[k], start[k + 1]
             whole = np.float32(0)
             for at in range(first, end):
-                whole += size[sample, member[at]] if sized else np.float32(1)
-            total[sample, k] = whole
-            log[sample, prefix + k] = np.float32(0) if whole == 1 else np.log(whole)
-            target = out[sample, prefix + k]
-            if end - first == 1 and not shared:
-                _copy(x, patches + member[first] * steps[1], target)
+                whole += sizes[of_fine + member[at]] if size != 0 else np.float32(1)
+            totals[sample * coarse + k] = whole
+            n = there + prefix + k
+            logs[n] = np.float32(0) if whole == 1 else np.log(whole)
+            if end - first == 1 and share_of == 0:
+                token = patches + member[first] * to_token
+                _copy(source, halves * token, target, row * n, row)
                 continue
             for at in range(first, end):
-                n = member[at]
-                if shared:
-                    weight = share_of[sample, n]
+                if share_of != 0:
+                    weight = parts[of_fine + member[at]]
                 else:
-                    weight = (size[sample, n] if sized else np.float32(1)) / whole
-                token = patches + n * steps[1]
-                _add(x[token : token + dim], weight, sums, row_bits, at > first)
-            _round(sums, target)
+                    own = sizes[of_fine + member[at]] if size != 0 else np.float32(1)
+                    weight = own / whole
+                token = patches + member[at] * to_token
+                if single:
+                    _add(values[token : token + dim], weight, sums, at > first)
+                else:
+                    _widen(source[token : token + dim], row_bits)
+                    _add(row_bits.view(np.float32), weight, sums, at > first)
+            if single:
+                _copy(sums.view(np.int16), 0, target, row * n, row)
+            else:
+                _round(sums, target[row * n : row * (n + 1)])
 
 
 @compiled
@@ -226,73 +264,103 @@ def _group(index: Integers, start: Integers, member: Integers) -> None:
 @compiled_parallel
 def _pick_shares(
     shares: int,
-    x: Integers,
-    steps: tuple[int, int],
-    index: Integers,
-    others: int,
+    x: int,
+    to_sample: int,
+    to_token: int,
+    single: bool,
+    batch: int,
+    tokens: int,
+    patches: int,
+    chosen: int,
+    dim: int,
     prefix: int,
-    out: Integers,
+    index: int,
+    out: int,
 ) -> None:
     for share in numba.prange(shares):
-        _pick_share(share, shares, x, steps, index, others, prefix, out)
+        _pick_share(
+            share,
+            shares,
+            x,
+            to_sample,
+            to_token,
+            single,
+            batch,
+            tokens,
+            patches,
+            chosen,
+            dim,
+            prefix,
+            index,
+            out,
+        )
 
 
 @compiled
 def _pick_share(
     share: int,
     shares: int,
-    x: Integers,
-    steps: tuple[int, int],
-    index: Integers,
-    others: int,
+    x: int,
+    to_sample: int,
+    to_token: int,
+    single: bool,
+    batch: int,
+    tokens: int,
+    patches: int,
+    chosen: int,
+    dim: int,
     prefix: int,
-    out: Integers,
+    index: int,
+    out: int,
 ) -> None:
-    """The samples `share`, `share + shares`, ..."""
-    chosen, behind = index.shape[1], steps[0] // steps[1] - others + prefix
-    for sample in range(share, index.shape[0], shares):
-        first = sample * steps[0]
-        for row in range(out.shape[1]):
-            source = row
-            if prefix <= row < prefix + chosen:
-                source = prefix + index[sample, row - prefix]
-            elif row >= prefix:
-                source = behind + row - prefix - chosen
-            _copy(x, first + source * steps[1], out[sample, row])
+    """The samples `share`, `share + shares`, ... Tensors are given by their addresses; `single`
+    tells 4 bytes from 2."""
+    halves, new = 2 if single else 1, tokens - patches + chosen
+    source = int16(x, halves * ((batch - 1) * to_sample + (tokens - 1) * to_token + dim))
+    target, wanted = int16(out, halves * batch * new * dim), int64(index, batch * chosen)
+    row = halves * dim
+    for sample in range(share, batch, shares):
+        here = sample * to_sample
+        for n in range(new):
+            token = n
+            if prefix <= n < prefix + chosen:
+                token = prefix + wanted[sample * chosen + n - prefix]
+            elif n >= prefix:
+                token = n - chosen + patches
+            at = halves * (here + token * to_token)
+            _copy(source, at, target, row * (sample * new + n), row)
 
 
 @compiled
-def _copy(x: Integers, start: int, target: Integers) -> None:
-    source = x[start : start + target.shape[0]]
-    for c in range(target.shape[0]):
-        target[c] = source[c]
+def _copy(source: Integers, start: int, target: Integers, begin: int, num: int) -> None:
+    old, new = source[start : start + num], target[begin : begin + num]
+    for c in range(num):
+        new[c] = old[c]
 
 
 @compiled_fused
-def _add(source: Integers, weight: float, sums: Floats, row: Integers, more: bool) -> None:
+def _add(values: Floats, weight: float, sums: Floats, more: bool) -> None:
     """Adds a weighted token to `sums`, or begins with it."""
-    shift = np.int32(0 if source.itemsize == 4 else 16)
-    for c in range(row.shape[0]):
-        row[c] = np.int32(source[c]) << shift
-    values = row.view(np.float32)
     if more:
-        for c in range(row.shape[0]):
+        for c in range(sums.shape[0]):
             sums[c] += weight * values[c]
     else:
-        for c in range(row.shape[0]):
+        for c in range(sums.shape[0]):
             sums[c] = weight * values[c]
 
 
 @compiled
+def _widen(halves: Integers, bits: Integers) -> None:
+    """The bits of float32 numbers that are bfloat16."""
+    for c in range(bits.shape[0]):
+        bits[c] = np.int32(halves[c]) << np.int32(16)
+
+
+@compiled
 def _round(sums: Floats, target: Integers) -> None:
-    """Writes `sums` in the form of the tokens: as they are, or as the nearest bfloat16 (of two that
-    are as near, the even one)."""
+    """Writes `sums` as the nearest bfloat16; of two that are as near, the even one."""
     bits = sums.view(np.int32)
-    if target.itemsize == 4:
-        for c in range(bits.shape[0]):
-            target[c] = bits[c]
-    else:
-        for c in range(bits.shape[0]):
-            there = bits[c]
-            near = (there + 0x7FFF + ((there >> 16) & 1)) >> 16
-            target[c] = 0x7FC0 if (there & 0x7FFFFFFF) > 0x7F800000 else near
+    for c in range(bits.shape[0]):
+        there = bits[c]
+        near = (there + 0x7FFF + ((there >> 16) & 1)) >> 16
+        target[c] = 0x7FC0 if (there & 0x7FFFFFFF) > 0x7F800000 else near

@@ -9,6 +9,8 @@ similar proposals merge. Differs from the published code in that all prefix toke
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
+from types import ModuleType
 from typing import ClassVar
 
 import torch
@@ -77,9 +79,7 @@ class ToMe:
         """Who merges, where each token counts as `size` says."""
         assert tokens.key is not None
         if self.threshold is None and _at_once(tokens.key):
-            from tokred.kernels import matching_numba
-
-            return Clusters(matching_numba.match(tokens.key, keep, tokens.before, size), keep)
+            return Clusters(_kernels().match(tokens.key, keep, tokens.before, size), keep)
         metric = mean_over_heads(tokens.key)
         if self.threshold is not None:
             return _while_similar(metric, size, keep, tokens.before, self.threshold)
@@ -89,6 +89,14 @@ class ToMe:
             once = _halve_at_most(metric, keep, tokens.before)
             clusters = clusters.then(once)
         return clusters
+
+
+@cache  # in every pass, finding it takes longer than looking it up
+def _kernels() -> ModuleType:
+    """Kernels for the CPU, imported when they are used: numba takes long to import."""
+    from tokred.kernels import matching_numba
+
+    return matching_numba
 
 
 def _at_once(key: Float[Tensor, "batch heads tokens head_dim"]) -> bool:
@@ -133,9 +141,8 @@ def match(
     # strongest edges are kept. `max` takes the first of equals, and so does a stable sort.
     similarity, partner = best(a, b)
     if is_native(similarity):
-        from tokred.kernels import matching_numba
-
-        return matching_numba.strongest(similarity, partner, merges, even, num)
+        label: Tensor = _kernels().strongest(similarity, partner, merges, even, num)
+        return label
     strongest = ranked(similarity)[:, :merges]
 
     # Steps 4 and 5: what is joined by an edge becomes one group, named by its token of B.
