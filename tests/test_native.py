@@ -75,10 +75,11 @@ def test_merging_is_the_weighted_mean(
             off = np.abs(out[b, prefix + k].double().numpy() - mean)
             assert off.max() <= (2**-7 if dtype == torch.bfloat16 else 2**-20) * 4
             assert float(total[b, k]) == whole
-            assert float(log[b, prefix + k]) == pytest.approx(np.log(whole), abs=1e-6)
+            assert float(log[b, 0, 0, prefix + k]) == pytest.approx(np.log(whole), abs=1e-6)
             if len(members) == 1 and share is None:
                 assert torch.equal(out[b, prefix + k], x[b, prefix + members[0]])
     end = prefix + fine
+    log = log[:, 0, 0]
     assert torch.equal(out[:, :prefix], x[:, :prefix])
     assert torch.equal(out[:, prefix + coarse :], x[:, end:])
     assert not log[:, :prefix].any() and not log[:, prefix + coarse :].any()

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _MOST_PLANS = 64
 """How many image sizes a reduction keeps the plans of."""
 
+_NOTHING: AbstractContextManager[None] = nullcontext()
+
 
 @dataclass
 class Running:
@@ -292,7 +294,7 @@ class Reduction:
     def part(self, name: str) -> AbstractContextManager[None]:
         """A context in which this part of the work is done (see `Observer.part`), for who observes
         the passes."""
-        return nullcontext() if self.observer is None else self.observer.part(name)
+        return _NOTHING if self.observer is None else self.observer.part(name)
 
     # The weights of a learned method
 

@@ -32,10 +32,11 @@ def fewer(
 ) -> tuple[
     Float[Tensor, "batch new dim"],
     Float[Tensor, "batch coarse"] | None,
-    Float[Tensor, "batch new"] | None,
+    Float[Tensor, "batch 1 1 new"] | None,
 ]:
     """The sequence that a map leaves. And, where one kernel gives all of it, how many original
-    tokens each of its patch tokens stands for, and the logarithms of that, 0 for its other tokens.
+    tokens each of its patch tokens stands for, and the logarithms of that, 0 for its other tokens,
+    as attention takes them.
 
     Args:
         layout: how the sequence is laid out.

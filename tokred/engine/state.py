@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tokred.graphs import compiling
 from tokred.maps import Clusters, Kept, TokenMap
+
+Value = TypeVar("Value")
+
+
+def quickly(kind: Callable[..., Value], **fields: Any) -> Value:
+    """A frozen dataclass with all of its fields, without asking its own `__init__`, which sets them
+    one by one. Passes make several in every reduction, and one in every block.
+
+    Args:
+        kind: the class; it has no `__post_init__`.
+        fields: the values of all its fields.
+    """
+    if compiling():
+        return kind(**fields)
+    value: Value = object.__new__(kind)  # type: ignore[arg-type]
+    value.__dict__.update(fields)
+    return value
 
 
 @dataclass(frozen=True)
@@ -114,10 +132,8 @@ class State:
 
     def but(self, **changes: Any) -> State:
         """The same state with other values for the given attributes."""
-        if not compiling():  # every block asks for this, and many fields take long to fill in
-            state = object.__new__(State)
-            state.__dict__.update(self.__dict__, **changes)
-            return state
+        if not compiling():
+            return quickly(State, **{**self.__dict__, **changes})
         # Written out, because older versions of torch.compile cannot follow dataclasses.replace.
         return State(
             ahead=changes.get("ahead", self.ahead),

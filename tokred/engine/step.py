@@ -19,7 +19,7 @@ from tokred.engine.observing import Record
 from tokred.engine.pooling import check_training, needed_for_pooling, needs_to_know
 from tokred.engine.reduction import Reduction
 from tokred.engine.sequence import descend, expand, fewer, ones, up
-from tokred.engine.state import Reduced, State, unrolled
+from tokred.engine.state import Reduced, State, quickly, unrolled
 from tokred.engine.without_mask import knowing_sizes
 from tokred.graphs import compiling
 from tokred.kernels.varlen import NotPerImageError
@@ -327,12 +327,13 @@ class Step:
             attention = layout.patch_tokens(self._attention(rows), 2)
         key, value = read.get("key"), read.get("value")
         if key is not None:
-            key = layout.patch_tokens(key.detach(), 2) if "key" in needs else None
-        return Tokens(
+            key = layout.patch_tokens(_cut_off(key), 2) if "key" in needs else None
+        return quickly(
+            Tokens,
             x=x,
             size=size,
             key=key,
-            value=None if value is None else layout.patch_tokens(value.detach(), 2),
+            value=None if value is None else layout.patch_tokens(_cut_off(value), 2),
             class_attention=attention,
             attention_received=self.state.received,
             grid=self.state.grid,
@@ -351,7 +352,7 @@ class Step:
         size: Float[Tensor, "batch fine"],
         grid: tuple[int, int] | None,
         total: Float[Tensor, "batch coarse"] | None = None,
-        log: Float[Tensor, "batch coarse_and_others"] | None = None,
+        log: Float[Tensor, "batch 1 1 coarse_and_others"] | None = None,
     ) -> None:
         """Makes the state that of the tokens which a map leaves.
 
@@ -362,10 +363,11 @@ class Step:
             size: how many original tokens each of them stood for.
             grid: rows and columns of the tokens that are left, if they stand on a grid.
             total: how many original tokens each of them stands for, if that is known already.
-            log: the logarithms of that, 0 for the other tokens of the sequence.
+            log: the logarithms of that, 0 for the other tokens of the sequence, as a bias.
         """
         state = self.state
-        reduced = Reduced(
+        reduced = quickly(
+            Reduced,
             map=token_map,
             asked=asked,
             size=state.size,
@@ -382,7 +384,7 @@ class Step:
         if token_map.merges or token_map.ragged or state.size is not None:
             new = token_map.total(size) if total is None else total
             if log is not None and self.reduction.proportional_attention:
-                bias = log[:, None, None, :]
+                bias = log
             else:
                 bias = self._bias_of(new, token_map.ragged)
             if bias is not None and self.reduction.attention != "fastest":
@@ -607,6 +609,11 @@ class Step:
             received = self.reduction.layout.patch_tokens(paid) * queries
             self.signals.clear()
             self.state = self.state.but(received=received)
+
+
+def _cut_off(signal: Tensor) -> Tensor:
+    """Without gradients."""
+    return signal.detach() if signal.requires_grad else signal
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:

@@ -44,10 +44,10 @@ def merge(
 ) -> tuple[
     Float[Tensor, "batch fewer dim"],
     Float[Tensor, "batch coarse"],
-    Float[Tensor, "batch fewer"],
+    Float[Tensor, "batch 1 1 fewer"],
 ]:
     """The sequence with merged tokens in place of its patch tokens; how many original tokens each
-    of these stands for; and the logarithms of that, 0 for all other tokens.
+    of these stands for; and the logarithms of that, 0 for all other tokens, as attention takes it.
 
     Args:
         x: float32 or bfloat16 on the CPU, dim contiguous: `prefix` tokens that stay, the patch
@@ -64,7 +64,7 @@ def merge(
     fewer = tokens - fine + num_coarse
     out = x.new_empty(batch, fewer, dim)
     total = torch.empty(batch, num_coarse)
-    log = torch.empty(batch, fewer)
+    log = torch.empty(batch, 1, 1, fewer)
     # Named, so that they live as long as the kernel reads them.
     index, size, share = index.contiguous(), _numbers(size), _numbers(share)
     arguments = (

@@ -396,8 +396,8 @@ class Bare(Cut):
         if self.reduction.proportional_attention and token_map.merges:
             if log is None:
                 total = token_map.total(self.view.size) if total is None else total
-                log = F.pad(total.log(), (self.prefix, self.suffix))
-            self.sizes.bias = log[:, None, None].to(x.dtype)
+                log = F.pad(total.log(), (self.prefix, self.suffix))[:, None, None]
+            self.sizes.bias = log.to(x.dtype)
         elif self.starts:
             self.sizes.bias = None
         return few
