@@ -165,7 +165,8 @@ def short(value: float) -> str:
 
 
 def test_the_extracts_of_the_benchmarks_are_what_was_measured() -> None:
-    measured = cells("vit-cpu-float32", "vit-cpu-bfloat16", "batches/vit-cpu-float32")
+    others = "batch-1/vit-cpu-float32", "batch-32/vit-cpu-float32"
+    measured = cells("vit-cpu-float32", "vit-cpu-bfloat16", *others)
     told = rows("docs/benchmarks.md", "| model | pixels | dtype | rounds | `tome` | `atc` |")
     for model, pixels, dtype, rounds, *shares in told:
         for method, share in zip(("tome", "atc"), shares, strict=True):
@@ -229,9 +230,9 @@ def test_links_lead_on_the_site_where_they_lead_in_the_repository(
 ) -> None:
     monkeypatch.syspath_prepend(str(DOCS / "extensions"))
     links = importlib.import_module("links")
-    page = "[a](dense.md) [b](../examples/dense.ipynb) [c](benchmarks/batches/vit-cpu-float32.md)"
+    page = "[a](dense.md) [b](../examples/dense.ipynb) [c](benchmarks/batch-1/vit-cpu-float32.md)"
     made = links.for_the_site(page, "benchmarks")
-    assert made == "[a](dense.md) [b](notebooks/dense.ipynb) [c](#tables-batches-vit-cpu-float32)"
+    assert made == "[a](dense.md) [b](notebooks/dense.ipynb) [c](#tables-batch-1-vit-cpu-float32)"
     notebook = links.for_the_site("[a](../docs/dense.md#methods)", "notebooks/dense")
     assert notebook == "[a](../dense.md#methods)"
 

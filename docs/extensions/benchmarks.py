@@ -30,8 +30,8 @@ _HEADS = {
 }
 _FOLDERS = {
     "": "",
-    "batches": ", batches of 1 and 32",
-    "all-methods": ", all methods",
+    "batch-1": ", one image at a time",
+    "batch-32": ", batches of 32",
     "all-methods/keep-half": ", all methods at keep rate .5",
 }
 
