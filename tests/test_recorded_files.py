@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import tokred
 from tokred import fid, training
+from tokred.reducers import traits
 
 FOLDER = Path(__file__).parent / "recorded" / "artifacts-0.7.1"
 ABOUT: dict[str, Any] = json.loads((FOLDER / "about.json").read_text())
@@ -83,11 +84,13 @@ def test_a_saved_model_answers_as_it_did(name: str) -> None:
     found = answered(model, inputs)
     near(found, kept["reduced"], name)
     assert torch.equal(answered(copy.deepcopy(model), inputs), found)
+    # Methods that merge add up in one kernel since version 0.10, which rounds otherwise.
+    merges = traits(tokred.patching.reduction_of(model).reducer).drops is False
     tokred.remove(model)
     dense = answered(model, inputs)
     near(dense, kept["dense"])
     assert not any("forward" in vars(module) for module in model.modules())
-    if SAME and torch.equal(dense, kept["dense"]):
+    if SAME and not merges and torch.equal(dense, kept["dense"]):
         assert torch.equal(found, kept["reduced"])
 
 

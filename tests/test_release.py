@@ -195,8 +195,16 @@ def test_the_allocator_tells_its_peak() -> None:
 
 @pytest.mark.skipif(not RESET.exists(), reason="only Linux tells")
 def test_the_process_tells_its_peak() -> None:
-    taken = runner().resident(passes=2)
-    assert taken == pytest.approx(2 * BLOCK, abs=2**23)
+    # In a process of its own, as the suite does: what other tests hold and let go counts, too.
+    program = "from test_release import runner; print(runner().resident(passes=2))"
+    told = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(told.stdout) == pytest.approx(2 * BLOCK, abs=2**23)
 
 
 @pytest.fixture(scope="module")

@@ -41,6 +41,12 @@ def recorded(x: Tensor) -> bool:
     return in_a_graph(x) or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
+def tracing() -> bool:
+    """Whether `torch.jit.trace` writes down what is done. Then even the shapes of tensors are
+    tensors, and two passes must do the same."""
+    return torch._C._get_tracing_state() is not None
+
+
 def is_plain(x: Tensor) -> bool:
     """Whether nobody follows what is done to a tensor, so that something else than operators may
     read its memory: no gradients, no graph, no trace, no transform, no mode that counts."""
@@ -48,7 +54,7 @@ def is_plain(x: Tensor) -> bool:
         type(x) is Tensor
         and not x.requires_grad
         and not in_a_graph(x)
-        and torch._C._get_tracing_state() is None
+        and not tracing()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.maybe_current_level() is None
         and forward_ad._current_level < 0

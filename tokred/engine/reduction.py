@@ -17,7 +17,7 @@ from tokred.engine.layout import Layout
 from tokred.engine.memory import Memory
 from tokred.engine.observing import Observer, Record
 from tokred.engine.state import Ahead, State
-from tokred.graphs import compiling
+from tokred.graphs import compiling, tracing
 from tokred.reducers.protocol import Reconstruction, Reducer, Traits, learned, traits
 from tokred.schedule import PURE, Schedule, plan, shares
 
@@ -190,7 +190,8 @@ class Reduction:
         """
         blocks = self.layout.layers if self.end is None else self.end()
         tapped = self.tapped()
-        if lengths is not None or compiling() or not isinstance(self.schedule, PURE):
+        changes = not isinstance(self.schedule, PURE)
+        if lengths is not None or changes or compiling() or tracing():
             return self._ahead(tokens, grid, lengths, tapped, blocks)
         which = (self.schedule, tokens, grid, tapped, blocks)
         found = self._plans.get(which)

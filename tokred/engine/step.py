@@ -21,7 +21,7 @@ from tokred.engine.reduction import Reduction
 from tokred.engine.sequence import descend, expand, fewer, ones, up
 from tokred.engine.state import Reduced, State, quickly, unrolled
 from tokred.engine.without_mask import knowing_sizes
-from tokred.graphs import compiling
+from tokred.graphs import compiling, tracing
 from tokred.kernels.varlen import NotPerImageError
 from tokred.maps import TokenMap, Weighted, ranked, side_by_side, take
 from tokred.reducers.protocol import Tokens, check_map
@@ -613,7 +613,8 @@ class Step:
 
 def _cut_off(signal: Tensor) -> Tensor:
     """Without gradients."""
-    return signal.detach() if signal.requires_grad else signal
+    # (A trace that depends on gradients would not be what `torch.jit.trace` finds when it checks.)
+    return signal.detach() if signal.requires_grad or tracing() else signal
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:

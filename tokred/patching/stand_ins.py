@@ -27,7 +27,7 @@ from tokred.engine.reduction import Reduction
 from tokred.engine.state import State
 from tokred.engine.step import Step, enter, passing_by
 from tokred.engine.windows import too_small
-from tokred.graphs import compiling, exporting, in_a_graph
+from tokred.graphs import compiling, exporting, in_a_graph, tracing
 from tokred.host import Denoiser, Host, Stage, find_host, hosts, is_a, submodule
 from tokred.patching.tracers import as_node, refuse_fx, refuse_vmap, traced
 
@@ -201,7 +201,7 @@ class Patched(StandIn):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.off:
             return self.__wrapped__(*args, **kwargs)
-        if args and not compiling():
+        if args and not compiling() and not tracing():
             step = passing_by(self.reduction, args[0], self.layer, self.scale, self.explicit)
             if step is not None and self.always_full is False:
                 return step.pass_by(self.call(self.block, step, *args, **kwargs))
