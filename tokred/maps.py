@@ -414,8 +414,8 @@ def refuse_onnx(name: str) -> None:
 
 
 def take(
-    x: Float[Tensor, "batch tokens dim"], index: Int[Tensor, "batch chosen"]
-) -> Float[Tensor, "batch chosen dim"]:
+    x: Shaped[Tensor, "batch tokens dim"], index: Int[Tensor, "batch chosen"]
+) -> Shaped[Tensor, "batch chosen dim"]:
     """The tokens at `index`, sample by sample; copies whole rows, which `gather` does not."""
     rows = _rows(index, x.shape[1])
     return x.flatten(0, 1).index_select(0, rows).view(x.shape[0], index.shape[1], x.shape[2])

@@ -39,7 +39,9 @@ _FOLDERS = {
 def names() -> list[str]:
     """The names of all files, in the order in which the page has them."""
     found = [
-        str(file.relative_to(FOLDER).with_suffix("").as_posix()) for file in FOLDER.rglob("*.json")
+        str(file.relative_to(FOLDER).with_suffix("").as_posix())
+        for file in FOLDER.rglob("*.json")
+        if file.name != "history.json"  # of all releases: `tokred bench --suite release` prints it
     ]
     suites = list(_HEADS)
     return sorted(found, key=lambda name: (suites.index(suite_of(name)), "all" not in name, name))

@@ -13,8 +13,10 @@ from typing import Any
 import numba
 import numpy as np
 from numba import types
-from numba.extending import intrinsic, register_jitable
+from numba.extending import intrinsic
 from numpy.typing import NDArray
+
+from tokred.kernels.compiling import compiled
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -25,19 +27,19 @@ def _pointer(typing: Any, address: Any) -> Any:
     return types.voidptr(types.int64), code
 
 
-@register_jitable  # type: ignore[untyped-decorator]
+@compiled
 def float32(address: int, size: int) -> NDArray[np.float32]:
     """So many float32 from an address on."""
     return numba.carray(_pointer(address), (size,), np.float32)
 
 
-@register_jitable  # type: ignore[untyped-decorator]
+@compiled
 def int64(address: int, size: int) -> NDArray[np.int64]:
     """So many int64 from an address on."""
     return numba.carray(_pointer(address), (size,), np.int64)
 
 
-@register_jitable  # type: ignore[untyped-decorator]
+@compiled
 def int16(address: int, size: int) -> NDArray[np.int16]:
     """So many int16 from an address on: bfloat16 is the upper half of a float32."""
     return numba.carray(_pointer(address), (size,), np.int16)
