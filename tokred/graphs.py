@@ -34,17 +34,17 @@ def in_a_graph(x: Tensor) -> bool:
     return torch.compiler.is_compiling() and _without_values(x)
 
 
-def recorded(x: Tensor) -> bool:
-    """Whether operators are written down for later, rather than run here and now: then nothing may
-    depend on how many images there happen to be."""
-    # A trace that depends on gradients would not be what `torch.jit.trace` finds when it checks.
-    return in_a_graph(x) or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-
-
 def tracing() -> bool:
     """Whether `torch.jit.trace` writes down what is done. Then even the shapes of tensors are
     tensors, and two passes must do the same."""
     return torch._C._get_tracing_state() is not None
+
+
+def recorded(x: Tensor) -> bool:
+    """Whether operators are written down for later, rather than run here and now: then nothing may
+    depend on how many images there happen to be."""
+    # A trace that depends on gradients would not be what `torch.jit.trace` finds when it checks.
+    return in_a_graph(x) or tracing()
 
 
 def is_plain(x: Tensor) -> bool:

@@ -201,9 +201,9 @@ class Patched(StandIn):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.off:
             return self.__wrapped__(*args, **kwargs)
-        if args and not compiling() and not tracing():
+        if args and self.always_full is False and not compiling() and not tracing():
             step = passing_by(self.reduction, args[0], self.layer, self.scale, self.explicit)
-            if step is not None and self.always_full is False:
+            if step is not None:
                 return step.pass_by(self.call(self.block, step, *args, **kwargs))
         proxy = traced(args, kwargs)
         if proxy is not None:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tokred.graphs import in_a_graph
+from tokred.graphs import recorded
 from tokred.maps import Clusters, in_order_of_first_member, ranked
 from tokred.optional import installed
 from tokred.reducers.protocol import Tokens
@@ -141,7 +141,7 @@ def most_similar(
 def _by_numba(metric: Float[Tensor, "batch tokens dim"], pairs: int) -> bool:
     """Whether the numba kernel can be used here, is available, and is worth it. (What other images
     there are makes no difference.)"""
-    if in_a_graph(metric) or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    if recorded(metric):
         return False
     if metric.device.type != "cpu" or metric.dtype not in _HALF_OR_SINGLE:
         return False
